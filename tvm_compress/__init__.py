@@ -1,0 +1,32 @@
+"""tvm-compress: compression for Apache TVM, measured on what ships.
+
+Names are loaded on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "compress": "compress",
+    "load_model": "importers",
+    "Model": "model",
+    "Recipe": "recipe",
+    "Artefact": "artefact",
+    "profile_model": "profile",
+    "verify": "verify",
+    "benchmark": "benchmark",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    globals()[name] = value
+    return value
