@@ -1,0 +1,84 @@
+"""Run a compiled artefact with TVM's own Relax VM: arrays by name in, arrays by name out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ArtefactError, DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from tvm import relax
+
+    from .model import TensorSpec
+
+KernelHook = Callable[[str, bool, tuple[Any, ...]], None]
+
+
+class Session:
+    """A loaded executable on the local CPU.
+
+    `executable` is what `build.compile_module` returned or the path of an exported shared library.
+    `run` takes one array per input, by name, with the model's own shape and dtype.
+    """
+
+    def __init__(
+        self,
+        executable: relax.VMExecutable | Path,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+    ) -> None:
+        import tvm
+        from tvm import relax
+
+        if isinstance(executable, Path):
+            if not executable.is_file():
+                raise ArtefactError(f"{executable}: no such shared library; compress again")
+            executable = tvm.runtime.load_module(str(executable))
+        self.inputs = inputs
+        self.outputs = outputs
+        self._vm = relax.VirtualMachine(executable, tvm.cpu())
+        self._main = self._vm["main"]
+
+    def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One inference. Raises `DataError` when a name, shape or dtype does not fit the model."""
+        import numpy as np
+        import tvm
+
+        missing = [spec.name for spec in self.inputs if spec.name not in arrays]
+        if missing:
+            raise DataError(
+                f"input {missing[0]!r} is missing; the model takes "
+                + ", ".join(repr(spec.name) for spec in self.inputs)
+            )
+        values = []
+        for spec in self.inputs:
+            array = np.asarray(arrays[spec.name])
+            if tuple(array.shape) != spec.shape or str(array.dtype) != spec.dtype:
+                raise DataError(
+                    f"input {spec.name!r} is {array.dtype}{list(array.shape)}; the model takes "
+                    f"{spec.dtype}{list(spec.shape)}"
+                )
+            values.append(tvm.runtime.tensor(np.ascontiguousarray(array)))
+        result = self._main(*values)
+        tensors = [result] if hasattr(result, "numpy") else list(result)
+        return {
+            spec.name: tensor.numpy() for spec, tensor in zip(self.outputs, tensors, strict=True)
+        }
+
+    def observe(self, hook: KernelHook | None) -> None:
+        """Call `hook(symbol, before, arguments)` around every kernel call; `None` stops.
+
+        Kernels write their result into the last argument (destination passing), so after a call
+        the hook can read every tensor that the shipped code produced.
+        """
+        if hook is None:
+            self._vm.set_instrument(lambda *_: None)
+            return
+
+        def instrument(_func: Any, symbol: str, before: bool, _ret: Any, *args: Any) -> None:
+            hook(symbol, bool(before), args)
+
+        self._vm.set_instrument(instrument)
