@@ -1,0 +1,230 @@
+"""Requantisation kernels: the naive description of `relay_passes/numerics/requantize.py` in TE.
+
+All are element-wise over the accumulator, so they fuse behind the kernel that produced it. Constants
+broadcast from the right as in NumPy: shape [C] against [N, H, W, C].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tvm import te, tirx
+
+from .prim import BROADCAST, make_prim_func
+
+# Same values as relay_passes/numerics/requantize.py (which may not be imported from here); a test
+# compares them.
+SUM_FRACTION_BITS = 12
+SUM_TERM_LIMIT = 2**29
+
+
+def at(tensor: te.Tensor, indices: Sequence[tirx.PrimExpr]) -> tirx.PrimExpr:
+    """tensor[indices] with NumPy broadcasting from the right."""
+    rank = len(tensor.shape)
+    if rank == 0:
+        return tensor()
+    tail = list(indices)[len(indices) - rank :]
+    return tensor[
+        tuple(0 if int(dim) == 1 else index for dim, index in zip(tensor.shape, tail, strict=True))
+    ]
+
+
+def _const(value: int | float, dtype: str) -> tirx.PrimExpr:
+    return tirx.const(value, dtype)
+
+
+def _clamp(value: tirx.PrimExpr, low: tirx.PrimExpr, high: tirx.PrimExpr) -> tirx.PrimExpr:
+    return te.max(te.min(value, high), low)
+
+
+def scale_float32(x: tirx.PrimExpr, multiplier: tirx.PrimExpr) -> tirx.PrimExpr:
+    """nearbyint(float32(x) * multiplier): half to even, one instruction, no float add."""
+    return tirx.nearbyint(x.astype("float32") * multiplier)
+
+
+def round_half_away(x: tirx.PrimExpr) -> tirx.PrimExpr:
+    """C's roundf. (TVM's LLVM back end rounds `round` half to even.)"""
+    whole = tirx.trunc(x)
+    rest = x - whole  # exact
+    up = tirx.Select(rest >= _const(0.5, "float32"), _const(1.0, "float32"), _const(0.0, "float32"))
+    down = tirx.Select(
+        rest <= _const(-0.5, "float32"), _const(1.0, "float32"), _const(0.0, "float32")
+    )
+    return whole + (up - down)
+
+
+def rounding_doubling_high_mul(x: tirx.PrimExpr, mantissa: tirx.PrimExpr) -> tirx.PrimExpr:
+    """gemmlowp SaturatingRoundingDoublingHighMul; mantissa is never INT32_MIN, so no saturation."""
+    product = x.astype("int64") * mantissa.astype("int64")
+    nudge = tirx.Select(
+        product >= _const(0, "int64"), _const(1 << 30, "int64"), _const(1 - (1 << 30), "int64")
+    )
+    # C's division truncates; it is a shift when the dividend is not negative.
+    total = product + nudge
+    negative = total < _const(0, "int64")
+    magnitude = tirx.Select(negative, _const(0, "int64") - total, total) >> _const(31, "int64")
+    return tirx.Select(negative, _const(0, "int64") - magnitude, magnitude).astype("int32")
+
+
+def rounding_divide_by_pot(x: tirx.PrimExpr, exponent: tirx.PrimExpr) -> tirx.PrimExpr:
+    """gemmlowp RoundingDivideByPOT, 0 <= exponent <= 31."""
+    mask = ((_const(1, "int64") << exponent.astype("int64")) - _const(1, "int64")).astype("int32")
+    remainder = tirx.bitwise_and(x, mask)
+    threshold = (mask >> _const(1, "int32")) + (x < _const(0, "int32")).astype("int32")
+    return (x >> exponent) + (remainder > threshold).astype("int32")
+
+
+def multiply_by_quantized_multiplier(
+    x: tirx.PrimExpr, mantissa: tirx.PrimExpr, exponent: tirx.PrimExpr
+) -> tirx.PrimExpr:
+    """TFLite MultiplyByQuantizedMultiplier with double rounding."""
+    zero = _const(0, "int32")
+    left, right = te.max(exponent, zero), te.max(zero - exponent, zero)
+    return rounding_divide_by_pot(rounding_doubling_high_mul(x << left, mantissa), right)
+
+
+def requantize(
+    shape: Sequence[int],
+    acc_dtype: str,
+    constant_shape: Sequence[int],
+    zero_point: int,
+    bounds: tuple[int, int],
+    dtype: str,
+    rule: str,
+) -> tirx.PrimFunc:
+    """(acc, bias, multiplier[, exponent]) -> clamp(scale(acc + bias) + zero_point).
+
+    bias int32 (acc_dtype when that is int64), multiplier float32 (rule float32) or int32 with int32
+    exponent (rule tflite), all of `constant_shape`.
+    """
+    acc = te.placeholder(shape, acc_dtype, name="acc")
+    bias = te.placeholder(constant_shape, acc_dtype, name="bias")
+    low, high = bounds
+    if rule == "float32":
+        mult = te.placeholder(constant_shape, "float32", name="multiplier")
+
+        def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
+            scaled = scale_float32(acc[i] + at(bias, i), at(mult, i))
+            scaled = _clamp(
+                scaled, _const(low - zero_point, "float32"), _const(high - zero_point, "float32")
+            )
+            return (scaled.astype("int32") + _const(zero_point, "int32")).astype(dtype)
+
+        inputs, roles = [acc, bias, mult], ["data", "bias", "scales"]
+    elif rule == "tflite":
+        mult = te.placeholder(constant_shape, "int32", name="mantissa")
+        exponent = te.placeholder(constant_shape, "int32", name="exponent")
+
+        def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
+            total = acc[i] + at(bias, i)
+            scaled = multiply_by_quantized_multiplier(total, at(mult, i), at(exponent, i))
+            scaled = scaled + _const(zero_point, "int32")
+            return _clamp(scaled, _const(low, "int32"), _const(high, "int32")).astype(dtype)
+
+        inputs, roles = [acc, bias, mult, exponent], ["data", "bias", "scales", "scales"]
+    else:
+        raise ValueError(f"unknown requantisation rule {rule!r}; known: float32, tflite")
+    out = te.compute(shape, compute, name="requantize")
+    return make_prim_func("requantize", inputs, out, roles, BROADCAST, {"rule": rule})
+
+
+def requantize_sum(
+    shape: Sequence[int],
+    term_dtypes: Sequence[str],
+    constant_shapes: Sequence[Sequence[int]],
+    zero_point: int,
+    bounds: tuple[int, int],
+    dtype: str,
+) -> tirx.PrimFunc:
+    """(x0, bias0, mult0, x1, bias1, mult1, ...) -> clamp(round(Σ (x+b)*m) + zero_point), rule float32.
+
+    The terms are accumulators (int32) or codes (int8/int16); mult holds m * 2^SUM_FRACTION_BITS.
+    """
+    terms = [
+        (
+            te.placeholder(shape, term_dtype, name=f"x{k}"),
+            te.placeholder(constant_shape, "int32", name=f"bias{k}"),
+            te.placeholder(constant_shape, "float32", name=f"multiplier{k}"),
+        )
+        for k, (term_dtype, constant_shape) in enumerate(
+            zip(term_dtypes, constant_shapes, strict=True)
+        )
+    ]
+    limit = _const(float(SUM_TERM_LIMIT), "float32")
+
+    def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
+        total = _const(1 << (SUM_FRACTION_BITS - 1), "int32")
+        for x, bias, mult in terms:
+            fixed = scale_float32(x[i].astype("int32") + at(bias, i), at(mult, i))
+            total = total + _clamp(fixed, _const(-float(SUM_TERM_LIMIT), "float32"), limit).astype(
+                "int32"
+            )
+        rounded = (total >> _const(SUM_FRACTION_BITS, "int32")) + _const(zero_point, "int32")
+        return _clamp(rounded, _const(bounds[0], "int32"), _const(bounds[1], "int32")).astype(dtype)
+
+    out = te.compute(shape, compute, name="requantize_sum")
+    inputs = [tensor for term in terms for tensor in term]
+    roles = ["data", "bias", "scales"] * len(terms)
+    return make_prim_func("requantize_sum", inputs, out, roles, BROADCAST)
+
+
+def dequantize(shape: Sequence[int], dtype: str, constant_shape: Sequence[int]) -> tirx.PrimFunc:
+    """(codes or accumulator, bias int32, scale) -> float32(x + bias) * scale. bias = -zero_point for codes."""
+    x = te.placeholder(shape, dtype, name="x")
+    wide = "int64" if dtype == "int64" else "int32"
+    bias = te.placeholder(constant_shape, wide, name="bias")
+    scale = te.placeholder(constant_shape, "float32", name="scale")
+    out = te.compute(
+        shape,
+        lambda *i: (x[i].astype(wide) + at(bias, i)).astype("float32") * at(scale, i),
+        name="dequantize",
+    )
+    return make_prim_func(
+        "dequantize", [x, bias, scale], out, ["data", "bias", "scales"], BROADCAST
+    )
+
+
+def quantize(
+    shape: Sequence[int],
+    constant_shape: Sequence[int],
+    zero_point: int,
+    dtype: str,
+    rule: str,
+) -> tirx.PrimFunc:
+    """(x float32, scale) -> clamp(round(x / scale) + zero_point).
+
+    Half to even under rule float32 (ONNX QuantizeLinear), half away from zero under rule tflite.
+    """
+    x = te.placeholder(shape, "float32", name="x")
+    scale = te.placeholder(constant_shape, "float32", name="scale")
+    info = {
+        "int8": (-128, 127),
+        "uint8": (0, 255),
+        "int16": (-32768, 32767),
+        "int32": (-(2**31), 2**31 - 1),
+    }
+    low, high = info[dtype]
+    rounding = tirx.nearbyint if rule == "float32" else round_half_away
+
+    def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
+        code = rounding(x[i] / at(scale, i))
+        code = _clamp(
+            code, _const(low - zero_point, "float32"), _const(high - zero_point, "float32")
+        )
+        return (code.astype("int32") + _const(zero_point, "int32")).astype(dtype)
+
+    out = te.compute(shape, compute, name="quantize")
+    return make_prim_func(
+        "quantize", [x, scale], out, ["data", "scales"], BROADCAST, {"rule": rule}
+    )
+
+
+def clip(shape: Sequence[int], dtype: str, bounds: tuple[int, int]) -> tirx.PrimFunc:
+    """(codes) -> min(max(codes, low), high): ReLU and friends between equal scales."""
+    x = te.placeholder(shape, dtype, name="x")
+    out = te.compute(
+        shape,
+        lambda *i: _clamp(x[i], _const(bounds[0], dtype), _const(bounds[1], dtype)),
+        name="clip",
+    )
+    return make_prim_func("clip", [x], out, ["data"], BROADCAST)

@@ -1,0 +1,511 @@
+"""What a kernel computes, as data: one frozen dataclass per family.
+
+A spec names everything a kernel depends on at compile time and nothing else, so two layers with equal
+specs share one kernel. Its JSON travels on the PrimFunc and on the compute block as `KERNEL_ATTR`; that
+is how a kernel is recognised after fusion. This file imports nothing heavy.
+
+Integers: an integer kernel returns the raw sum over taps of `x * (w - weight_zero_point)`. The input's zero
+point only appears as `pad_value`, the value of the taps outside the input, so that the caller may subtract
+`zero_point * sum(w)` as a constant per channel, borders included.
+
+Weight-only (float32 data with integer codes): the codes are converted to float32 and summed; a scale per
+output channel is the caller's business, after the sum. With `group_size` the scales are the kernel's: one
+per `group_size` consecutive positions of the flattened reduction axis (kernel row, kernel column, input
+channel; the last group may be shorter) and output channel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from .layout import PackedLayout, parse_layout
+
+KERNEL_ATTR = "tvm_compress.kernel"
+SCHEDULE_ATTR = "tvm_compress.schedule"
+
+DATA_DTYPES = ("float32", "int8", "uint8", "int16")
+WEIGHT_DTYPES = ("float32", "int8", "uint8", "int16", "int4")
+ACC_DTYPES = ("float32", "int32", "int64")
+
+
+class SpecError(ValueError):
+    """A kernel was asked for that cannot exist: a mistake of the caller, not of the user."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise SpecError(message)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+_FAMILIES: dict[str, type[KernelSpec]] = {}
+_S = TypeVar("_S", bound="KernelSpec")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpec:
+    """Base of all specs: JSON round trip under the family's name."""
+
+    family: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "family" in cls.__dict__:
+            _FAMILIES[cls.family] = cls
+
+    def to_json(self) -> str:
+        """One line of JSON, keys sorted, equal for equal specs."""
+        fields: dict[str, Any] = {"family": self.family}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.default is dataclasses.MISSING or value != field.default:
+                fields[field.name] = value
+        return json.dumps(fields, sort_keys=True)
+
+    def replace(self: _S, **changes: Any) -> _S:
+        """The same spec with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def spec_from_json(text: str) -> KernelSpec:
+    """Inverse of `KernelSpec.to_json`. Raises SpecError when `text` is not a spec."""
+    try:
+        fields = json.loads(text)
+        family = _FAMILIES[fields.pop("family")]
+        return family(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SpecError(f"not a kernel spec: {text[:80]!r} ({error})") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedSpec(KernelSpec):
+    """What all kernels with a constant weight share."""
+
+    plain_layout: ClassVar[str] = ""
+
+    data_dtype: str = "float32"
+    weight_dtype: str = "float32"
+    acc_dtype: str = "float32"
+    weight_zero_point: int = 0
+    weight_layout: str = ""
+    group_size: int = 0
+    group_zero_points: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.weight_layout:
+            object.__setattr__(self, "weight_layout", self.plain_layout)
+        _require(
+            self.data_dtype in DATA_DTYPES, f"data dtype {self.data_dtype!r} not in {DATA_DTYPES}"
+        )
+        _require(
+            self.weight_dtype in WEIGHT_DTYPES,
+            f"weight dtype {self.weight_dtype!r} not in {WEIGHT_DTYPES}",
+        )
+        _require(
+            self.acc_dtype in ACC_DTYPES,
+            f"accumulator dtype {self.acc_dtype!r} not in {ACC_DTYPES}",
+        )
+        _require(
+            (self.data_dtype == "float32") == (self.acc_dtype == "float32"),
+            f"{self.data_dtype} data cannot be summed in {self.acc_dtype}",
+        )
+        _require(
+            self.data_dtype == "float32" or self.weight_dtype != "float32",
+            f"{self.data_dtype} data with float32 weights",
+        )
+        _require(self.group_size >= 0, f"group_size {self.group_size} < 0")
+        _require(
+            not self.group_size
+            or (self.data_dtype == "float32" and self.weight_dtype in ("int8", "int4")),
+            "group_size is for float32 data with int8 or int4 codes",
+        )
+        _require(
+            not self.group_zero_points or self.group_size > 0, "group_zero_points needs group_size"
+        )
+        _require(
+            not (self.group_size and self.weight_zero_point),
+            "weight_zero_point and group_size exclude each other",
+        )
+        _require(self.groups_of_channels >= 1, "groups < 1")
+        if self.weight_layout != self.plain_layout:
+            try:
+                parse_layout(self.weight_layout)
+            except ValueError as error:
+                raise SpecError(str(error)) from error
+
+    # The weight seen as `groups` matrices [K, N].
+
+    @property
+    def groups_of_channels(self) -> int:
+        """How many independent matrices the weight holds."""
+        return 1
+
+    @property
+    def reduction(self) -> tuple[int, int]:
+        """Taps and input channels a tap of one group; K is their product."""
+        raise NotImplementedError
+
+    @property
+    def columns(self) -> int:
+        """N: output channels of one group."""
+        raise NotImplementedError
+
+    @property
+    def reduction_size(self) -> int:
+        """K: terms of one output's sum."""
+        taps, channels = self.reduction
+        return taps * channels
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the sum is exact, in integers."""
+        return self.acc_dtype != "float32"
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether float data meets integer codes."""
+        return self.data_dtype == "float32" and self.weight_dtype != "float32"
+
+    @property
+    def packed_layout(self) -> PackedLayout | None:
+        """The packed layout, or None for the plain one."""
+        if self.weight_layout == self.plain_layout:
+            return None
+        return parse_layout(self.weight_layout)
+
+    @property
+    def plain_weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight's values in the plain layout."""
+        raise NotImplementedError
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the stored weight array."""
+        packed = self.packed_layout
+        if packed is not None:
+            return packed.shape(
+                self.groups_of_channels, *self.reduction, self.columns, self.weight_dtype
+            )
+        if self.weight_dtype == "int4":
+            return (ceil_div(self.reduction_size, 2), self.columns * self.groups_of_channels)
+        return self.plain_weight_shape
+
+    @property
+    def weight_storage_dtype(self) -> str:
+        """dtype of the stored weight array: int4 is stored as two codes in a uint8."""
+        return "uint8" if self.weight_dtype == "int4" else self.weight_dtype
+
+    @property
+    def scales_shape(self) -> tuple[int, int]:
+        """Shape of the group-wise scales (and zero points): [groups of K, output channels]."""
+        _require(self.group_size > 0, "no group_size, no scales")
+        return (
+            ceil_div(self.reduction_size, self.group_size),
+            self.columns * self.groups_of_channels,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conv2dSpec(WeightedSpec):
+    """2-D convolution, NHWC data, HWIO weight; conv1d is one of height 1.
+
+    data [batch, height, width, in_channels], weight [kh, kw, in_channels / groups, out_channels],
+    result [batch, out_height, out_width, out_channels]. int4 weights are stored as uint8
+    [ceil(kh*kw*ic/2), out_channels], position 2j of the flattened (kh, kw, ic) in the low nibble.
+    """
+
+    family: ClassVar[str] = "conv2d"
+    plain_layout: ClassVar[str] = "HWIO"
+
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Top, left, bottom, right."""
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    pad_value: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = (self.batch, self.height, self.width, self.in_channels, self.out_channels)
+        _require(
+            min(sizes + self.kernel + self.strides + self.dilation) >= 1, f"a size < 1 in {self}"
+        )
+        _require(min(self.padding) >= 0, f"negative padding {self.padding}")
+        _require(
+            self.in_channels % self.groups == 0 and self.out_channels % self.groups == 0,
+            f"{self.groups} groups divide neither {self.in_channels} nor {self.out_channels} channels",
+        )
+        _require(
+            self.out_height >= 1 and self.out_width >= 1,
+            f"kernel larger than the padded input: {self}",
+        )
+
+    @property
+    def groups_of_channels(self) -> int:
+        return self.groups
+
+    @property
+    def reduction(self) -> tuple[int, int]:
+        return self.kernel[0] * self.kernel[1], self.in_channels // self.groups
+
+    @property
+    def columns(self) -> int:
+        return self.out_channels // self.groups
+
+    @property
+    def is_depthwise(self) -> bool:
+        """One input channel per group, more than one group."""
+        return self.groups > 1 and self.groups == self.in_channels
+
+    @property
+    def padded_height(self) -> int:
+        """Height with the padding."""
+        return self.height + self.padding[0] + self.padding[2]
+
+    @property
+    def padded_width(self) -> int:
+        """Width with the padding."""
+        return self.width + self.padding[1] + self.padding[3]
+
+    @property
+    def out_height(self) -> int:
+        """Rows of the result."""
+        extent = self.dilation[0] * (self.kernel[0] - 1) + 1
+        return (self.padded_height - extent) // self.strides[0] + 1
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the result."""
+        extent = self.dilation[1] * (self.kernel[1] - 1) + 1
+        return (self.padded_width - extent) // self.strides[1] + 1
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """[batch, height, width, in_channels]."""
+        return (self.batch, self.height, self.width, self.in_channels)
+
+    @property
+    def plain_weight_shape(self) -> tuple[int, ...]:
+        return (*self.kernel, self.in_channels // self.groups, self.out_channels)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """[batch, out_height, out_width, out_channels]."""
+        return (self.batch, self.out_height, self.out_width, self.out_channels)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one call, border taps included."""
+        return (
+            self.batch
+            * self.out_height
+            * self.out_width
+            * self.out_channels
+            * (self.reduction_size)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conv2dTransposeSpec(WeightedSpec):
+    """2-D transposed convolution, NHWC data, weight [kh, kw, in_channels / groups, out_channels].
+
+    Defined as: insert strides - 1 times `pad_value` between the input's values, pad that with `pad_value`,
+    and correlate with the kernel turned by 180 degrees. `padding` (top, left, bottom, right) is what the
+    operator cuts off the full result; `output_padding` (rows, columns) is added at the bottom and right.
+    """
+
+    family: ClassVar[str] = "conv2d_transpose"
+    plain_layout: ClassVar[str] = "HWIO"
+
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    output_padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    pad_value: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = (self.batch, self.height, self.width, self.in_channels, self.out_channels)
+        _require(
+            min(sizes + self.kernel + self.strides + self.dilation) >= 1, f"a size < 1 in {self}"
+        )
+        _require(min(self.padding + self.output_padding) >= 0, f"negative padding in {self}")
+        _require(
+            self.in_channels % self.groups == 0 and self.out_channels % self.groups == 0,
+            f"{self.groups} groups divide neither {self.in_channels} nor {self.out_channels} channels",
+        )
+        _require(
+            self.out_height >= 1 and self.out_width >= 1, f"padding cuts everything off: {self}"
+        )
+
+    @property
+    def groups_of_channels(self) -> int:
+        return self.groups
+
+    @property
+    def reduction(self) -> tuple[int, int]:
+        return self.kernel[0] * self.kernel[1], self.in_channels // self.groups
+
+    @property
+    def columns(self) -> int:
+        return self.out_channels // self.groups
+
+    @property
+    def out_height(self) -> int:
+        """Rows of the result."""
+        full = (self.height - 1) * self.strides[0] + self.dilation[0] * (self.kernel[0] - 1) + 1
+        return full - self.padding[0] - self.padding[2] + self.output_padding[0]
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the result."""
+        full = (self.width - 1) * self.strides[1] + self.dilation[1] * (self.kernel[1] - 1) + 1
+        return full - self.padding[1] - self.padding[3] + self.output_padding[1]
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """[batch, height, width, in_channels]."""
+        return (self.batch, self.height, self.width, self.in_channels)
+
+    @property
+    def plain_weight_shape(self) -> tuple[int, ...]:
+        return (*self.kernel, self.in_channels // self.groups, self.out_channels)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """[batch, out_height, out_width, out_channels]."""
+        return (self.batch, self.out_height, self.out_width, self.out_channels)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates that touch real input values, borders ignored."""
+        return self.batch * self.height * self.width * self.out_channels * self.reduction_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatmulSpec(WeightedSpec):
+    """data [rows, in_features] times weight [in_features, out_features].
+
+    int4 weights are stored as uint8 [ceil(in_features/2), out_features], row 2j in the low nibble.
+    """
+
+    family: ClassVar[str] = "matmul"
+    plain_layout: ClassVar[str] = "KN"
+
+    rows: int
+    in_features: int
+    out_features: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(min(self.rows, self.in_features, self.out_features) >= 1, f"a size < 1 in {self}")
+
+    @property
+    def reduction(self) -> tuple[int, int]:
+        return 1, self.in_features
+
+    @property
+    def columns(self) -> int:
+        return self.out_features
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """[rows, in_features]."""
+        return (self.rows, self.in_features)
+
+    @property
+    def plain_weight_shape(self) -> tuple[int, ...]:
+        return (self.in_features, self.out_features)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """[rows, out_features]."""
+        return (self.rows, self.out_features)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one call."""
+        return self.rows * self.in_features * self.out_features
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchMatmulSpec(KernelSpec):
+    """sum over k of (a - a_zero_point) * (b - b_zero_point), both operands known at run time only.
+
+    a [batch, rows, depth], b [batch or 1, depth, columns] ([.., columns, depth] with `transpose_b`),
+    result [batch, rows, columns].
+    """
+
+    family: ClassVar[str] = "batch_matmul"
+
+    batch: int
+    rows: int
+    depth: int
+    columns: int
+    b_batch: int = 0
+    """Batch of b: `batch` (0 means the same) or 1."""
+    a_dtype: str = "float32"
+    b_dtype: str = "float32"
+    acc_dtype: str = "float32"
+    a_zero_point: int = 0
+    b_zero_point: int = 0
+    transpose_b: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.b_batch:
+            object.__setattr__(self, "b_batch", self.batch)
+        _require(min(self.batch, self.rows, self.depth, self.columns) >= 1, f"a size < 1 in {self}")
+        _require(
+            self.b_batch in (1, self.batch), f"b_batch {self.b_batch} is neither 1 nor {self.batch}"
+        )
+        for dtype in (self.a_dtype, self.b_dtype):
+            _require(dtype in DATA_DTYPES, f"dtype {dtype!r} not in {DATA_DTYPES}")
+        floats = {self.a_dtype == "float32", self.b_dtype == "float32", self.acc_dtype == "float32"}
+        _require(len(floats) == 1, f"float32 and integers mixed in {self}")
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the sum is exact, in integers."""
+        return self.acc_dtype != "float32"
+
+    @property
+    def a_shape(self) -> tuple[int, int, int]:
+        """[batch, rows, depth]."""
+        return (self.batch, self.rows, self.depth)
+
+    @property
+    def b_shape(self) -> tuple[int, int, int]:
+        """[b_batch, depth, columns] or its transpose."""
+        if self.transpose_b:
+            return (self.b_batch, self.columns, self.depth)
+        return (self.b_batch, self.depth, self.columns)
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        """[batch, rows, columns]."""
+        return (self.batch, self.rows, self.columns)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one call."""
+        return self.batch * self.rows * self.depth * self.columns

@@ -1,0 +1,167 @@
+"""Reading one weight value inside a naive kernel, and the same in NumPy: every layout and code width."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .spec import KERNEL_ATTR, WeightedSpec
+
+if TYPE_CHECKING:
+    from tvm import te, tirx
+
+
+def weight_placeholders(spec: WeightedSpec) -> list[te.Tensor]:
+    """The weight argument and, group-wise, the scales [K/g, N] and zero points."""
+    from tvm import te
+
+    tensors = [te.placeholder(spec.weight_shape, spec.weight_storage_dtype, name="weight")]
+    if spec.group_size:
+        tensors.append(te.placeholder(spec.scales_shape, "float32", name="scales"))
+    if spec.group_zero_points:
+        tensors.append(te.placeholder(spec.scales_shape, "int8", name="zero_points"))
+    return tensors
+
+
+def weight_value(
+    spec: WeightedSpec,
+    tensors: list[te.Tensor],
+    tap: tuple[tirx.PrimExpr, ...],
+    kernel_width: int,
+    channel: tirx.PrimExpr,
+    column: tirx.PrimExpr,
+) -> tirx.PrimExpr:
+    """Decoded weight in the accumulator's dtype; `tap` is () or (ky, kx), `column` counts all groups."""
+    from tvm import tirx
+
+    weight = tensors[0]
+    channels = spec.reduction[1]
+    flat_tap = tap[0] * kernel_width + tap[1] if tap else 0
+    position = flat_tap * channels + channel
+    packed = spec.packed_layout
+    if packed is not None:
+        step_position = flat_tap * packed.tap_pitch(channels) + channel
+        step, lane = step_position // packed.group, step_position % packed.group
+        group, local = column // spec.columns, column % spec.columns
+        outer, inner = local // packed.width, local % packed.width
+        if spec.weight_dtype == "int4":
+            code = _nibble(weight[group, outer, step // 2, inner, lane], step % 2)
+        else:
+            code = weight[group, outer, step, inner, lane]
+    elif spec.weight_dtype == "int4":
+        code = _nibble(weight[position // 2, column], position % 2)
+    else:
+        code = weight[(*tap, channel, column)]
+    value = code.astype(spec.acc_dtype)
+    if spec.weight_zero_point:
+        value = value - tirx.const(spec.weight_zero_point, spec.acc_dtype)
+    if spec.group_size:
+        group_of_k = position // spec.group_size
+        if spec.group_zero_points:
+            value = value - tensors[2][group_of_k, column].astype("float32")
+        value = value * tensors[1][group_of_k, column]
+    return value
+
+
+def _nibble(byte: tirx.PrimExpr, which: tirx.PrimExpr) -> tirx.PrimExpr:
+    """Low (0) or high (1) nibble of a uint8, sign-extended: shift it to the top of a byte and back."""
+    from tvm import tirx
+
+    signed = byte.astype("int8")
+    low = tirx.shift_right(tirx.shift_left(signed, tirx.const(4, "int8")), tirx.const(4, "int8"))
+    high = tirx.shift_right(signed, tirx.const(4, "int8"))
+    return tirx.Select(which == 0, low, high)
+
+
+def kernel_attrs(spec: WeightedSpec) -> dict[str, str]:
+    """Annotation of the compute block by which the kernel is found after fusion."""
+    return {KERNEL_ATTR: spec.to_json()}
+
+
+def unpack_int4(codes: np.ndarray, count: int) -> np.ndarray:
+    """uint8 [ceil(K/2), N] => int8 [K, N], row 2j from the low nibble."""
+    both = np.stack([codes & 0xF, codes >> 4], axis=1).reshape(-1, codes.shape[1])[:count]
+    return ((both.astype(np.int8) ^ 8) - 8).astype(np.int8)
+
+
+def pack_int4(codes: np.ndarray) -> np.ndarray:
+    """int8 [K, N] in -8..7 => uint8 [ceil(K/2), N], inverse of `unpack_int4`."""
+    nibbles = codes.astype(np.uint8) & 0xF
+    if nibbles.shape[0] % 2:
+        nibbles = np.concatenate([nibbles, np.zeros_like(nibbles[:1])])
+    return (nibbles[0::2] | (nibbles[1::2] << 4)).astype(np.uint8)
+
+
+def weight_codes(spec: WeightedSpec, weight: np.ndarray) -> np.ndarray:
+    """Stored array in the plain layout => codes [groups, K, N], storage integers (int4 opened)."""
+    if spec.weight_dtype == "int4":
+        flat = unpack_int4(weight, spec.reduction_size)
+    else:
+        flat = weight.reshape(spec.reduction_size, -1)
+    return flat.reshape(spec.reduction_size, spec.groups_of_channels, spec.columns).transpose(
+        1, 0, 2
+    )
+
+
+def unpack_weight(spec: WeightedSpec, weight: np.ndarray) -> np.ndarray:
+    """Stored array in any layout => codes [groups, K, N]."""
+    packed = spec.packed_layout
+    if packed is None:
+        return weight_codes(spec, weight)
+    taps, channels = spec.reduction
+    if spec.weight_dtype == "int4":
+        both = np.stack([weight & 0xF, weight >> 4], axis=3)  # [G, O, S/2, 2, w, g]
+        both = both.reshape(*weight.shape[:2], -1, *weight.shape[3:])
+        weight = ((both.astype(np.int8) ^ 8) - 8).astype(np.int8)[
+            :, :, : packed.steps(taps, channels)
+        ]
+    # [G, O, S, w, g] -> [G, S, g, O, w] -> [G, S*g, O*w]
+    g, o, s, w, k = weight.shape
+    flat = weight.transpose(0, 2, 4, 1, 3).reshape(g, s * k, o * w)[:, :, : spec.columns]
+    pitch = packed.tap_pitch(channels)
+    return (
+        flat[:, : taps * pitch]
+        .reshape(g, taps, pitch, -1)[:, :, :channels]
+        .reshape(g, taps * channels, -1)
+    )
+
+
+def decode_weight(
+    spec: WeightedSpec,
+    weight: np.ndarray,
+    scales: np.ndarray | None = None,
+    zero_points: np.ndarray | None = None,
+) -> np.ndarray:
+    """Stored weight of any layout => float64 values [groups, K, N]."""
+    values = unpack_weight(spec, weight).astype(np.float64) - spec.weight_zero_point
+    if spec.group_size:
+        assert scales is not None
+        index = np.arange(spec.reduction_size) // spec.group_size
+        shape = (spec.reduction_size, spec.groups_of_channels, spec.columns)
+        if zero_points is not None:
+            values -= zero_points[index].reshape(shape).transpose(1, 0, 2)
+        values *= scales[index].astype(np.float64).reshape(shape).transpose(1, 0, 2)
+    return values
+
+
+def pack_codes(spec: WeightedSpec, codes: np.ndarray, layout: str) -> np.ndarray:
+    """Codes [groups, K, N] => the array `spec.replace(weight_layout=layout)` reads."""
+    packed = spec.replace(weight_layout=layout).packed_layout
+    assert packed is not None
+    taps, channels = spec.reduction
+    groups, _, columns = codes.shape
+    pitch, steps = packed.tap_pitch(channels), packed.steps(taps, channels)
+    blocks = -(-columns // packed.width)
+    flat = np.zeros((groups, taps, pitch, columns), codes.dtype)
+    flat[:, :, :channels] = codes.reshape(groups, taps, channels, columns)
+    full = np.zeros((groups, steps * packed.group, blocks * packed.width), codes.dtype)
+    full[:, : taps * pitch, :columns] = flat.reshape(groups, taps * pitch, columns)
+    # [G, S*g, O*w] -> [G, S, g, O, w] -> [G, O, S, w, g]
+    array = full.reshape(groups, steps, packed.group, blocks, packed.width).transpose(0, 3, 1, 4, 2)
+    if spec.weight_dtype == "int4":
+        nibbles = array.astype(np.uint8) & 0xF
+        if steps % 2:
+            nibbles = np.concatenate([nibbles, np.zeros_like(nibbles[:, :, :1])], axis=2)
+        return np.ascontiguousarray(nibbles[:, :, 0::2] | (nibbles[:, :, 1::2] << 4))
+    return np.ascontiguousarray(array)
