@@ -1,0 +1,93 @@
+"""Progress of long steps: the flow says what it does, somebody may show it.
+
+The flow never prints. It calls a `Progress`; the command line gives one that draws bars with the
+time left on standard error, the API by default one that shows nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichBar
+
+T = TypeVar("T")
+
+SILENT_SECONDS = 2.0  # nothing is drawn for work shorter than this
+
+
+class Progress:
+    """Shows nothing. The base of `TerminalProgress` and of a caller's own."""
+
+    @contextmanager
+    def step(self, label: str) -> Iterator[None]:
+        """Around one step of the flow whose length is not known in advance."""
+        yield
+
+    def track(self, items: Iterable[T], label: str, total: int) -> Iterator[T]:
+        """Yield `items`, `total` in number, and show how far this is and how long it will take."""
+        yield from items
+
+    def note(self, message: str) -> None:
+        """One line that stays on the screen."""
+
+
+class TerminalProgress(Progress):
+    """Bars with ETA on a terminal; on a pipe or in a log one line for each finished step."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        from rich.console import Console
+
+        self._stream = stream or sys.stderr
+        self._console = Console(file=self._stream, highlight=False)
+
+    @contextmanager
+    def step(self, label: str) -> Iterator[None]:
+        started = time.perf_counter()
+        with self._bar() as bar:
+            bar.add_task(label, total=None)
+            yield
+        self._finished(label, time.perf_counter() - started)
+
+    def track(self, items: Iterable[T], label: str, total: int) -> Iterator[T]:
+        started = time.perf_counter()
+        with self._bar() as bar:
+            task = bar.add_task(label, total=total)
+            for item in items:
+                yield item
+                bar.advance(task)
+        self._finished(label, time.perf_counter() - started, f"{total} samples")
+
+    def note(self, message: str) -> None:
+        self._console.print(message, markup=False)
+
+    def _finished(self, label: str, seconds: float, detail: str = "") -> None:
+        if seconds >= SILENT_SECONDS:
+            self.note(f"  {label:<38}{seconds:7.1f} s  {detail}".rstrip())
+
+    def _bar(self) -> RichBar:
+        from rich.progress import (
+            BarColumn,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as RichBar
+
+        return RichBar(
+            SpinnerColumn(),
+            TextColumn("{task.description:<38}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
