@@ -94,17 +94,18 @@ def requantize(
 ) -> tirx.PrimFunc:
     """(acc, bias, multiplier[, exponent]) -> clamp(scale(acc + bias) + zero_point).
 
-    bias int32 (acc_dtype when that is int64), multiplier float32 (rule float32) or int32 with int32
+    bias int32 (int64 when acc_dtype is), multiplier float32 (rule float32) or int32 with int32
     exponent (rule tflite), all of `constant_shape`.
     """
+    wide = "int64" if acc_dtype == "int64" else "int32"
     acc = te.placeholder(shape, acc_dtype, name="acc")
-    bias = te.placeholder(constant_shape, acc_dtype, name="bias")
+    bias = te.placeholder(constant_shape, wide, name="bias")
     low, high = bounds
     if rule == "float32":
         mult = te.placeholder(constant_shape, "float32", name="multiplier")
 
         def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
-            scaled = scale_float32(acc[i] + at(bias, i), at(mult, i))
+            scaled = scale_float32(acc[i].astype(wide) + at(bias, i), at(mult, i))
             scaled = _clamp(
                 scaled, _const(low - zero_point, "float32"), _const(high - zero_point, "float32")
             )
@@ -116,7 +117,7 @@ def requantize(
         exponent = te.placeholder(constant_shape, "int32", name="exponent")
 
         def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
-            total = acc[i] + at(bias, i)
+            total = acc[i].astype(wide) + at(bias, i)
             scaled = multiply_by_quantized_multiplier(total, at(mult, i), at(exponent, i))
             scaled = scaled + _const(zero_point, "int32")
             return _clamp(scaled, _const(low, "int32"), _const(high, "int32")).astype(dtype)
@@ -135,10 +136,12 @@ def requantize_sum(
     zero_point: int,
     bounds: tuple[int, int],
     dtype: str,
+    offset_shape: Sequence[int] = (1,),
 ) -> tirx.PrimFunc:
-    """(x0, bias0, mult0, x1, bias1, mult1, ...) -> clamp(round(Σ (x+b)*m) + zero_point), rule float32.
+    """(x0, bias0, mult0, x1, bias1, mult1, ..., offset) -> clamp(round(Σ (x+b)*m + o) + zero_point).
 
-    The terms are accumulators (int32) or codes (int8/int16); mult holds m * 2^SUM_FRACTION_BITS.
+    Rule float32. The terms are accumulators (int32) or codes (int8/int16); mult and the int32 offset
+    hold their reals times 2^SUM_FRACTION_BITS.
     """
     terms = [
         (
@@ -150,10 +153,11 @@ def requantize_sum(
             zip(term_dtypes, constant_shapes, strict=True)
         )
     ]
+    offset = te.placeholder(offset_shape, "int32", name="offset")
     limit = _const(float(SUM_TERM_LIMIT), "float32")
 
     def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
-        total = _const(1 << (SUM_FRACTION_BITS - 1), "int32")
+        total = at(offset, i) + _const(1 << (SUM_FRACTION_BITS - 1), "int32")
         for x, bias, mult in terms:
             fixed = scale_float32(x[i].astype("int32") + at(bias, i), at(mult, i))
             total = total + _clamp(fixed, _const(-float(SUM_TERM_LIMIT), "float32"), limit).astype(
@@ -163,8 +167,8 @@ def requantize_sum(
         return _clamp(rounded, _const(bounds[0], "int32"), _const(bounds[1], "int32")).astype(dtype)
 
     out = te.compute(shape, compute, name="requantize_sum")
-    inputs = [tensor for term in terms for tensor in term]
-    roles = ["data", "bias", "scales"] * len(terms)
+    inputs = [*(tensor for term in terms for tensor in term), offset]
+    roles = [*["data", "bias", "scales"] * len(terms), "bias"]
     return make_prim_func("requantize_sum", inputs, out, roles, BROADCAST)
 
 

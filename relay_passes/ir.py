@@ -1,0 +1,61 @@
+"""Small helpers over Relax IR (TVM 0.27), shared by the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tvm
+from tvm import relax
+
+
+def op_name(expr: tvm.ir.Expr) -> str | None:
+    """`"relax.nn.conv2d"` for a call of that operator, `None` for anything else."""
+    if isinstance(expr, tvm.ir.Call) and isinstance(expr.op, tvm.ir.Op):
+        return str(expr.op.name)
+    return None
+
+
+def constant(expr: tvm.ir.Expr) -> np.ndarray | None:
+    """The array of a Relax constant, `None` for anything else."""
+    if isinstance(expr, tvm.ir.GenericConst):
+        return expr.value.numpy()
+    return None
+
+
+def array_const(array: np.ndarray | np.generic) -> tvm.ir.GenericConst:
+    """A Relax constant of the array's own dtype (`relax.const` alone narrows int64 and float64)."""
+    return relax.const(np.array(array, order="C"), str(array.dtype))
+
+
+def shape_of(expr: tvm.ir.Expr) -> tuple[int, ...] | None:
+    """Static shape of a tensor expression, `None` when unknown or not a tensor."""
+    shape = getattr(expr.ty, "shape", None)
+    values = getattr(shape, "values", None)
+    if values is None:
+        return None
+    dims = [getattr(value, "value", None) for value in values]
+    if any(not isinstance(dim, int) for dim in dims):
+        return None
+    return tuple(int(dim) for dim in dims)  # type: ignore[arg-type]
+
+
+def dtype_of(expr: tvm.ir.Expr) -> str:
+    """Element type of a tensor expression."""
+    return str(expr.ty.dtype)
+
+
+def ints(values: Sequence[object]) -> tuple[int, ...]:
+    """Attribute list (IntImm, int) => plain ints."""
+    return tuple(int(value) for value in values)  # type: ignore[call-overload]
+
+
+def bindings(function: relax.Function) -> Iterator[relax.VarBinding]:
+    """Variable bindings of all blocks at the function's top level, in order."""
+    for block in function.body.blocks:
+        yield from block.bindings
+
+
+def renormalise_perm(rank: int) -> tuple[int, ...]:
+    """The identity permutation of `rank` axes."""
+    return tuple(range(rank))

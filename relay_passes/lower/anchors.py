@@ -1,0 +1,330 @@
+"""Convolutions and matrix products.
+
+    conv2d(dq(x), dq(w)) => (Σ x*w - z_x*Σw) * s_x*s_w       exact integers
+
+The kernel sums raw codes with the input's zero point as padding; `- z_x*Σw` joins the bias. Data goes
+channels-last. The accumulator is int32 when the weights prove that no sum can leave it, else int64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import tvm
+from tvm import relax, tirx
+
+from ...schedules import BatchMatmulSpec, Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, prim_func
+from ...schedules.prim import ROLES_ATTR
+from .. import ir
+from .context import Lowering
+from .values import Accumulator, Constant, Dequantised, Tensor, Value
+
+# Room left in the accumulator for the bias and the zero-point term, which are checked on their own.
+INT32_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A constant weight in kernel order: values or codes [.., K.., N], channels last.
+
+    `scale` is one float per output channel (or one in all) to be applied behind the sum; group-wise
+    encodings carry `group_scales` [K/g, N] that the kernel applies.
+    """
+
+    values: np.ndarray
+    dtype: str
+    scale: np.ndarray | None = None
+    zero_point: int = 0
+    group_size: int = 0
+    group_scales: np.ndarray | None = None
+    group_zero_points: np.ndarray | None = None
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.scale is not None
+
+    def centred(self) -> np.ndarray:
+        """Codes less their zero point, int64."""
+        return self.values.astype(np.int64) - self.zero_point
+
+
+def to_kernel_order(array: np.ndarray, layout: str, wanted: str) -> np.ndarray:
+    """Transpose a weight by the letters of its layout."""
+    return np.ascontiguousarray(array.transpose([layout.index(letter) for letter in wanted]))
+
+
+def weight_of(ctx: Lowering, expr: tvm.ir.Expr, layout: str, wanted: str) -> Weight | None:
+    """The constant weight of an anchor in `wanted` order; None when it is not constant."""
+    constant = ctx.value(expr)
+    if not isinstance(constant, Constant):
+        return None
+    if constant.encoding is not None:
+        return _group_weight(constant, layout, wanted)
+    codes, scale, zero_point = constant.codes, constant.scale, constant.zero_point
+    usable = (
+        codes is not None
+        and scale is not None
+        and zero_point is not None
+        and str(codes.dtype) in ("int8", "uint8", "int16")
+        and (scale.size == 1 or layout[constant.axis] == "O")
+        and np.all(zero_point == zero_point.flat[0])
+    )
+    if not usable:
+        values = to_kernel_order(constant.array.astype(np.float32), layout, wanted)
+        return Weight(values, "float32")
+    assert codes is not None and zero_point is not None
+    ordered = to_kernel_order(codes, layout, wanted)
+    return Weight(ordered, str(codes.dtype), scale, int(zero_point.flat[0]))
+
+
+def _group_weight(constant: Constant, layout: str, wanted: str) -> Weight | None:
+    from ..encodings import GroupWise
+
+    encoding = constant.encoding
+    assert isinstance(encoding, GroupWise)
+    return encoding.as_kernel_weight(layout, wanted)
+
+
+def accumulator_dtype(data: Tensor, weight: Weight, extra: np.ndarray) -> str:
+    """int32 when max|x| * Σ|w| (and with the constant terms) provably fits, else int64."""
+    info = np.iinfo(data.dtype)
+    largest = max(abs(int(info.min)), int(info.max))
+    axes = tuple(range(weight.values.ndim - 1))
+    bound = largest * np.abs(weight.centred()).sum(axis=axes) + np.abs(extra)
+    return "int32" if int(bound.max()) <= INT32_LIMIT else "int64"
+
+
+def _scale_bias(
+    data: Tensor, weight: Weight, channel_shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Real scale s_x*s_w and the constant -z_x*Σw, both per output channel."""
+    assert data.quant is not None and weight.scale is not None
+    axes = tuple(range(weight.values.ndim - 1))
+    scale = np.float64(data.quant.scale) * weight.scale.astype(np.float64)
+    bias = -data.quant.zero_point * weight.centred().sum(axis=axes)
+    return (
+        scale.reshape(channel_shape if scale.size > 1 else (1,) * len(channel_shape)),
+        bias.reshape(channel_shape),
+    )
+
+
+def _with_roles(func: tirx.PrimFunc, inputs: int) -> tirx.PrimFunc:
+    if ROLES_ATTR in func.attrs:
+        return func
+    return func.with_attr(ROLES_ATTR, ["data", "weights", "scales", "scales"][:inputs])
+
+
+def _arguments(data: tvm.ir.Expr, weight: Weight) -> list[tvm.ir.Expr | np.ndarray]:
+    arguments: list[tvm.ir.Expr | np.ndarray] = [data, weight.values]
+    if weight.group_scales is not None:
+        arguments.append(weight.group_scales)
+        if weight.group_zero_points is not None:
+            arguments.append(weight.group_zero_points)
+    return arguments
+
+
+def _weight_fields(weight: Weight) -> dict[str, object]:
+    return {
+        "weight_dtype": weight.dtype,
+        "weight_zero_point": weight.zero_point,
+        "group_size": weight.group_size,
+        "group_zero_points": weight.group_zero_points is not None,
+    }
+
+
+def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
+    """conv1d / conv2d, plain or transposed, with a constant weight."""
+    attrs = call.attrs
+    rank = 3 if "1d" in (ir.op_name(call) or "") else 4
+    transposed = "transpose" in (ir.op_name(call) or "")
+    layout, kernel_layout = str(attrs.data_layout), str(attrs.kernel_layout)
+    space = "HW" if rank == 4 else "W"
+    if set(layout) != set(f"NC{space}") or set(kernel_layout) != set(f"OI{space}"):
+        return ctx.no(f"layout {layout}/{kernel_layout}")
+    if str(attrs.out_layout or layout) != layout:
+        return ctx.no(f"output layout {attrs.out_layout} differs from {layout}")
+    groups = int(attrs.groups)
+    weight = weight_of(ctx, call.args[1], kernel_layout, f"{space}IO")
+    if weight is None:
+        return ctx.no("weight is computed at run time")
+    if transposed and groups > 1:
+        weight = None if weight.group_size else _transposed_groups(weight, groups)
+        if weight is None:
+            return ctx.no("grouped transposed convolution with group-wise weights")
+    source = ctx.value(call.args[0])
+    integer = isinstance(source, Dequantised) and weight.is_quantised and not weight.group_size
+    data = source.codes if integer and isinstance(source, Dequantised) else ctx.as_float(call.args[0])
+    perm = tuple(layout.index(letter) for letter in f"N{space}C")
+    data = ctx.permuted(data, perm, f"{name}.nhwc")
+    strides, dilation, padding = ir.ints(attrs.strides), ir.ints(attrs.dilation), ir.ints(attrs.padding)
+    values = weight.values
+    if rank == 3:
+        n, width, channels = data.physical_shape
+        shape4 = (n, 1, width, channels)
+        data_expr = ctx.reshape(data.expr, shape4, f"{name}.rows")
+        strides, dilation = (1, *strides), (1, *dilation)
+        padding = (0, padding[0], 0, padding[1])
+        values = values[None]
+    else:
+        shape4, data_expr = data.physical_shape, data.expr
+    weight = replace(weight, values=values)
+    out_channels = _out_channels(call, kernel_layout, groups, transposed)
+    channel_shape = tuple(out_channels if letter == "C" else 1 for letter in layout)
+    common = dict(
+        batch=shape4[0], height=shape4[1], width=shape4[2], in_channels=shape4[3],
+        out_channels=out_channels, kernel=_kernel_hw(call, kernel_layout), strides=strides,
+        padding=padding, dilation=dilation, groups=groups, **_weight_fields(weight),
+    )  # fmt: skip
+    if transposed:
+        out_padding = ir.ints(attrs.output_padding)
+        common["output_padding"] = (0, *out_padding) if rank == 3 else out_padding
+    family = Conv2dTransposeSpec if transposed else Conv2dSpec
+    if integer:
+        assert data.quant is not None
+        scale, bias = _scale_bias(data, weight, channel_shape)
+        common |= dict(
+            data_dtype=data.dtype, acc_dtype=accumulator_dtype(data, weight, bias.ravel()),
+            pad_value=data.quant.zero_point,
+        )  # fmt: skip
+    spec = family(**common)
+    func = _with_roles(prim_func(spec), len(_arguments(data_expr, weight)))
+    expr = ctx.kernel(
+        func, _arguments(data_expr, weight), spec.output_shape, spec.acc_dtype, name,
+        "depthwise_conv2d" if getattr(spec, "is_depthwise", False) else spec.family,
+    )  # fmt: skip
+    by_letter = {"N": spec.output_shape[0], "H": spec.output_shape[1], "W": spec.output_shape[2],
+                 "C": spec.output_shape[3]}  # fmt: skip
+    logical = tuple(by_letter[letter] for letter in layout)
+    if integer:
+        return Accumulator(Tensor(expr, logical, spec.acc_dtype, perm), scale, bias, layer=name)
+    return _float_result(ctx, name, Tensor(expr, logical, "float32", perm), weight)
+
+
+def _kernel_hw(call: tvm.ir.Call, kernel_layout: str) -> tuple[int, int]:
+    shape = ir.shape_of(call.args[1])
+    assert shape is not None
+    height = shape[kernel_layout.index("H")] if "H" in kernel_layout else 1
+    return (height, shape[kernel_layout.index("W")])
+
+
+def _out_channels(call: tvm.ir.Call, kernel_layout: str, groups: int, transposed: bool) -> int:
+    shape = ir.shape_of(call.args[1])
+    assert shape is not None
+    channels = shape[kernel_layout.index("O")]
+    return channels * groups if transposed else channels
+
+
+def _transposed_groups(weight: Weight, groups: int) -> Weight:
+    """Transposed convolution weights are [.., I, O/groups]; kernels want [.., I/groups, O]."""
+    *space, channels, per_group = weight.values.shape
+    split = weight.values.reshape(*space, groups, channels // groups, per_group)
+    values = np.moveaxis(split, len(space), -2).reshape(*space, channels // groups, groups * per_group)
+    scale = weight.scale
+    if scale is not None and scale.size > 1:
+        scale = np.tile(scale, groups)
+    return Weight(np.ascontiguousarray(values), weight.dtype, scale, weight.zero_point)
+
+
+def _float_result(ctx: Lowering, name: str, tensor: Tensor, weight: Weight) -> Tensor:
+    """Float sums of codes still need the per-channel scale; plain float sums are the result."""
+    if weight.scale is None or weight.group_size:
+        return tensor
+    # Channels are the last physical axis.
+    scale = weight.scale.astype(np.float32)
+    expr = ctx.emit(relax.op.multiply(tensor.expr, relax.const(scale)), f"{name}.scaled")
+    return Tensor(expr, tensor.shape, "float32", tensor.perm)
+
+
+def matmul(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
+    """[.., M, K] x constant [K, N], or a batched product of two activations."""
+    left_shape, right_shape = ir.shape_of(call.args[0]), ir.shape_of(call.args[1])
+    if left_shape is None or right_shape is None or min(len(left_shape), len(right_shape)) < 2:
+        return ctx.no("vector or dynamic operand")
+    if isinstance(ctx.value(call.args[1]), Constant) and len(right_shape) == 2:
+        return _matmul_constant(ctx, name, call, left_shape, right_shape)
+    return _matmul_activations(ctx, name, call, left_shape, right_shape)
+
+
+def _matmul_constant(
+    ctx: Lowering, name: str, call: tvm.ir.Call, left_shape: tuple[int, ...], right_shape: tuple[int, ...]
+) -> Value | None:
+    weight = weight_of(ctx, call.args[1], "IO", "IO")
+    assert weight is not None
+    source = ctx.value(call.args[0])
+    integer = isinstance(source, Dequantised) and weight.is_quantised and not weight.group_size
+    data = source.codes if integer and isinstance(source, Dequantised) else ctx.as_float(call.args[0])
+    rank = len(left_shape)
+    data = ctx.permuted(data, ir.renormalise_perm(rank), f"{name}.rows")
+    rows = int(np.prod(left_shape[:-1]))
+    features, columns = left_shape[-1], right_shape[1]
+    data_expr = ctx.reshape(data.expr, (rows, features), f"{name}.rows")
+    logical = (*left_shape[:-1], columns)
+    fields: dict = dict(rows=rows, in_features=features, out_features=columns, **_weight_fields(weight))
+    if integer:
+        assert data.quant is not None
+        scale, bias = _scale_bias(data, weight, (1,) * (rank - 1) + (columns,))
+        fields |= dict(
+            data_dtype=data.dtype, acc_dtype=accumulator_dtype(data, weight, bias.ravel())
+        )
+    spec = MatmulSpec(**fields)
+    func = _with_roles(prim_func(spec), len(_arguments(data_expr, weight)))
+    arguments = _arguments(data_expr, weight)
+    expr = ctx.kernel(func, arguments, (rows, columns), spec.acc_dtype, name, "matmul")
+    perm = ir.renormalise_perm(rank)
+    if integer:
+        return Accumulator(Tensor(expr, logical, spec.acc_dtype, perm), scale, bias, layer=name)
+    result = _float_result(ctx, name, Tensor(expr, (rows, columns), "float32", (0, 1)), weight)
+    return Tensor(ctx.reshape(result.expr, logical, f"{name}.view"), logical, "float32", perm)
+
+
+def _matmul_activations(
+    ctx: Lowering, name: str, call: tvm.ir.Call, left_shape: tuple[int, ...], right_shape: tuple[int, ...]
+) -> Value | None:
+    left, right = (ctx.value(argument) for argument in call.args)
+    integer = isinstance(left, Dequantised) and isinstance(right, Dequantised)
+    batch_shape = np.broadcast_shapes(left_shape[:-2], right_shape[:-2])
+    batch = int(np.prod(batch_shape))
+    right_batch = int(np.prod(right_shape[:-2]))
+    if batch_shape != left_shape[:-2] or right_batch not in (1, batch):
+        return ctx.no("broadcast batch dimensions")
+    if isinstance(left, Dequantised) and isinstance(right, Dequantised):
+        a, b = left.codes, right.codes
+    else:
+        a, b = (ctx.as_float(argument) for argument in call.args)
+    a = ctx.permuted(a, ir.renormalise_perm(len(left_shape)), f"{name}.a")
+    b = ctx.permuted(b, ir.renormalise_perm(len(right_shape)), f"{name}.b")
+    rows, depth, columns = left_shape[-2], left_shape[-1], right_shape[-1]
+    fields: dict = dict(
+        batch=batch, rows=rows, depth=depth, columns=columns, b_batch=right_batch,
+        a_dtype=a.dtype, b_dtype=b.dtype,
+    )  # fmt: skip
+    scale = np.ones(())
+    if integer:
+        assert a.quant is not None and b.quant is not None
+        spans = [
+            max(abs(bound - t.quant.zero_point) for bound in t.quant.bounds)  # type: ignore[union-attr]
+            for t in (a, b)
+        ]
+        fields |= dict(
+            acc_dtype="int32" if depth * spans[0] * spans[1] <= INT32_LIMIT else "int64",
+            a_zero_point=a.quant.zero_point, b_zero_point=b.quant.zero_point,
+        )  # fmt: skip
+        scale = np.array(np.float64(a.quant.scale) * np.float64(b.quant.scale))
+    spec = BatchMatmulSpec(**fields)
+    func = _with_roles(prim_func(spec), 2).with_attr(ROLES_ATTR, ["data", "data"])
+    arguments = [
+        ctx.reshape(a.expr, spec.a_shape, f"{name}.a"), ctx.reshape(b.expr, spec.b_shape, f"{name}.b"),
+    ]  # fmt: skip
+    expr = ctx.kernel(func, arguments, spec.output_shape, spec.acc_dtype, name, "batch_matmul")
+    logical = (*batch_shape, rows, columns)
+    perm = ir.renormalise_perm(len(logical))
+    if integer:
+        sums = Tensor(expr, logical, spec.acc_dtype, perm)
+        return Accumulator(sums, scale, np.zeros((), np.int64), layer=name)
+    return Tensor(ctx.reshape(expr, logical, f"{name}.view"), logical, "float32", perm)
+
+
+HANDLERS = {f"relax.nn.{name}": conv for name in ("conv1d", "conv2d", "conv1d_transpose", "conv2d_transpose")} | {
+    "relax.matmul": matmul,
+}

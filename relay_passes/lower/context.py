@@ -1,0 +1,503 @@
+"""State of one lowering: where every variable stands, and the few ways to move between forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import tvm
+from tvm import relax, tirx
+
+from ...errors import ModelError
+from ...schedules import requantize as requantize_kernels
+from ...schedules.prim import ROLES_ATTR
+from ...schedules.table import table_lookup
+from .. import ir
+from ..numerics import requantize as rules
+from .values import (
+    Accumulator,
+    Concat,
+    Constant,
+    Dequantised,
+    Lazy,
+    Many,
+    Other,
+    QuantParams,
+    Sum,
+    Tensor,
+    Unary,
+    Value,
+)
+
+# Operators that may run on any physical order as long as all operands share it.
+ELEMENTWISE_OPS = frozenset(
+    f"relax.{name}"
+    for name in (
+        "abs add ceil clip cos divide erf exp floor log maximum minimum multiply negative power round "
+        "rsqrt sigmoid sign sin sqrt square subtract tanh astype greater greater_equal less less_equal "
+        "equal where nn.relu nn.relu6 nn.leakyrelu nn.gelu nn.gelu_tanh nn.silu nn.softplus"
+    ).split()
+)
+
+
+class Lowering:
+    """Walks `main` once; handlers turn one call into a `Value` (None = no integer form)."""
+
+    def __init__(self, builder: relax.BlockBuilder, rule: rules.Rule, handlers: dict) -> None:
+        self.bb = builder
+        self.rule = rule
+        self.handlers: dict[str, Callable[..., Value | None]] = handlers
+        self.env: dict[tvm.ir.Expr, Value] = {}
+        self.origin: dict[tvm.ir.Expr, tvm.ir.Call] = {}
+        self.floats: dict[tvm.ir.Expr, Tensor] = {}
+        self.left_float: list[dict[str, str]] = []
+        self.reason: str | None = None
+
+    # Values ------------------------------------------------------------------------------------
+
+    def value(self, expr: tvm.ir.Expr) -> Value:
+        """What is known about an argument."""
+        if expr in self.env:
+            return self.env[expr]
+        if isinstance(expr, relax.Tuple):
+            return Many(tuple(self.value(field) for field in expr.fields))
+        array = ir.constant(expr)
+        if array is not None:
+            return Constant(array, expr)
+        return Other(expr)
+
+    def bind(self, var: relax.Var, call: tvm.ir.Call) -> None:
+        """Lower one binding `var = call`."""
+        self.origin[var] = call
+        self.reason = None
+        handler = self.handlers.get(ir.op_name(call) or "")
+        value = handler(self, var.name, call) if handler else None
+        if value is None:
+            value = self.fallback(var, call)
+        self.env[var] = value
+
+    def no(self, reason: str) -> None:
+        """A handler's way out: no integer form, and why."""
+        self.reason = reason
+
+    # Emission ----------------------------------------------------------------------------------
+
+    def emit(self, expr: tvm.ir.Expr, name: str) -> relax.Var:
+        return self.bb.emit(expr, name_hint=name)
+
+    def kernel(
+        self,
+        func: tirx.PrimFunc,
+        arguments: Sequence[tvm.ir.Expr | np.ndarray],
+        shape: Sequence[int],
+        dtype: str,
+        name: str,
+        hint: str,
+    ) -> relax.Var:
+        """Call a naive kernel; arrays become constants."""
+        global_var = self.bb.add_func(func, hint)
+        args = [relax.const(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        if len(args) != len(func.attrs[ROLES_ATTR]):
+            raise AssertionError(f"{hint}: {len(args)} arguments")
+        out_type = relax.TensorType([int(dim) for dim in shape], dtype)
+        return self.emit(relax.call_tir(global_var, relax.Tuple(args), out_ty=out_type), name)
+
+    def permuted(self, tensor: Tensor, perm: tuple[int, ...], name: str = "transposed") -> Tensor:
+        """The same tensor in another physical order."""
+        if tensor.perm == perm:
+            return tensor
+        shape = tuple(tensor.shape[axis] for axis in perm)
+        if [a for a in tensor.perm if tensor.shape[a] != 1] == [
+            a for a in perm if tensor.shape[a] != 1
+        ]:
+            expr = self.reshape(tensor.expr, shape, name)
+        else:
+            axes = [tensor.perm.index(axis) for axis in perm]
+            expr = self.emit(relax.op.permute_dims(tensor.expr, axes), name)
+        return replace(tensor, expr=expr, perm=perm)
+
+    def reshape(self, expr: tvm.ir.Expr, shape: Sequence[int], name: str) -> tvm.ir.Expr:
+        """Free: the VM makes a view."""
+        if ir.shape_of(expr) == tuple(shape):
+            return expr
+        return self.emit(relax.op.reshape(expr, [int(dim) for dim in shape]), name)
+
+    # Floats ------------------------------------------------------------------------------------
+
+    def as_float(self, expr: tvm.ir.Expr) -> Tensor:
+        """The real-valued tensor of a form-F expression, in whatever physical order is at hand."""
+        if expr in self.floats:
+            return self.floats[expr]
+        value = self.value(expr)
+        name = getattr(expr, "name", "constant")
+        if isinstance(value, Tensor):
+            return value
+        if isinstance(value, Constant):
+            rank = value.array.ndim
+            return Tensor(value.expr, value.array.shape, str(value.array.dtype), ir.renormalise_perm(rank))
+        if isinstance(value, Dequantised):
+            tensor = self.dequantised(value, name)
+        elif isinstance(value, Accumulator):
+            tensor = self.dequantised_accumulator(value, name)
+        elif expr in self.origin:
+            lowered = self.fallback(expr, self.origin[expr], record=False)
+            if not isinstance(lowered, Tensor):
+                raise ModelError(f"{name}: expected a tensor")
+            tensor = lowered
+        else:
+            raise ModelError(f"{name}: expected a tensor, got {value}")
+        self.floats[expr] = tensor
+        return tensor
+
+    def dequantised(self, value: Dequantised, name: str) -> Tensor:
+        codes = value.codes
+        assert codes.quant is not None
+        shape = codes.physical_shape
+        func = requantize_kernels.dequantize(shape, codes.dtype, (1,))
+        arguments = [
+            codes.expr,
+            np.array([-codes.quant.zero_point], np.int32),
+            np.array([codes.quant.scale], np.float32),
+        ]
+        expr = self.kernel(func, arguments, shape, "float32", f"{name}.float", "dequantize")
+        return replace(codes, expr=expr, dtype="float32", quant=None)
+
+    def dequantised_accumulator(self, value: Accumulator, name: str) -> Tensor:
+        sums = value.sums
+        physical = ir.shape_of(sums.expr)
+        assert physical is not None
+        bias = self.constant_for(sums, np.asarray(value.bias, np.int64))
+        scale = self.constant_for(sums, np.asarray(value.scale, np.float64)).astype(np.float32)
+        bias, scale = _same_shape(bias, scale)
+        wide = np.int64 if sums.dtype == "int64" else np.int32
+        func = requantize_kernels.dequantize(physical, sums.dtype, scale.shape)
+        expr = self.kernel(
+            func, [sums.expr, bias.astype(wide), scale], physical, "float32", f"{name}.float", "dequantize"
+        )
+        if value.is_clamped:
+            expr = self.emit(relax.op.clip(expr, *value.clamp), f"{name}.clipped")
+        expr = self.reshape(expr, sums.physical_shape, f"{name}.view")
+        return replace(sums, expr=expr, dtype="float32", quant=None)
+
+    def native(self, expr: tvm.ir.Expr) -> tvm.ir.Expr:
+        """The expression in graph form's own order and dtype, for an operator that stays as it is."""
+        value = self.value(expr)
+        if isinstance(value, Other):
+            return self.rebuilt(value.expr)
+        if isinstance(value, Constant):
+            return value.expr
+        tensor = value if isinstance(value, Tensor) else self.as_float(expr)
+        identity = ir.renormalise_perm(len(tensor.shape))
+        return self.permuted(tensor, identity, f"{getattr(expr, 'name', 'x')}.native").expr
+
+    def rebuilt(self, expr: tvm.ir.Expr) -> tvm.ir.Expr:
+        """Tuples of variables with each field lowered; anything else as it is."""
+        if isinstance(expr, relax.Tuple):
+            return relax.Tuple([self.native(field) for field in expr.fields])
+        return expr
+
+    def fallback(
+        self, var: relax.Var, call: tvm.ir.Expr, record: bool = True
+    ) -> Tensor | Other:
+        """The operator as it is, on real-valued operands.
+
+        Element-wise operators keep the operands' physical order. Recorded as left in float when an
+        operand was quantised.
+        """
+        name = var.name
+        arguments = list(call.args) if isinstance(call, tvm.ir.Call) else []
+        operator = ir.op_name(call)
+        quantised = [
+            a for a in _leaves(arguments)
+            if isinstance(self.value(a), (Dequantised, Unary, Accumulator, Sum, Concat, Lazy))
+        ]
+        if record and quantised:
+            reason = self.reason or "no integer form"
+            self.left_float.append({"name": name, "op": operator or "call", "reason": reason})
+        shape = ir.shape_of(var)
+        perm = None
+        if operator in ELEMENTWISE_OPS and shape is not None:
+            perm = self._common_perm(arguments, shape)
+        if perm is not None:
+            lowered = [self._in_perm(a, perm, shape) for a in arguments]
+            expr = self._renew(call, lowered, name)
+            return Tensor(expr, shape, ir.dtype_of(var), perm)
+        if isinstance(call, tvm.ir.Call):
+            expr = self._renew(call, [self.native(a) for a in arguments], name)
+        elif isinstance(call, relax.TupleGetItem):
+            expr = self.emit(relax.TupleGetItem(self.native(call.tuple_value), call.index), name)
+        else:
+            expr = self.emit(self.rebuilt(self.native(call)), name)
+        if shape is None:
+            return Other(expr)
+        return Tensor(expr, shape, ir.dtype_of(var), ir.renormalise_perm(len(shape)))
+
+    def _renew(self, call: tvm.ir.Call, arguments: list[tvm.ir.Expr], name: str) -> relax.Var:
+        renewed = tvm.ir.Call(call.op, arguments, call.attrs, call.ty_args)
+        return self.emit(renewed, name)
+
+    def _common_perm(
+        self, arguments: Sequence[tvm.ir.Expr], shape: tuple[int, ...]
+    ) -> tuple[int, ...] | None:
+        """The one non-native order that all full-rank operands have, or None."""
+        perms = set()
+        for argument in arguments:
+            value = self.value(argument)
+            if isinstance(value, (Other, Constant)):
+                continue
+            tensor = value if isinstance(value, Tensor) else self.as_float(argument)
+            if len(tensor.shape) != len(shape):
+                return None
+            perms.add(tensor.perm)
+        if len(perms) == 1:
+            return perms.pop()
+        if len(perms) == 2:  # rather one transpose into the conv order than two out of it
+            perms.discard(ir.renormalise_perm(len(shape)))
+            return perms.pop() if len(perms) == 1 else None
+        return None
+
+    def _in_perm(
+        self, argument: tvm.ir.Expr, perm: tuple[int, ...], shape: tuple[int, ...]
+    ) -> tvm.ir.Expr:
+        value = self.value(argument)
+        if isinstance(value, Other):
+            return value.expr
+        if isinstance(value, Constant):
+            array = value.array
+            if array.ndim <= 1 and array.size == 1:
+                return value.expr
+            padded = array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
+            return relax.const(np.ascontiguousarray(padded.transpose(perm)))
+        tensor = value if isinstance(value, Tensor) else self.as_float(argument)
+        return self.permuted(tensor, perm).expr
+
+    # Codes -------------------------------------------------------------------------------------
+
+    def constant_for(self, tensor: Tensor, array: np.ndarray) -> np.ndarray:
+        """A constant that broadcasts against the logical shape => one for the physical tensor.
+
+        Per-channel constants come out as [C] when the channels are the last physical axis.
+        """
+        rank = len(tensor.shape)
+        array = np.asarray(array)
+        padded = array.reshape((1,) * (rank - array.ndim) + array.shape).transpose(tensor.perm)
+        physical = ir.shape_of(tensor.expr)
+        assert physical is not None
+        if padded.size == 1:
+            return padded.reshape(1)
+        if rank and padded.size == padded.shape[-1] and physical[-1] == padded.shape[-1]:
+            return np.ascontiguousarray(padded.reshape(-1))
+        if physical == tensor.physical_shape:
+            return np.ascontiguousarray(padded)
+        return np.ascontiguousarray(np.broadcast_to(padded, tensor.physical_shape).reshape(physical))
+
+    def quantised(self, value: Value, params: QuantParams, name: str) -> Tensor | None:
+        """Codes of `value` at `params`; None when it has no integer form."""
+        if isinstance(value, Tensor):
+            return self._quantised_float(value, params, name) if value.quant is None else None
+        if isinstance(value, Dequantised):
+            if value.codes.quant == params:
+                return value.codes
+            return self._rescaled(value.codes, params, name)
+        if isinstance(value, Unary):
+            return self._tabulated(value, params, name)
+        if isinstance(value, Accumulator):
+            return self._requantised(value, params, name)
+        if isinstance(value, Sum):
+            return self._requantised_sum(value, params, name)
+        if isinstance(value, Concat):
+            parts = [
+                self.quantised(Dequantised(part), params, f"{name}.part{k}")
+                for k, part in enumerate(value.parts)
+            ]
+            return self.concatenated([part for part in parts if part is not None], value.axis, name)
+        if isinstance(value, Lazy):
+            return value.emit(params, name)
+        return None
+
+    def concatenated(self, parts: Sequence[Tensor], axis: int, name: str) -> Tensor:
+        """Join codes of equal parameters along a logical axis, in the first part's order."""
+        perm = parts[0].perm
+        parts = [self.permuted(part, perm) for part in parts]
+        expr = self.emit(relax.op.concat([part.expr for part in parts], axis=perm.index(axis)), name)
+        shape = list(parts[0].shape)
+        shape[axis] = sum(part.shape[axis] for part in parts)
+        return replace(parts[0], expr=expr, shape=tuple(shape))
+
+    def _quantised_float(self, value: Tensor, params: QuantParams, name: str) -> Tensor:
+        shape = value.physical_shape
+        func = requantize_kernels.quantize(shape, (1,), params.zero_point, params.dtype, self.rule)
+        scale = np.array([params.scale], np.float32)
+        expr = self.kernel(func, [value.expr, scale], shape, params.dtype, name, "quantize")
+        return replace(value, expr=expr, dtype=params.dtype, quant=params)
+
+    def _rescaled(self, codes: Tensor, params: QuantParams, name: str) -> Tensor | None:
+        """Other parameters for the same reals: a table for 8 bits, arithmetic for 16."""
+        source = codes.quant
+        assert source is not None
+        if np.iinfo(codes.dtype).bits > 8 or self.rule == "tflite":
+            scale = np.array(np.float64(source.scale))
+            accumulator = Accumulator(codes, scale, np.array(-source.zero_point, np.int64))
+            return self._requantised(accumulator, params, name)
+        values = code_values(codes.dtype, source)
+        return self._tabulated(Unary(codes, values), params, name)
+
+    def _tabulated(self, value: Unary, params: QuantParams, name: str) -> Tensor:
+        low, high = params.bounds
+        codes = value.codes
+        scaled = np.asarray(value.values, np.float32) / np.float32(params.scale)
+        rounded = np.rint(scaled) if self.rule == "float32" else np.trunc(scaled + np.copysign(0.5, scaled))
+        table = np.clip(rounded + params.zero_point, low, high).astype(params.dtype)
+        shape = codes.physical_shape
+        clip = _clip_bounds(table, codes.dtype) if codes.dtype == params.dtype else None
+        result = replace(codes, dtype=params.dtype, quant=params)
+        if clip is not None:
+            if clip == params.bounds:
+                return result
+            func = requantize_kernels.clip(shape, params.dtype, clip)
+            expr = self.kernel(func, [codes.expr], shape, params.dtype, name, "clip")
+        else:
+            func = table_lookup(shape, codes.dtype, params.dtype)
+            expr = self.kernel(func, [codes.expr, table], shape, params.dtype, name, "table")
+        return replace(result, expr=expr)
+
+    def _bounds(self, clamp: tuple[float, float], params: QuantParams) -> tuple[int, int]:
+        """Code bounds of a real clamp, rounded as the values themselves would be."""
+        low, high = params.bounds
+        for k, bound in enumerate(clamp):
+            if math.isinf(bound):
+                continue
+            code = int(np.rint(np.float32(bound) / np.float32(params.scale))) + params.zero_point
+            if k == 0:
+                low = min(max(low, code), high)
+            else:
+                high = max(min(high, code), low)
+        return low, high
+
+    def _requantised(
+        self, value: Accumulator, params: QuantParams, name: str
+    ) -> Tensor | None:
+        sums = value.sums
+        physical = ir.shape_of(sums.expr)
+        assert physical is not None
+        if params.dtype == "int32":
+            return self._exact(value, params, name)
+        wide = "int64" if sums.dtype == "int64" else "int32"
+        bias = self.constant_for(sums, np.asarray(value.bias, np.int64)).astype(wide)
+        real = self.constant_for(sums, np.asarray(value.scale, np.float64)) / np.float64(np.float32(params.scale))
+        bias, real = _same_shape(bias, real)
+        rule = self.rule if wide == "int32" else "float32"
+        func = requantize_kernels.requantize(
+            physical, sums.dtype, real.shape, params.zero_point, self._bounds(value.clamp, params),
+            params.dtype, rule,
+        )  # fmt: skip
+        scales = (
+            [real.astype(np.float32)] if rule == "float32" else list(rules.quantize_multipliers(real))
+        )
+        expr = self.kernel(func, [sums.expr, bias, *scales], physical, params.dtype, name, "requantize")
+        expr = self.reshape(expr, sums.physical_shape, f"{name}.view")
+        return replace(sums, expr=expr, dtype=params.dtype, quant=params)
+
+    def _exact(self, value: Accumulator, params: QuantParams, name: str) -> Tensor | None:
+        """int32 results (ConvInteger, MatMulInteger): the sums themselves, when the scale is theirs."""
+        sums = value.sums
+        ratio = np.asarray(value.scale, np.float64) / np.float64(np.float32(params.scale))
+        if value.is_clamped or sums.dtype != "int32" or not np.all(ratio == 1.0):
+            return None
+        bias = self.constant_for(sums, np.asarray(value.bias) + params.zero_point).astype(np.int32)
+        expr: tvm.ir.Expr = sums.expr
+        if bias.any():
+            expr = self.emit(relax.op.add(expr, relax.const(bias)), name)
+        expr = self.reshape(expr, sums.physical_shape, f"{name}.view")
+        return replace(sums, expr=expr, quant=params)
+
+    def _requantised_sum(self, value: Sum, params: QuantParams, name: str) -> Tensor | None:
+        if self.rule == "tflite":
+            from .tflite import add_tflite
+
+            return add_tflite(self, value, params, name)
+        accumulators = [term for _, term in value.terms if isinstance(term, Accumulator)]
+        lead = accumulators[0].sums if accumulators else _codes(value.terms[0][1])
+        physical = ir.shape_of(lead.expr)
+        assert physical is not None
+        arguments: list[tvm.ir.Expr | np.ndarray] = []
+        dtypes, shapes = [], []
+        for sign, term in value.terms:
+            source = term.sums if isinstance(term, Accumulator) else term.codes
+            if source.shape != lead.shape or source.dtype == "int64":
+                return None
+            view = replace(
+                lead, dtype=source.dtype, quant=source.quant,
+                expr=self._shaped_like(source, lead, physical, name),
+            )  # fmt: skip
+            scale, bias = affine(term)
+            real = self.constant_for(view, sign * scale) / np.float64(np.float32(params.scale))
+            shift, real = _same_shape(self.constant_for(view, bias), real)
+            fixed = (real * 2.0**rules.SUM_FRACTION_BITS).astype(np.float32)
+            arguments += [view.expr, shift.astype(np.int32), fixed]
+            dtypes.append(source.dtype)
+            shapes.append(real.shape)
+        view = replace(lead, dtype="int32")
+        offset = self.constant_for(view, np.asarray(value.offset, np.float64))
+        fixed_offset = np.rint(offset / np.float64(np.float32(params.scale)) * 2.0**rules.SUM_FRACTION_BITS)
+        if np.abs(fixed_offset).max() > rules.SUM_TERM_LIMIT:
+            return None
+        arguments.append(fixed_offset.astype(np.int32))
+        func = requantize_kernels.requantize_sum(
+            physical, dtypes, shapes, params.zero_point, self._bounds(value.clamp, params), params.dtype,
+            offset.shape,
+        )  # fmt: skip
+        expr = self.kernel(func, arguments, physical, params.dtype, name, "requantize_sum")
+        expr = self.reshape(expr, lead.physical_shape, f"{name}.view")
+        return replace(lead, expr=expr, dtype=params.dtype, quant=params)
+
+    def _shaped_like(
+        self, source: Tensor, lead: Tensor, physical: tuple[int, ...], name: str
+    ) -> tvm.ir.Expr:
+        if source.expr is lead.expr:
+            return source.expr
+        if ir.shape_of(source.expr) == physical and source.perm == lead.perm:
+            return source.expr
+        full = replace(source, expr=self.reshape(source.expr, source.physical_shape, f"{name}.full"))
+        return self.reshape(self.permuted(full, lead.perm).expr, physical, f"{name}.term")
+
+
+def _leaves(arguments: Sequence[tvm.ir.Expr]) -> list[tvm.ir.Expr]:
+    leaves: list[tvm.ir.Expr] = []
+    for argument in arguments:
+        leaves += _leaves(argument.fields) if isinstance(argument, relax.Tuple) else [argument]
+    return leaves
+
+
+def _codes(term: Accumulator | Dequantised) -> Tensor:
+    return term.sums if isinstance(term, Accumulator) else term.codes
+
+
+def affine(term: Accumulator | Dequantised) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, bias) with real = (integer + bias) * scale."""
+    if isinstance(term, Accumulator):
+        return np.asarray(term.scale, np.float64), np.asarray(term.bias, np.int64)
+    quant = term.codes.quant
+    assert quant is not None
+    return np.array(np.float64(quant.scale)), np.array(-quant.zero_point, np.int64)
+
+
+def _same_shape(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(np.ascontiguousarray(a) for a in np.broadcast_arrays(*arrays))
+
+
+def code_values(dtype: str, params: QuantParams) -> np.ndarray:
+    """The real value of every code, smallest code first, in float32."""
+    info = np.iinfo(dtype)
+    codes = np.arange(info.min, info.max + 1, dtype=np.int64)
+    return (codes - params.zero_point).astype(np.float32) * np.float32(params.scale)
+
+
+def _clip_bounds(table: np.ndarray, dtype: str) -> tuple[int, int] | None:
+    """(low, high) when the table is min(max(code, low), high), else None."""
+    info = np.iinfo(dtype)
+    codes = np.arange(info.min, info.max + 1, dtype=np.int64)
+    low, high = int(table.min()), int(table.max())
+    return (low, high) if np.array_equal(table, np.clip(codes, low, high)) else None

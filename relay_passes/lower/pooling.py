@@ -1,0 +1,165 @@
+"""Pooling and mean: maxima pass codes through, averages are integer sums with a rescale behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from ...schedules.reduce import sum_axes, sum_pool2d
+from .. import ir
+from .context import Lowering
+from .values import Accumulator, Dequantised, Tensor, Value
+
+
+def _nhwc(layout: str) -> tuple[int, ...]:
+    return tuple(layout.index(letter) for letter in "NHWC")
+
+
+def _source(ctx: Lowering, call: tvm.ir.Call) -> tuple[Tensor, bool]:
+    """The operand (codes when quantised) and whether it is codes."""
+    value = ctx.value(call.args[0])
+    if isinstance(value, Dequantised):
+        return value.codes, True
+    return ctx.as_float(call.args[0]), False
+
+
+def max_pool2d(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
+    """max_pool(dq(q)) => dq(max_pool(q)), channels last."""
+    attrs = call.attrs
+    layout = str(attrs.layout)
+    if set(layout) != set("NCHW"):
+        return ctx.no(f"layout {layout}")
+    data, quantised = _source(ctx, call)
+    data = ctx.permuted(data, _nhwc(layout), f"{name}.nhwc")
+    pooled = relax.op.nn.max_pool2d(
+        data.expr, ir.ints(attrs.pool_size), ir.ints(attrs.strides), ir.ints(attrs.padding),
+        ir.ints(attrs.dilation), bool(attrs.ceil_mode), bool(attrs.count_include_pad), "NHWC",
+    )  # fmt: skip
+    expr = ctx.emit(pooled, name)
+    physical = ir.shape_of(expr)
+    assert physical is not None
+    shape = tuple(physical["NHWC".index(letter)] for letter in layout)
+    result = replace(data, expr=expr, shape=shape)
+    return Dequantised(result) if quantised else result
+
+
+def avg_pool2d(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
+    """avg_pool(dq(q)) => (Σq - z*n) * s/n with n the number of averaged positions."""
+    attrs = call.attrs
+    layout = str(attrs.layout)
+    if set(layout) != set("NCHW"):
+        return ctx.no(f"layout {layout}")
+    pool, strides = ir.ints(attrs.pool_size), ir.ints(attrs.strides)
+    padding, dilation = ir.ints(attrs.padding), ir.ints(attrs.dilation)
+    data, quantised = _source(ctx, call)
+    data = ctx.permuted(data, _nhwc(layout), f"{name}.nhwc")
+    averaged = relax.op.nn.avg_pool2d(
+        data.expr, pool, strides, padding, dilation, bool(attrs.ceil_mode),
+        bool(attrs.count_include_pad), "NHWC",
+    )  # fmt: skip
+    physical = ir.shape_of(ctx.bb.normalize(averaged))
+    assert physical is not None
+    shape = tuple(physical["NHWC".index(letter)] for letter in layout)
+    if not quantised:
+        return replace(data, expr=ctx.emit(averaged, name), shape=shape)
+    height, width = data.physical_shape[1:3]
+    include = bool(attrs.count_include_pad)
+    rows = _counts(height, pool[0], strides[0], padding[0], padding[2], dilation[0], physical[1], include)
+    columns = _counts(width, pool[1], strides[1], padding[1], padding[3], dilation[1], physical[2], include)
+    counts = np.outer(rows, columns)  # [OH, OW]
+    if np.all(counts == counts[0, 0]):
+        divisor = np.array(float(counts[0, 0]))
+    else:
+        axes = {"N": 1, "H": physical[1], "W": physical[2], "C": 1}
+        divisor = counts.astype(np.float64).reshape([axes[x] for x in "NHWC"])
+        divisor = divisor.transpose(["NHWC".index(letter) for letter in layout])
+    assert data.quant is not None
+    func = sum_pool2d(
+        data.physical_shape, data.dtype, pool, strides, padding, dilation,  # type: ignore[arg-type]
+        physical[1:3], data.quant.zero_point,  # type: ignore[arg-type]
+    )  # fmt: skip
+    expr = ctx.kernel(func, [data.expr], physical, "int32", f"{name}.sum", "sum_pool2d")
+    # Every window sums pool positions; those outside hold the zero point, whose real value is 0.
+    bias = np.array(-data.quant.zero_point * pool[0] * pool[1], np.int64)
+    return Accumulator(
+        Tensor(expr, shape, "int32", data.perm), np.float64(data.quant.scale) / divisor, bias
+    )
+
+
+def _counts(
+    size: int, pool: int, stride: int, before: int, after: int, dilation: int, out: int, include_pad: bool
+) -> np.ndarray:
+    """Positions that each window averages along one axis."""
+    starts = np.arange(out) * stride - before
+    taps = starts[:, None] + np.arange(pool) * dilation
+    low, high = (-before, size + after) if include_pad else (0, size)
+    return ((taps >= low) & (taps < high)).sum(axis=1)
+
+
+def adaptive_avg_pool2d(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
+    """Global average pooling; other sizes when they divide the input."""
+    layout = str(call.attrs.layout)
+    shape = ir.shape_of(call.args[0])
+    if shape is None or set(layout) != set("NCHW"):
+        return ctx.no(f"layout {layout}")
+    spatial = [layout.index("H"), layout.index("W")]
+    wanted = call.attrs.output_size
+    out = ir.ints(wanted) if wanted is not None else tuple(shape[axis] for axis in spatial)
+    out = out * 2 if len(out) == 1 else out
+    if out == (1, 1):
+        return _mean(ctx, name, call, spatial, keepdims=True)
+    sizes = [shape[axis] for axis in spatial]
+    if any(size % o for size, o in zip(sizes, out, strict=True)):
+        return ctx.no(f"adaptive pooling of {sizes} to {list(out)}")
+    window = [size // o for size, o in zip(sizes, out, strict=True)]
+    plain = relax.op.nn.avg_pool2d(call.args[0], window, window, 0, 1, False, False, layout)
+    return avg_pool2d(ctx, name, plain)
+
+
+def mean(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
+    """mean(dq(q), axes) => (Σq - z*n) * s/n."""
+    shape = ir.shape_of(call.args[0])
+    if shape is None:
+        return None
+    axis = call.attrs.axis
+    axes = [int(a) % len(shape) for a in axis] if axis is not None else list(range(len(shape)))
+    return _mean(ctx, name, call, axes, bool(call.attrs.keepdims))
+
+
+def _mean(
+    ctx: Lowering, name: str, call: tvm.ir.Call, axes: Sequence[int], keepdims: bool
+) -> Value | None:
+    data, quantised = _source(ctx, call)
+    physical_axes = sorted(data.perm.index(axis) for axis in axes)
+    if keepdims:
+        shape = tuple(1 if axis in axes else dim for axis, dim in enumerate(data.shape))
+        perm = data.perm
+    else:
+        kept = [axis for axis in range(len(data.shape)) if axis not in axes]
+        shape = tuple(data.shape[axis] for axis in kept)
+        perm = tuple(kept.index(axis) for axis in data.perm if axis in kept)
+    if not quantised:
+        expr = ctx.emit(relax.op.mean(data.expr, physical_axes, keepdims), name)
+        return Tensor(expr, shape, data.dtype, perm)
+    count = int(np.prod([data.shape[axis] for axis in axes]))
+    assert data.quant is not None
+    if count * max(abs(bound) for bound in data.quant.bounds) >= 2**31:
+        return ctx.no(f"a sum of {count} codes may not fit int32")
+    func = sum_axes(data.physical_shape, data.dtype, physical_axes, keepdims)
+    physical = tuple(shape[axis] for axis in perm)
+    expr = ctx.kernel(func, [data.expr], physical, "int32", f"{name}.sum", "sum")
+    scale = np.array(np.float64(data.quant.scale) / count)
+    bias = np.array(-data.quant.zero_point * count, np.int64)
+    return Accumulator(Tensor(expr, shape, "int32", perm), scale, bias)
+
+
+HANDLERS = {
+    "relax.nn.max_pool2d": max_pool2d,
+    "relax.nn.avg_pool2d": avg_pool2d,
+    "relax.nn.adaptive_avg_pool2d": adaptive_avg_pool2d,
+    "relax.mean": mean,
+}
