@@ -1,0 +1,98 @@
+"""One door for all sources: `load_model`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError
+from ..model import Model, model_from_module
+
+if TYPE_CHECKING:
+    import numpy as np
+    import tvm
+
+SUFFIXES = {".onnx": "onnx", ".tflite": "tflite", ".pt2": "torch", ".json": "relax"}
+
+
+def load_model(
+    source: Any,
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    input_values: Mapping[str, float | np.ndarray] | None = None,
+    name: str | None = None,
+) -> Model:
+    """A network as a `Model` in graph form.
+
+    `source` is a path (`.onnx`, `.tflite`, `.pt2`, `.json` = Relax saved with `tvm.ir.save_json`) or
+    an object in memory: `onnx.ModelProto`, `torch.export.ExportedProgram`, `tvm.IRModule`.
+    `shapes` gives dynamic inputs their size; a first dimension that is the only unknown one becomes 1.
+    `input_values` freezes inputs to constants, which then fold away. `name` defaults to the file name.
+    Raises `ModelError` with one line: what is wrong, where, what to do.
+    """
+    from ..relay_passes.canonicalize import canonicalize
+
+    kind, source = _kind(source)
+    module = _import(kind, source, shapes, input_values)
+    module = canonicalize()(module)
+    if name is None:
+        name = source.stem if isinstance(source, Path) else "model"
+    return model_from_module(module, name, kind)
+
+
+def _kind(source: Any) -> tuple[str, Any]:
+    if isinstance(source, str | Path):
+        path = Path(source)
+        kind = SUFFIXES.get(path.suffix.lower())
+        if not path.exists():
+            raise ModelError(f"{path}: no such file")
+        if kind is None:
+            raise ModelError(
+                f"{path}: unknown model format {path.suffix or '(no extension)'!r}; "
+                f"use one of {', '.join(SUFFIXES)}"
+            )
+        if not path.is_file():
+            raise ModelError(f"{path}: is not a file")
+        return kind, path
+    for kind, module_name, class_name in (
+        ("onnx", "onnx", "ModelProto"),
+        ("torch", "torch.export", "ExportedProgram"),
+        ("relax", "tvm.ir", "IRModule"),
+    ):
+        for base in type(source).__mro__:
+            if base.__name__ == class_name and base.__module__.startswith(module_name.split(".")[0]):
+                return kind, source
+    raise ModelError(
+        f"cannot import a {type(source).__name__}; pass a path, an onnx.ModelProto, "
+        "a torch.export.ExportedProgram or a tvm.IRModule"
+    )
+
+
+def _import(
+    kind: str,
+    source: Any,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    input_values: Mapping[str, float | np.ndarray] | None,
+) -> tvm.IRModule:
+    try:
+        if kind == "onnx":
+            from .onnx import import_onnx
+
+            return import_onnx(source, shapes, input_values)
+        if kind == "tflite":
+            from .tflite import import_tflite
+
+            return import_tflite(source, shapes, input_values)
+        if kind == "torch":
+            from .torch import import_torch
+
+            return import_torch(source, shapes, input_values)
+        from .relax import import_relax
+
+        return import_relax(source, shapes, input_values)
+    except ModelError as error:
+        message = str(error)
+        if isinstance(source, Path) and not message.startswith(str(source)):
+            raise ModelError(f"{source}: {message}") from error.__cause__
+        raise
