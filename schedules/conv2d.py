@@ -37,7 +37,7 @@ def describe(spec: Conv2dSpec) -> tuple[list[te.Tensor], te.Tensor]:
                 x * spec.strides[1] + kx * spec.dilation[1],
                 o // spec.columns * channels + c,
             ].astype(spec.acc_dtype)
-            * weight_value(spec, tensors, (ky, kx), spec.kernel[1], c, o),
+            * weight_value(spec, tensors, (ky, kx), c, o),
             axis=[ky, kx, c],
         ),
         name="conv2d",

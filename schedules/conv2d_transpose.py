@@ -38,7 +38,7 @@ def describe(spec: Conv2dTransposeSpec) -> tuple[list[te.Tensor], te.Tensor]:
                 x + (kw - 1 - kx) * spec.dilation[1],
                 o // spec.columns * channels + c,
             ].astype(spec.acc_dtype)
-            * weight_value(spec, tensors, (ky, kx), kw, c, o),
+            * weight_value(spec, tensors, (ky, kx), c, o),
             axis=[ky, kx, c],
         ),
         name="conv2d_transpose",

@@ -35,7 +35,7 @@ def describe(spec: Conv2dSpec) -> tuple[list[te.Tensor], te.Tensor]:
                 x * spec.strides[1] + kx * spec.dilation[1],
                 o // spec.columns,
             ].astype(spec.acc_dtype)
-            * weight_value(spec, tensors, (ky, kx), spec.kernel[1], 0, o),
+            * weight_value(spec, tensors, (ky, kx), 0, o),
             axis=[ky, kx],
         ),
         name="depthwise",

@@ -1,9 +1,9 @@
 """Packed weight layouts: a [K, N] weight cut into blocks that one vector instruction reads.
 
-A layout's name is `O<width>K<group>` or `O<width>I<group>`: blocks of `width` output channels, inside a
-block `group` consecutive reduction positions of one output side by side (4 for a byte dot product, 2 for a
-16-bit multiply-add, 1 for float). With `K` the reduction axis (kernel row, kernel column, input channel) is
-cut as a whole and padded once; with `I` the input channels of every tap are padded to a multiple of `group`.
+A layout's name is `O<width><axis><group>`: blocks of `width` output channels, inside a block `group` consecutive
+reduction positions of one output side by side (4 for a byte dot product, 2 for a 16-bit multiply-add, 1 for
+float). `axis` says what is padded to a multiple of `group`: `I` the input channels of every tap, `R` every
+kernel row (its columns and channels lie side by side in NHWC data), `K` the whole reduction axis.
 The array is [groups, blocks, K / group, width, group], zero-filled; int4 codes lie two in a byte, K-step 2j in the
 low nibble and 2j + 1 in the high one.
 """
@@ -14,35 +14,45 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-_NAME = re.compile(r"O(\d+)([KI])(\d+)")
+_NAME = re.compile(r"O(\d+)([IRK])(\d+)")
+
+Reduction = tuple[int, int, int]
+"""Kernel rows, kernel columns, input channels of one group."""
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """`width` outputs by `group` reduction positions; `per_tap` pads each tap's channels."""
+    """`width` outputs by `group` reduction positions; `axis` is I, R or K."""
 
     width: int
     group: int
-    per_tap: bool
+    axis: str
 
     @property
     def name(self) -> str:
         """The name `parse_layout` reads."""
-        return f"O{self.width}{'I' if self.per_tap else 'K'}{self.group}"
+        return f"O{self.width}{self.axis}{self.group}"
 
-    def tap_pitch(self, channels: int) -> int:
-        """Distance of two taps along the packed reduction axis."""
-        return -(-channels // self.group) * self.group if self.per_tap else channels
+    def _round(self, n: int) -> int:
+        return -(-n // self.group) * self.group
 
-    def steps(self, taps: int, channels: int) -> int:
+    def pitches(self, reduction: Reduction) -> tuple[int, int]:
+        """Distance along the packed axis of two kernel rows and of two kernel columns."""
+        _, columns, channels = reduction
+        if self.axis == "I":
+            return columns * self._round(channels), self._round(channels)
+        row = columns * channels
+        return (self._round(row) if self.axis == "R" else row), channels
+
+    def steps(self, reduction: Reduction) -> int:
         """Length of the packed reduction axis in units of `group`."""
-        return -(-taps * self.tap_pitch(channels) // self.group)
+        return self._round(reduction[0] * self.pitches(reduction)[0]) // self.group
 
     def shape(
-        self, groups: int, taps: int, channels: int, columns: int, dtype: str
+        self, groups: int, reduction: Reduction, columns: int, dtype: str
     ) -> tuple[int, ...]:
-        """Shape of the packed array for `groups` matrices [taps * channels, columns]."""
-        steps = self.steps(taps, channels)
+        """Shape of the packed array for `groups` matrices [product(reduction), columns]."""
+        steps = self.steps(reduction)
         if dtype == "int4":
             steps = -(-steps // 2)
         return (groups, -(-columns // self.width), steps, self.width, self.group)
@@ -53,7 +63,5 @@ def parse_layout(name: str) -> PackedLayout:
     """Inverse of `PackedLayout.name`; ValueError when `name` is no packed layout."""
     match = _NAME.fullmatch(name)
     if match is None or int(match[1]) < 1 or int(match[3]) < 1:
-        raise ValueError(
-            f"weight layout {name!r} is neither plain nor O<width>K<group>/O<width>I<group>"
-        )
-    return PackedLayout(int(match[1]), int(match[3]), match[2] == "I")
+        raise ValueError(f"weight layout {name!r} is neither plain nor O<width>(I|R|K)<group>")
+    return PackedLayout(int(match[1]), int(match[3]), match[2])

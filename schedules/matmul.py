@@ -23,7 +23,7 @@ def describe(spec: MatmulSpec) -> tuple[list[te.Tensor], te.Tensor]:
     acc = te.compute(
         spec.output_shape,
         lambda m, n: te.sum(
-            data[m, k].astype(spec.acc_dtype) * weight_value(spec, tensors, (), 1, k, n), axis=k
+            data[m, k].astype(spec.acc_dtype) * weight_value(spec, tensors, (), k, n), axis=k
         ),
         name="matmul",
         attrs=kernel_attrs(spec),

@@ -18,10 +18,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .layout import PackedLayout, parse_layout
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 KERNEL_ATTR = "tvm_compress.kernel"
 SCHEDULE_ATTR = "tvm_compress.schedule"
@@ -46,7 +50,6 @@ def ceil_div(a: int, b: int) -> int:
 
 
 _FAMILIES: dict[str, type[KernelSpec]] = {}
-_S = TypeVar("_S", bound="KernelSpec")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ class KernelSpec:
                 fields[field.name] = value
         return json.dumps(fields, sort_keys=True)
 
-    def replace(self: _S, **changes: Any) -> _S:
+    def replace(self, **changes: Any) -> Self:
         """The same spec with some fields changed."""
         return dataclasses.replace(self, **changes)
 
@@ -148,8 +151,8 @@ class WeightedSpec(KernelSpec):
         return 1
 
     @property
-    def reduction(self) -> tuple[int, int]:
-        """Taps and input channels a tap of one group; K is their product."""
+    def reduction(self) -> tuple[int, int, int]:
+        """Kernel rows, kernel columns and input channels of one group; K is their product."""
         raise NotImplementedError
 
     @property
@@ -160,8 +163,7 @@ class WeightedSpec(KernelSpec):
     @property
     def reduction_size(self) -> int:
         """K: terms of one output's sum."""
-        taps, channels = self.reduction
-        return taps * channels
+        return math.prod(self.reduction)
 
     @property
     def is_integer(self) -> bool:
@@ -191,7 +193,7 @@ class WeightedSpec(KernelSpec):
         packed = self.packed_layout
         if packed is not None:
             return packed.shape(
-                self.groups_of_channels, *self.reduction, self.columns, self.weight_dtype
+                self.groups_of_channels, self.reduction, self.columns, self.weight_dtype
             )
         if self.weight_dtype == "int4":
             return (ceil_div(self.reduction_size, 2), self.columns * self.groups_of_channels)
@@ -258,8 +260,8 @@ class Conv2dSpec(WeightedSpec):
         return self.groups
 
     @property
-    def reduction(self) -> tuple[int, int]:
-        return self.kernel[0] * self.kernel[1], self.in_channels // self.groups
+    def reduction(self) -> tuple[int, int, int]:
+        return (*self.kernel, self.in_channels // self.groups)
 
     @property
     def columns(self) -> int:
@@ -363,8 +365,8 @@ class Conv2dTransposeSpec(WeightedSpec):
         return self.groups
 
     @property
-    def reduction(self) -> tuple[int, int]:
-        return self.kernel[0] * self.kernel[1], self.in_channels // self.groups
+    def reduction(self) -> tuple[int, int, int]:
+        return (*self.kernel, self.in_channels // self.groups)
 
     @property
     def columns(self) -> int:
@@ -421,8 +423,8 @@ class MatmulSpec(WeightedSpec):
         _require(min(self.rows, self.in_features, self.out_features) >= 1, f"a size < 1 in {self}")
 
     @property
-    def reduction(self) -> tuple[int, int]:
-        return 1, self.in_features
+    def reduction(self) -> tuple[int, int, int]:
+        return 1, 1, self.in_features
 
     @property
     def columns(self) -> int:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .layout import PackedLayout, Reduction
 from .spec import KERNEL_ATTR, WeightedSpec
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ def weight_value(
     spec: WeightedSpec,
     tensors: list[te.Tensor],
     tap: tuple[tirx.PrimExpr, ...],
-    kernel_width: int,
     channel: tirx.PrimExpr,
     column: tirx.PrimExpr,
 ) -> tirx.PrimExpr:
@@ -36,12 +36,13 @@ def weight_value(
     from tvm import tirx
 
     weight = tensors[0]
-    channels = spec.reduction[1]
-    flat_tap = tap[0] * kernel_width + tap[1] if tap else 0
-    position = flat_tap * channels + channel
+    _, columns, channels = spec.reduction
+    ky, kx = tap or (0, 0)
+    position = (ky * columns + kx) * channels + channel
     packed = spec.packed_layout
     if packed is not None:
-        step_position = flat_tap * packed.tap_pitch(channels) + channel
+        row_pitch, column_pitch = packed.pitches(spec.reduction)
+        step_position = ky * row_pitch + kx * column_pitch + channel
         step, lane = step_position // packed.group, step_position % packed.group
         group, local = column // spec.columns, column % spec.columns
         outer, inner = local // packed.width, local % packed.width
@@ -109,22 +110,23 @@ def unpack_weight(spec: WeightedSpec, weight: np.ndarray) -> np.ndarray:
     packed = spec.packed_layout
     if packed is None:
         return weight_codes(spec, weight)
-    taps, channels = spec.reduction
     if spec.weight_dtype == "int4":
         both = np.stack([weight & 0xF, weight >> 4], axis=3)  # [G, O, S/2, 2, w, g]
         both = both.reshape(*weight.shape[:2], -1, *weight.shape[3:])
         weight = ((both.astype(np.int8) ^ 8) - 8).astype(np.int8)[
-            :, :, : packed.steps(taps, channels)
+            :, :, : packed.steps(spec.reduction)
         ]
     # [G, O, S, w, g] -> [G, S, g, O, w] -> [G, S*g, O*w]
     g, o, s, w, k = weight.shape
-    flat = weight.transpose(0, 2, 4, 1, 3).reshape(g, s * k, o * w)[:, :, : spec.columns]
-    pitch = packed.tap_pitch(channels)
-    return (
-        flat[:, : taps * pitch]
-        .reshape(g, taps, pitch, -1)[:, :, :channels]
-        .reshape(g, taps * channels, -1)
-    )
+    flat = weight.transpose(0, 2, 4, 1, 3).reshape(g, s * k, o * w)
+    return flat[:, packed_positions(spec.reduction, packed), : spec.columns]
+
+
+def packed_positions(reduction: Reduction, packed: PackedLayout) -> np.ndarray:
+    """Where on the packed reduction axis each of the K plain positions lies."""
+    row_pitch, column_pitch = packed.pitches(reduction)
+    ky, kx, c = np.indices(reduction)
+    return (ky * row_pitch + kx * column_pitch + c).ravel()
 
 
 def decode_weight(
@@ -149,14 +151,11 @@ def pack_codes(spec: WeightedSpec, codes: np.ndarray, layout: str) -> np.ndarray
     """Codes [groups, K, N] => the array `spec.replace(weight_layout=layout)` reads."""
     packed = spec.replace(weight_layout=layout).packed_layout
     assert packed is not None
-    taps, channels = spec.reduction
     groups, _, columns = codes.shape
-    pitch, steps = packed.tap_pitch(channels), packed.steps(taps, channels)
+    steps = packed.steps(spec.reduction)
     blocks = -(-columns // packed.width)
-    flat = np.zeros((groups, taps, pitch, columns), codes.dtype)
-    flat[:, :, :channels] = codes.reshape(groups, taps, channels, columns)
     full = np.zeros((groups, steps * packed.group, blocks * packed.width), codes.dtype)
-    full[:, : taps * pitch, :columns] = flat.reshape(groups, taps * pitch, columns)
+    full[:, packed_positions(spec.reduction, packed), :columns] = codes
     # [G, S*g, O*w] -> [G, S, g, O, w] -> [G, O, S, w, g]
     array = full.reshape(groups, steps, packed.group, blocks, packed.width).transpose(0, 3, 1, 4, 2)
     if spec.weight_dtype == "int4":
