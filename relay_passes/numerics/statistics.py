@@ -1,0 +1,128 @@
+"""What calibration gathered, as a value: ranges and histograms by tensor, moments by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .histogram import Histogram
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """Per channel along `axis`, over samples and positions. Each array: float64 [C]."""
+
+    axis: int
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    mean: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TensorStatistics:
+    """One tensor over all samples.
+
+    `low`/`high` are the extremes; `average_low`/`average_high` the moving average of each sample's
+    extremes; the histogram counts every value.
+    """
+
+    low: float
+    high: float
+    average_low: float
+    average_high: float
+    histogram: Histogram
+    channels: ChannelStatistics | None = None
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """Moments of a layer's input patches x (length K = kernel positions * input channels).
+
+    `mean` is E[x], float64 [G, K] (G groups); `second` is the sum of x xᵀ over `count` patches,
+    float64 [G, K, K], or `None` where it was not asked for.
+    """
+
+    mean: NDArray[np.float64]
+    second: NDArray[np.float64] | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Statistics(Mapping[str, TensorStatistics]):
+    """Tensor name => statistics, for `samples` samples; `moments` by layer name."""
+
+    tensors: Mapping[str, TensorStatistics] = field(default_factory=dict)
+    moments: Mapping[str, LayerMoments] = field(default_factory=dict)
+    samples: int = 0
+
+    def __getitem__(self, name: str) -> TensorStatistics:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def save(self, path: Path) -> None:
+        """Write one .npz; plain arrays, no pickle."""
+        arrays: dict[str, NDArray] = {"samples": np.asarray(self.samples)}
+        arrays["tensors"] = np.asarray(list(self.tensors), np.str_)
+        arrays["layers"] = np.asarray(list(self.moments), np.str_)
+        for index, tensor in enumerate(self.tensors.values()):
+            prefix = f"tensor{index}"
+            arrays[f"{prefix}.ranges"] = np.asarray(
+                [tensor.low, tensor.high, tensor.average_low, tensor.average_high]
+            )
+            arrays[f"{prefix}.counts"] = tensor.histogram.counts
+            arrays[f"{prefix}.width"] = tensor.histogram.width
+            if tensor.channels is not None:
+                for item in fields(ChannelStatistics):
+                    value = getattr(tensor.channels, item.name)
+                    arrays[f"{prefix}.channel_{item.name}"] = np.asarray(value)
+        for index, moments in enumerate(self.moments.values()):
+            prefix = f"layer{index}"
+            arrays[f"{prefix}.mean"] = moments.mean
+            arrays[f"{prefix}.count"] = np.asarray(moments.count)
+            if moments.second is not None:
+                arrays[f"{prefix}.second"] = moments.second
+        with path.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
+
+    @staticmethod
+    def load(path: Path) -> Statistics:
+        """Read what `save` wrote. Raises `ValueError` when the file is not such a file."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return _read(arrays)
+        except (KeyError, OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{path}: not a statistics file: {error}") from None
+
+
+def _read(arrays: Mapping[str, NDArray]) -> Statistics:
+    tensors: dict[str, TensorStatistics] = {}
+    for index, name in enumerate(arrays["tensors"].tolist()):
+        prefix = f"tensor{index}"
+        low, high, average_low, average_high = arrays[f"{prefix}.ranges"].tolist()
+        channels = None
+        if f"{prefix}.channel_axis" in arrays:
+            channels = ChannelStatistics(
+                axis=int(arrays[f"{prefix}.channel_axis"]),
+                low=arrays[f"{prefix}.channel_low"],
+                high=arrays[f"{prefix}.channel_high"],
+                mean=arrays[f"{prefix}.channel_mean"],
+            )
+        histogram = Histogram(arrays[f"{prefix}.counts"], arrays[f"{prefix}.width"])
+        tensors[name] = TensorStatistics(low, high, average_low, average_high, histogram, channels)
+    moments: dict[str, LayerMoments] = {}
+    for index, name in enumerate(arrays["layers"].tolist()):
+        prefix = f"layer{index}"
+        second = arrays[f"{prefix}.second"] if f"{prefix}.second" in arrays else None
+        moments[name] = LayerMoments(
+            arrays[f"{prefix}.mean"], second, int(arrays[f"{prefix}.count"])
+        )
+    return Statistics(tensors, moments, int(arrays["samples"]))

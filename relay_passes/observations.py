@@ -1,0 +1,33 @@
+"""What a pass wants calibration to gather."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Tensors and layers by name.
+
+    `tensors`: ranges and histograms. `channels`: tensor => channel axis, for extremes and means by
+    channel as well. `first_moments` and `second_moments`: layers whose input patches are averaged,
+    and whose X·Xᵀ is summed.
+    """
+
+    tensors: frozenset[str] = frozenset()
+    channels: Mapping[str, int] = field(default_factory=dict)
+    first_moments: frozenset[str] = frozenset()
+    second_moments: frozenset[str] = frozenset()
+
+    def __or__(self, other: Observations) -> Observations:
+        """Everything that either asks for."""
+        return Observations(
+            self.tensors | other.tensors,
+            {**self.channels, **other.channels},
+            self.first_moments | other.first_moments,
+            self.second_moments | other.second_moments,
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.tensors or self.channels or self.first_moments or self.second_moments)

@@ -1,0 +1,86 @@
+"""The passes that a recipe can name: step name => config, what it needs to observe, how to apply it.
+
+Nothing is imported before it is used, so that listing the passes costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import tvm
+
+    from .numerics.statistics import Statistics
+    from .observations import Observations
+
+
+@dataclass(frozen=True)
+class PassEntry:
+    """One recipe step.
+
+    `observe` and `apply` take `schemes`: layer name => config, as `select.resolve` gives it.
+    `keeps_statistics` is false when tensors have other values after the pass, so that calibration
+    has to run again for the steps behind it.
+    """
+
+    summary: str
+    config_at: str
+    pass_at: str
+    observe_at: str | None = None
+    keeps_statistics: bool = True
+
+    @property
+    def config(self) -> type:
+        """The frozen dataclass of the step's fields."""
+        return _load(self.config_at)
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.observe_at is not None
+
+    def observe(self, module: tvm.IRModule, schemes: Mapping[str, Any]) -> Observations | None:
+        """What calibration has to gather on `module` before `apply`; `None` when nothing."""
+        return None if self.observe_at is None else _load(self.observe_at)(module, schemes)
+
+    def apply(
+        self,
+        module: tvm.IRModule,
+        schemes: Mapping[str, Any],
+        statistics: Statistics | None = None,
+    ) -> tvm.IRModule:
+        """Run the pass. `statistics` is what `observe` asked for."""
+        make: Callable[..., tvm.transform.Pass] = _load(self.pass_at)
+        arguments = (schemes, statistics) if self.needs_statistics else (schemes,)
+        return make(*arguments)(module)
+
+
+def _load(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(import_module(f".{module}", __package__), name)
+
+
+PASSES: dict[str, PassEntry] = {
+    "equalize": PassEntry(
+        summary="even out weight ranges between neighbouring layers",
+        config_at="equalize:EqualizeConfig",
+        pass_at="equalize:Equalize",
+        keeps_statistics=False,
+    ),
+    "quantize": PassEntry(
+        summary="integer weights and activations, or integer weights alone",
+        config_at="quantize_config:QuantizeConfig",
+        pass_at="quantize:Quantize",
+        observe_at="quantize:observe",
+        keeps_statistics=True,
+    ),
+    "correct_bias": PassEntry(
+        summary="give biases back what quantised weights take from each channel's mean",
+        config_at="correct_bias:CorrectBiasConfig",
+        pass_at="correct_bias:CorrectBias",
+        observe_at="correct_bias:observe",
+        keeps_statistics=True,
+    ),
+}
