@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import tvm
@@ -10,7 +10,7 @@ from tvm import relax
 
 from .ir import bindings, constant, op_name, shape_of
 
-# A reader of a value: the variable that the reading binding defines, or None for the function's result.
+# Who reads a value: the variable that the reading binding defines, None for the function's result.
 Reader = relax.Var | None
 
 
@@ -99,13 +99,13 @@ def rebuild(
     replace: Mapping[relax.Var, tvm.ir.Expr] | None = None,
     before: Mapping[relax.Var, Iterable[relax.VarBinding]] | None = None,
     after: Mapping[relax.Var, Iterable[relax.VarBinding]] | None = None,
-    result: tvm.ir.Expr | None = None,
+    result: Sequence[relax.Var] | None = None,
 ) -> relax.Function:
     """A copy of `function` with the same variables and some bindings changed.
 
     `read(reader, variable)` names the variable that `reader` reads instead; `replace` gives other
     values to variables; `before` and `after` list bindings around the definition of a variable (or
-    at the function's entry, after a parameter); `result` is what the function returns instead.
+    at the function's entry, after a parameter); `result` lists the variables returned instead, as a tuple.
     """
     replace, before, after = replace or {}, before or {}, after or {}
     blocks = []
@@ -127,10 +127,12 @@ def rebuild(
         blocks.append(relax.DataflowBlock(new) if is_dataflow else relax.BindingBlock(new))
     if pending:
         blocks.append(relax.BindingBlock(pending))
-    body = function.body.body if result is None else result
-    if read is not None and result is None:
+    if result is None:
+        body, ret_ty = function.body.body, function.ret_ty
+    else:
+        body, ret_ty = relax.Tuple(list(result)), relax.TupleType([item.ty for item in result])
+    if read is not None:
         body = _substitute(body, None, read)
-    ret_ty = function.ret_ty if result is None else None
     return relax.Function(
         function.params, relax.SeqExpr(blocks, body), ret_ty, function.is_pure, function.attrs
     )

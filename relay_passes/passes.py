@@ -1,4 +1,4 @@
-"""The passes that a recipe can name: step name => config, what it needs to observe, how to apply it.
+"""The passes that a recipe can name: step name => config, what to observe, how to apply.
 
 Nothing is imported before it is used, so that listing the passes costs nothing.
 """

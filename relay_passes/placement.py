@@ -285,9 +285,8 @@ class _Domain:
         """Values that are quantised wherever they come from: a layer reads them, maybe moved."""
         wanted: set[relax.Var] = set()
         for variable in reversed(self.graph.values):
-            if variable in self.layers:
-                wanted.update(self.graph.tensor_operands(variable))
-            elif self.capable.get(variable) == "movement" and variable in wanted:
+            is_moved = self.capable.get(variable) == "movement" and variable in wanted
+            if variable in self.layers or is_moved:
                 wanted.update(self.graph.tensor_operands(variable))
         return wanted
 

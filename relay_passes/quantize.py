@@ -1,7 +1,7 @@
 """conv(x, w) + b => conv(dequantize(quantize(x)), dequantize(w8)) + dequantize(b32)
 
-Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-Inference". The result is still a float graph that runs anywhere and computes what the integer
+Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference". The result is still a float graph that runs anywhere and computes what the integer
 kernels will; `placement` says where the quantisers stand and `lower` turns regions into integers.
 """
 
@@ -33,8 +33,8 @@ LEFT_FLOAT_ATTR = "tvm_compress.left_float"
 class Quantize:
     """Quantise the named layers, and every operator between them that has an integer form.
 
-    `schemes` maps layer names (`select.list_layers`) to configs; layers that are not named, or whose
-    config asks for nothing, stay float. `statistics` holds the tensors that `observe`
+    `schemes` maps layer names (`select.list_layers`) to configs; other layers stay
+    float. `statistics` holds the tensors that `observe`
     lists, gathered on this very module. What stays float between quantised layers, and why, is in
     the attribute `tvm_compress.left_float` of `main` (`read_left_float`).
     Raises `DataError` when statistics are missing.
@@ -222,7 +222,8 @@ class _Writer:
     def _write_bias(
         self, layer_var: relax.Var, reader: relax.Var, array: np.ndarray, layer: IntegerLayer
     ) -> None:
-        assert layer.bias is not None and layer.bias_scale is not None
+        assert layer.bias is not None
+        assert layer.bias_scale is not None
         rank = len(shape_of(layer_var) or ())
         axis = channel_axis(self._graph.values[layer_var])
         shape = tuple(layer.bias.size if index == axis else 1 for index in range(rank))

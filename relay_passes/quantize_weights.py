@@ -19,7 +19,7 @@ LARGEST_BIAS = 2**30
 
 @dataclass(frozen=True)
 class IntegerLayer:
-    """`weight` with its parameters, and `bias` (int32 [output channels]) at `bias_scale` (float32)."""
+    """`weight` with its parameters; `bias` int32 [output channels] at `bias_scale` (float32)."""
 
     weight: NDArray[np.int8]
     parameters: QuantizationParameters

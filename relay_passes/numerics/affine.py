@@ -1,7 +1,8 @@
 """Affine quantisation of numbers: real = scale * (integer - zero_point).
 
-Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-Inference", section 2.1; power-of-two scales are the dynamic fixed point of Courbariaux et al. 2014.
+Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", section 2.1; power-of-two scales are the dynamic fixed point of
+Courbariaux et al. 2014, "Training deep neural networks with low precision multiplications".
 Zero is always one of the representable numbers, because padding and ReLU produce it exactly.
 """
 
@@ -26,7 +27,7 @@ INTEGER_RANGES: dict[str, tuple[int, int]] = {
 SMALLEST_SCALE = 2.0**-60
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuantizationParameters:
     """How real numbers map to integers: `scale` float32 and `zero_point` int32, both of one shape.
 
@@ -67,34 +68,33 @@ def choose_parameters(
     """
     if dtype not in INTEGER_RANGES:
         raise ValueError(f"no integer type {dtype!r}; choose from {', '.join(INTEGER_RANGES)}")
-    low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+    bottom, top = np.asarray(low, np.float64), np.asarray(high, np.float64)
+    if not (np.isfinite(bottom).all() and np.isfinite(top).all()):
         raise ValueError("a range is not finite; the data hold NaN or infinity")
-    if (low > high).any():
-        raise ValueError(f"empty range: low {low} > high {high}")
-    low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
+    if (bottom > top).any():
+        raise ValueError(f"empty range: low {bottom} > high {top}")
+    bottom, top = np.minimum(bottom, 0.0), np.maximum(top, 0.0)
     lowest, highest = INTEGER_RANGES[dtype]
     if narrow and lowest < 0:
         lowest = -highest
 
+    middle = 0 if lowest < 0 or not (bottom < 0).any() else 128
     if symmetric:
-        middle = 0 if lowest < 0 or not (low < 0).any() else 128
-        below, above = middle - lowest, highest - middle
-        scale = high / above
-        if below:
-            scale = np.maximum(scale, -low / below)
+        scale = top / (highest - middle)
+        if lowest < middle:
+            scale = np.maximum(scale, bottom / (lowest - middle))
     else:
-        scale = (high - low) / (highest - lowest)
-    scale = np.where(high > low, np.maximum(scale, SMALLEST_SCALE), 1.0)
+        scale = (top - bottom) / (highest - lowest)
+    is_empty = top == bottom
+    scale = np.where(is_empty, 1.0, np.maximum(scale, SMALLEST_SCALE))
     if power_of_two:
         scale = 2.0 ** np.ceil(np.log2(scale))
     scale = scale.astype(np.float32)
 
-    if symmetric:
-        zero_point = np.full(scale.shape, middle, np.int32)
-    else:
-        zero_point = np.clip(np.rint(lowest - low / scale), lowest, highest).astype(np.int32)
-        zero_point = np.where(high > low, zero_point, max(lowest, 0)).astype(np.int32)
+    zero_point = np.full(scale.shape, middle, np.int32)
+    if not symmetric:
+        nearest = np.clip(np.rint(lowest - bottom / scale), lowest, highest)
+        zero_point = np.where(is_empty, max(lowest, 0), nearest).astype(np.int32)
     return QuantizationParameters(scale, zero_point, dtype, axis, lowest, highest)
 
 

@@ -1,4 +1,4 @@
-"""How many weights share one scale: a type each, so a group size exists only where it means something."""
+"""How many weights share one scale: a type each, so that only groups have a size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PerChannel:
 
 @dataclass(frozen=True)
 class PerGroup:
-    """One scale for every `size` weights summed into one output channel; the last group may be ragged."""
+    """One scale for every `size` weights of one output channel; the last group may be ragged."""
 
     size: int
 

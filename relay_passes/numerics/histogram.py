@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 BINS = 8192  # one-sided data use at least a quarter of them: 8 bins for each of 256 levels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Histogram:
-    """`counts[c, i]` numbers of channel c lie in [(i - bins/2) * width[c], (i + 1 - bins/2) * width[c]).
+    """`counts[c, i]` values of channel c lie in [i - bins/2, i + 1 - bins/2) times `width[c]`.
 
     counts: int64 [C, bins]; width: float64 [C], 0 where a channel has only seen zeros.
     """

@@ -46,7 +46,7 @@ class TensorObserver:
         """Statistics of everything seen. Raises `ValueError` when nothing was."""
         if self._samples == 0:
             raise ValueError("no values were observed")
-        # Starting from zero, the average has seen 1 - (1 - m)**n of the weights (Adam's correction).
+        # It started from zero: divide by the weight that the samples have had (as Adam does).
         average = self._average / (1.0 - (1.0 - MOMENTUM) ** self._samples)
         channels = None
         if self._channels is not None and self._channel_axis is not None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .histogram import Histogram
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChannelStatistics:
     """Per channel along `axis`, over samples and positions. Each array: float64 [C]."""
 
@@ -22,7 +22,7 @@ class ChannelStatistics:
     mean: NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TensorStatistics:
     """One tensor over all samples.
 
@@ -38,7 +38,7 @@ class TensorStatistics:
     channels: ChannelStatistics | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerMoments:
     """Moments of a layer's input patches x (length K = kernel positions * input channels).
 
@@ -51,7 +51,7 @@ class LayerMoments:
     count: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Statistics(Mapping[str, TensorStatistics]):
     """Tensor name => statistics, for `samples` samples; `moments` by layer name."""
 
@@ -121,7 +121,7 @@ def _read(arrays: Mapping[str, NDArray]) -> Statistics:
     moments: dict[str, LayerMoments] = {}
     for index, name in enumerate(arrays["layers"].tolist()):
         prefix = f"layer{index}"
-        second = arrays[f"{prefix}.second"] if f"{prefix}.second" in arrays else None
+        second = arrays.get(f"{prefix}.second")
         moments[name] = LayerMoments(
             arrays[f"{prefix}.mean"], second, int(arrays[f"{prefix}.count"])
         )
