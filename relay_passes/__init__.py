@@ -1,7 +1,1 @@
-"""Graph passes over Relax modules, and the table of those that a recipe can name."""
-
-from __future__ import annotations
-
-from .passes import PASSES, PassEntry
-
-__all__ = ["PASSES", "PassEntry"]
+"""Graph passes over Relax. See README.md of this folder."""

@@ -8,6 +8,8 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from ..schedules.spec import KERNEL_ATTR, KernelSpec, SpecError, spec_from_json
+
 
 def op_name(expr: tvm.ir.Expr) -> str | None:
     """`"relax.nn.conv2d"` for a call of that operator, `None` for anything else."""
@@ -59,3 +61,14 @@ def bindings(function: relax.Function) -> Iterator[relax.VarBinding]:
 def renormalise_perm(rank: int) -> tuple[int, ...]:
     """The identity permutation of `rank` axes."""
     return tuple(range(rank))
+
+
+def anchor_spec(function: tvm.ir.BaseFunc) -> KernelSpec | None:
+    """The spec of a kernel with multiply-accumulates (conv, matmul ...), `None` for other functions."""
+    text = (function.attrs or {}).get(KERNEL_ATTR)
+    if text is None:
+        return None
+    try:
+        return spec_from_json(str(text))
+    except SpecError:
+        return None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tvm import te, tirx
 
-from .prim import ELEMENTWISE, make_prim_func
+from .prim import BROADCAST, make_prim_func
 
 
 def table_lookup(shape: Sequence[int], dtype: str, out_dtype: str) -> tirx.PrimFunc:
@@ -18,4 +18,4 @@ def table_lookup(shape: Sequence[int], dtype: str, out_dtype: str) -> tirx.PrimF
     table = te.placeholder((1 << bits,), out_dtype, name="table")
     offset = tirx.const(1 << (bits - 1) if signed else 0, "int32")
     out = te.compute(shape, lambda *i: table[x[i].astype("int32") + offset], name="table")
-    return make_prim_func("table", [x, table], out, ["data", "table"], ELEMENTWISE)
+    return make_prim_func("table", [x, table], out, ["data", "table"], BROADCAST)

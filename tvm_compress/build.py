@@ -1,18 +1,198 @@
-"""Compile a module in graph or kernel form for a target, through the one ordered pass list."""
+"""Compile a module in graph or kernel form for a target, and account for what was emitted."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .errors import ModelError
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import tvm
     from tvm import relax
 
     from .targets import Target
 
 
-def compile_module(module: tvm.IRModule, target: Target) -> relax.VMExecutable:
-    """Graph form (or kernel form) => executable with scheduled kernels for `target`."""
+@dataclass(frozen=True)
+class KernelCall:
+    """One kernel call of the built module, in execution order.
+
+    `layers` are the layers whose multiply-accumulates it holds (none for a pool or a table), `output` the
+    name of the tensor that it writes.
+    """
+
+    symbol: str
+    layers: tuple[str, ...]
+    output: str
+
+
+@dataclass(frozen=True)
+class ConstantBytes:
+    """Bytes of one emitted constant: role is weights, bias, scales, table or other."""
+
+    role: str
+    layer: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """A compiled module and the facts about it that reports need."""
+
+    executable: relax.VMExecutable
+    reference_module: tvm.IRModule
+    calls: tuple[KernelCall, ...]
+    constants: tuple[ConstantBytes, ...]
+    plan_bytes: int
+    left_float: tuple[dict[str, str], ...]
+
+    def export(self, path: Path) -> None:
+        """Write the shared library; it needs TVM's runtime and nothing of ours."""
+        self.executable.export_library(str(path))
+
+
+def build(module: tvm.IRModule, target: Target) -> Built:
+    """Graph form (float or quantised) => executable with scheduled kernels for `target`.
+
+    Raises `ModelError` when the model cannot be compiled.
+    """
     import tvm
 
-    return tvm.compile(module, target=target.tvm_target)
+    from .pipeline import fusion_pipeline, packing_pipeline, reference_pipeline
+    from .relay_passes.lower import LEFT_FLOAT_ATTR
+
+    with target.tvm_target():
+        reference = reference_pipeline()(module)
+        packed = packing_pipeline(target)(reference)
+        fused = fusion_pipeline(target)(packed)
+        try:
+            executable = tvm.compile(fused, target=target.tvm_target())
+        except tvm.error.TVMError as error:
+            line = str(error).strip().splitlines()[-1]
+            raise ModelError(f"TVM could not compile the model for {target.name}: {line}") from error
+    attrs = reference["main"].attrs or {}
+    return Built(
+        executable=executable,
+        reference_module=reference,
+        calls=_calls(fused),
+        constants=_constants(packed),
+        plan_bytes=_plan_bytes(fused, target),
+        left_float=tuple(json.loads(str(attrs.get(LEFT_FLOAT_ATTR, "[]")))),
+    )
+
+
+def compile_module(module: tvm.IRModule, target: Target) -> relax.VMExecutable:
+    """`build` for those who only want to run the result."""
+    return build(module, target).executable
+
+
+def compile_reference(module: tvm.IRModule) -> relax.VMExecutable:
+    """Compile a module as it is, with naive kernels, for the machine at hand: slow, and a different
+    code path from what ships."""
+    import tvm
+
+    return tvm.compile(module, target=tvm.target.Target("llvm"))
+
+
+def _calls(fused: tvm.IRModule) -> tuple[KernelCall, ...]:
+    """Pair the kernels of the built module with what FuseEpilogues recorded about them."""
+    from .relay_passes import ir
+    from .relay_passes.fuse_epilogues import CALLS_ATTR
+
+    main = fused["main"]
+    recorded = json.loads(str(main.attrs[CALLS_ATTR]))
+    symbols = [
+        binding.value.args[0].name_hint
+        for binding in ir.bindings(main)
+        if ir.op_name(binding.value) == "relax.call_tir"
+    ]
+    if len(symbols) != len(recorded):
+        raise AssertionError(f"{len(symbols)} kernel calls, {len(recorded)} recorded")
+    return tuple(
+        KernelCall(symbol, tuple(entry["layers"]), entry["output"])
+        for symbol, entry in zip(symbols, recorded, strict=True)
+    )
+
+
+def _constants(packed: tvm.IRModule) -> tuple[ConstantBytes, ...]:
+    """Every constant of the module, with the role that its kernel gives it."""
+    import tvm
+
+    from .relay_passes import ir
+    from .schedules.prim import ROLES_ATTR
+
+    layer_of: dict[tvm.ir.Expr, str] = {}
+    found: list[ConstantBytes] = []
+    for binding in ir.bindings(packed["main"]):
+        value = binding.value
+        if not isinstance(value, tvm.ir.Call):
+            continue
+        arguments, roles = list(value.args), []
+        layer = binding.var.name
+        if ir.op_name(value) == "relax.call_tir":
+            function = packed[value.args[0]]
+            arguments = list(value.args[1].fields)
+            roles = [str(role) for role in (function.attrs or {}).get(ROLES_ATTR, [])]
+            if ir.anchor_spec(function) is None:
+                owners = [layer_of[a] for a in arguments if a in layer_of]
+                layer = owners[0] if owners else layer
+            else:
+                layer_of[binding.var] = layer
+        elif arguments and arguments[0] in layer_of:
+            layer = layer_of[arguments[0]]
+        if arguments and binding.var not in layer_of and arguments[0] in layer_of:
+            same = ir.shape_of(arguments[0]) == ir.shape_of(binding.var)
+            if same and ir.dtype_of(arguments[0]) != "int8":
+                layer_of[binding.var] = layer
+        for index, argument in enumerate(arguments):
+            array = ir.constant(argument)
+            if array is not None:
+                role = roles[index] if index < len(roles) and roles[index] != "data" else "other"
+                found.append(ConstantBytes(role, layer, int(array.nbytes)))
+    return tuple(found)
+
+
+def _plan_bytes(fused: tvm.IRModule, target: Target) -> int:
+    """Bytes of the activation storages in TVM's static memory plan, inputs and outputs included."""
+    import tvm
+    from tvm import relax
+
+    from .relay_passes import ir
+
+    transform = relax.transform
+    with target.tvm_target():
+        planned = tvm.transform.Sequential(
+            [
+                transform.LegalizeOps(),
+                transform.RewriteDataflowReshape(),
+                transform.ToNonDataflow(),
+                transform.RemovePurityChecking(),
+                transform.CallTIRRewrite(),
+                transform.StaticPlanBlockMemory(),
+            ]
+        )(fused)
+    total = 0
+    for binding in ir.bindings(planned["main"]):
+        name = ir.op_name(binding.value)
+        if name == "relax.memory.alloc_storage":
+            size = binding.value.args[0]
+            total += int(size.values[0].value)
+        elif name == "relax.builtin.alloc_tensor":
+            total += _tensor_bytes(binding.var)
+    return total + sum(_tensor_bytes(param) for param in planned["main"].params)
+
+
+def _tensor_bytes(expr: tvm.ir.Expr) -> int:
+    import numpy as np
+
+    from .relay_passes import ir
+
+    shape = ir.shape_of(expr)
+    if shape is None:
+        return 0
+    dtype = ir.dtype_of(expr)
+    return int(np.prod(shape)) * (1 if dtype == "bool" else np.dtype(dtype).itemsize)

@@ -22,6 +22,7 @@ from .context import Lowering
 from .values import Constant, Many, Other, Tensor, Value
 
 LEFT_FLOAT_ATTR = "tvm_compress.left_float"
+TENSORS_ATTR = "tvm_compress.tensors"
 REQUANTIZE_ATTR = "tvm_compress.requantize"
 KERNEL_FORM_ATTR = "tvm_compress.kernel_form"
 
@@ -75,9 +76,41 @@ def _lower(
         builder.emit_func_output(result)
     lowered = builder.finalize()
     attrs = {k: v for k, v in attrs.items() if k != "global_symbol"}
-    attrs |= {LEFT_FLOAT_ATTR: json.dumps(ctx.left_float), KERNEL_FORM_ATTR: 1}
+    # Quantize has its own list; an operator is named once, with the earlier reason.
+    left = {entry["name"]: entry for entry in ctx.left_float}
+    left |= {entry["name"]: entry for entry in json.loads(str(attrs.get(LEFT_FLOAT_ATTR, "[]")))}
+    attrs |= {
+        LEFT_FLOAT_ATTR: json.dumps(list(left.values())),
+        TENSORS_ATTR: json.dumps(_tensors(ctx)),
+        KERNEL_FORM_ATTR: 1,
+    }
     lowered["main"] = lowered["main"].with_attrs(attrs)
     return relax.transform.DeadCodeElimination(["main"])(lowered)
+
+
+def _tensors(ctx: Lowering) -> dict[str, dict]:
+    """Variable of kernel form => the tensor of graph form that it holds, and how.
+
+    Physical axis i is logical axis `perm[i]`; codes mean `scale * (code - zero_point)`.
+    """
+    table: dict[str, dict] = {}
+    for expr, value in [*ctx.env.items(), *ctx.floats.items()]:
+        if not isinstance(value, Tensor) or not isinstance(value.expr, relax.Var):
+            continue
+        source, call = expr, ctx.origin.get(expr)
+        if call is not None and ir.op_name(call) == "relax.quantize":
+            source = call.args[0]
+        table.setdefault(
+            value.expr.name,
+            {
+                "source": getattr(source, "name", value.expr.name),
+                "shape": list(value.shape),
+                "perm": list(value.perm),
+                "scale": None if value.quant is None else float(value.quant.scale),
+                "zero_point": 0 if value.quant is None else int(value.quant.zero_point),
+            },
+        )
+    return table
 
 
 def _walk(ctx: Lowering, main: relax.Function) -> tvm.ir.Expr:
@@ -139,4 +172,4 @@ def _output(ctx: Lowering, expr: tvm.ir.Expr) -> tvm.ir.Expr:
     return ctx.native(expr)
 
 
-__all__ = ["HANDLERS", "KERNEL_FORM_ATTR", "LEFT_FLOAT_ATTR", "LowerToKernels"]
+__all__ = ["HANDLERS", "KERNEL_FORM_ATTR", "LEFT_FLOAT_ATTR", "TENSORS_ATTR", "LowerToKernels"]

@@ -167,7 +167,7 @@ def pad(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
             return ctx.no(f"padding value {value} is outside the quantised range")
     pairs = [widths[2 * axis : 2 * axis + 2] for axis in data.perm]
     flat = [width for pair in pairs for width in pair]
-    expr = ctx.emit(relax.op.nn.pad(data.expr, flat, code, "constant"), name)
+    expr = ctx.emit(relax.op.nn.pad(data.expr, flat, "constant", float(code)), name)
     return wrap(replace(data, expr=expr, shape=shape))
 
 

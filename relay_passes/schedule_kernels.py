@@ -1,0 +1,34 @@
+"""Give every kernel of a module its scheduled form for the target."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import tvm
+from tvm import tirx
+
+from .. import schedules
+
+if TYPE_CHECKING:
+    from ..targets import Target
+
+
+@tvm.transform.module_pass(opt_level=0, name="ScheduleKernels")
+class ScheduleKernels:
+    """The pass, for one target. Kernels that are scheduled already stay as they are."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def transform_module(
+        self, module: tvm.IRModule, _context: tvm.transform.PassContext
+    ) -> tvm.IRModule:
+        scheduled = {}
+        for global_var, function in module.functions.items():
+            if isinstance(function, tirx.PrimFunc) and not (function.attrs or {}).get(
+                "tirx.is_scheduled"
+            ):
+                schedule = getattr(schedules, "schedule", None)
+                function = schedule(function, self.target) if schedule else function
+            scheduled[global_var] = function
+        return tvm.IRModule(scheduled, attrs=module.attrs)
