@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import tvm
 from tvm import relax
@@ -29,19 +30,15 @@ class NameLayers:
         return rewrite_module(module, _NameLayers)
 
 
-class _NameLayers(Rewriter):
-    def __init__(self, function: relax.Function) -> None:
+def rename(function: relax.Function, names: Mapping[Var, str]) -> relax.Function:
+    """The function with the given variables under new names."""
+    return _Rename(function, names).run()
+
+
+class _Rename(Rewriter):
+    def __init__(self, function: relax.Function, names: Mapping[Var, str]) -> None:
         super().__init__(function)
-        taken: dict[str, int] = {}
-        for param in function.params:
-            taken[param.name] = 1
-        bound = list(_bindings(function.body))
-        self._names: dict[Var, str] = {}
-        counters: dict[str, int] = {}
-        for anchors in (True, False):
-            for var, value in bound:
-                if is_anchor(value) is anchors:
-                    self._names[var] = _unique(_wanted(var, value, counters), taken)
+        self._names = dict(names)
 
     def rewrite(self, var: Var, value: Expr) -> Expr | None:
         name = self._names.get(var)
@@ -51,6 +48,20 @@ class _NameLayers(Rewriter):
         renamed = kind(name, value.ty)
         self._bind(renamed, value)
         return renamed
+
+
+class _NameLayers(_Rename):
+    def __init__(self, function: relax.Function) -> None:
+        super().__init__(function, {})
+        taken: dict[str, int] = {}
+        for param in function.params:
+            taken[param.name] = 1
+        bound = list(_bindings(function.body))
+        counters: dict[str, int] = {}
+        for anchors in (True, False):
+            for var, value in bound:
+                if is_anchor(value) is anchors:
+                    self._names[var] = _unique(_wanted(var, value, counters), taken)
 
 
 def _bindings(seq: relax.SeqExpr) -> list[tuple[Var, Expr]]:

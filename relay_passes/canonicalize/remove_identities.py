@@ -129,8 +129,12 @@ class _RemoveIdentities(Rewriter):
 
     def clip(self, value: Expr) -> Expr | None:
         low, high = (_number(argument) for argument in value.args[1:3])
-        unbounded = low is None or high is None or low > -math.inf or high < math.inf
-        return None if unbounded else value.args[0]
+        dtype = dtype_of(value)
+        least, most = -math.inf, math.inf
+        if dtype.startswith(("int", "uint")):
+            least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
+        bounded = low is None or high is None or low > least or high < most
+        return None if bounded else value.args[0]
 
     def add(self, value: Expr) -> Expr | None:
         return self._neutral(value, 0, (0, 1))

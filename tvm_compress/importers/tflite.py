@@ -1,0 +1,299 @@
+"""TFLite => graph form. A quantised model keeps its integers, scales and rounding rule."""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from ..errors import ModelError
+from ..model import INPUT_NAMES_ATTR, OUTPUT_NAMES_ATTR, REQUANTIZE_ATTR
+from ..relay_passes.ir import op_name
+from . import names
+from .freeze import freeze_inputs
+from .shapes import Dim, resolve_shapes, unknown_input
+
+try:
+    import tflite
+    from tvm.relax.frontend.tflite import from_tflite
+    from tvm.relax.frontend.tflite.tflite_frontend import OperatorConverter, get_tensor_name
+except ImportError as error:
+    raise ModelError(
+        f"reading TFLite needs the package {error.name!r}: pip install 'tvm-compress[tflite]'"
+    ) from error
+
+MAX_FILE_BYTES = 2**31 - 1  # flatbuffers cannot address more
+
+# Quantised tensors whose integers these operators only move (equal scales in and out).
+_MOVEMENT = frozenset(
+    """DEPTH_TO_SPACE EXPAND_DIMS GATHER PACK PAD PADV2 MIRROR_PAD RESIZE_NEAREST_NEIGHBOR REVERSE_V2 SLICE
+    SPACE_TO_DEPTH SPLIT SPLIT_V SQUEEZE STRIDED_SLICE TILE TRANSPOSE UNPACK""".split()
+)
+# On integers these give no quantised result.
+_INDEX = frozenset({"ARG_MAX", "ARG_MIN", "SHAPE"})
+
+
+def import_tflite(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    input_values: Mapping[str, float | np.ndarray] | None,
+) -> tvm.IRModule:
+    """Relax module in graph form, not yet canonical. Raises `ModelError`."""
+    model = _read(path)
+    try:
+        graph = model.Subgraphs(0)
+        declared = _inputs(graph)
+        output_names = [_name(graph.Tensors(int(i))) for i in graph.OutputsAsNumpy()]
+    except Exception as error:
+        raise ModelError(f"{path}: damaged TFLite file ({_first_line(error)})") from error
+    for name in input_values or {}:
+        if name not in declared:
+            raise ModelError(unknown_input(name, declared))
+    static = resolve_shapes(declared, shapes)
+    labels: dict[tvm.ir.Var, str] = {}
+
+    class Converter(_Converter):
+        layer_labels = labels
+
+    try:
+        module = from_tflite(model, shape_dict=dict(static), op_converter=Converter)
+    except ModelError:
+        raise
+    except Exception as error:
+        where = f" at operator {Converter.current}" if Converter.current else ""
+        raise ModelError(f"{path}: cannot import{where}: {_first_line(error)}") from error
+    main = module["main"].without_attr("params").without_attr("num_input")
+    main = main.with_attr(INPUT_NAMES_ATTR, list(declared))
+    main = main.with_attr(OUTPUT_NAMES_ATTR, output_names)
+    if any(op_name(b.value) == "relax.quantize" for b in _bindings(main)):
+        main = main.with_attr(REQUANTIZE_ATTR, "tflite")
+    renamed = tvm.IRModule({"main": _rename(main, labels)})
+    return freeze_inputs(renamed, input_values)
+
+
+def _read(path: Path) -> Any:
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ModelError(f"{path}: {size} bytes is more than a TFLite file can hold")
+    content = path.read_bytes()
+    if content[4:8] != b"TFL3":
+        raise ModelError(f"{path}: not a TFLite file, or a damaged one")
+    try:
+        model = tflite.Model.GetRootAsModel(content, 0)
+        if model.SubgraphsLength() < 1 or model.SubgraphsLength() > size:
+            raise ValueError("no graph")
+        graph = model.Subgraphs(0)
+        counts = (graph.TensorsLength(), graph.OperatorsLength(), graph.InputsLength())
+        if max(counts) > size or graph.OperatorsLength() < 1:
+            raise ValueError("impossible sizes")
+        _check_tensors(model, graph)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{path}: damaged TFLite file ({_first_line(error)})") from error
+    return model
+
+
+def _check_tensors(model: Any, graph: Any) -> None:
+    """Refuse NaN and infinity in float constants, and in scales."""
+    for index in range(graph.TensorsLength()):
+        tensor = graph.Tensors(index)
+        name = _name(tensor)
+        if any(int(size) < 0 for size in tensor.ShapeAsNumpy()) if tensor.ShapeLength() else False:
+            raise ModelError(f"tensor {name!r} has a negative size; the file is damaged")
+        quantisation = tensor.Quantization()
+        if quantisation is not None and quantisation.ScaleLength():
+            scales = np.asarray(quantisation.ScaleAsNumpy())
+            if not np.isfinite(scales).all():
+                raise ModelError(f"tensor {name!r} has a scale that is NaN or Inf")
+        data = model.Buffers(tensor.Buffer()).DataAsNumpy()
+        if isinstance(data, np.ndarray) and tensor.Type() == tflite.TensorType.FLOAT32:
+            values = np.frombuffer(data.tobytes(), "float32")
+            if not np.isfinite(values).all():
+                raise ModelError(f"tensor {name!r} contains NaN or Inf; export the model again")
+
+
+def _inputs(graph: Any) -> dict[str, list[Dim]]:
+    declared: dict[str, list[Dim]] = {}
+    for index in graph.InputsAsNumpy() if graph.InputsLength() else []:
+        tensor = graph.Tensors(int(index))
+        shape = tensor.ShapeAsNumpy() if tensor.ShapeLength() else []
+        signature = tensor.ShapeSignatureAsNumpy() if tensor.ShapeSignatureLength() else shape
+        declared[_name(tensor)] = [int(size) if size >= 0 else None for size in signature]
+    return declared
+
+
+def _name(tensor: Any) -> str:
+    return (tensor.Name() or b"").decode("utf-8", "replace")
+
+
+class _Converter(OperatorConverter):
+    """TVM's converter, with layer names and the quantised operators it refuses or rounds otherwise."""
+
+    _SUPPORTED_QUANTIZED_OPS = OperatorConverter._SUPPORTED_QUANTIZED_OPS | _MOVEMENT | _INDEX | {
+        "BATCH_MATMUL"
+    }
+    layer_labels: dict[tvm.ir.Var, str] = {}
+    current = ""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.convert_map["AVERAGE_POOL_2D"] = self._average_pool
+        self.convert_map["BATCH_MATMUL"] = self._batch_matmul
+
+    def check_unsupported_ops(self) -> None:
+        for index in range(self.subgraph.OperatorsLength()):
+            op = self.subgraph.Operators(index)
+            kind = self.get_op_code_str(op)
+            inputs, outputs = self.get_input_tensors(op), self.get_output_tensors(op)
+            where = repr(_name(outputs[0].tensor)) if outputs else "?"
+            if kind not in self.convert_map:
+                raise ModelError(f"operator {kind} of {where} is not supported; replace it")
+            quantised_in = bool(inputs) and inputs[0].qnn_params is not None
+            quantised_out = any(tensor.qnn_params is not None for tensor in outputs)
+            weights = any(tensor.qnn_params is not None for tensor in inputs[1:])
+            if not quantised_in and not quantised_out and weights:
+                raise ModelError(
+                    f"operator {kind} of {where} is quantised dynamically (integer weights, float "
+                    "activations); convert with full integer quantisation or without any"
+                )
+            quantised = quantised_in or quantised_out or weights
+            if quantised and kind not in self._SUPPORTED_QUANTIZED_OPS:
+                raise ModelError(
+                    f"operator {kind} of {where} is not supported on quantised tensors; "
+                    "keep it in float or replace it"
+                )
+            if kind in _MOVEMENT and quantised_in and quantised_out:
+                if not self.has_same_qnn_params(inputs[0], outputs[0]):
+                    raise ModelError(
+                        f"operator {kind} of {where} changes the scale of what it moves; "
+                        "convert the model again with a newer TensorFlow"
+                    )
+
+    def convert_op_to_relax(self) -> None:
+        for index in range(self.subgraph.OperatorsLength()):
+            op = self.subgraph.Operators(index)
+            outputs = self.get_output_tensors(op)
+            kind = self.get_op_code_str(op)
+            type(self).current = f"{kind} of {_name(outputs[0].tensor)!r}" if outputs else kind
+            result = self.convert_map[kind](op=op)
+            if result is None:
+                continue
+            result = self.bb.normalize(result)
+            if isinstance(result, tvm.ir.Call):
+                result = self.bb.emit(result)
+            self._label(result, self._layer(op, kind))
+            for position, tensor in enumerate(outputs):
+                name = get_tensor_name(self.subgraph, tensor.tensor_idx)
+                self.exp_tab.set_expr(name, result if len(outputs) == 1 else result[position])
+        type(self).current = ""
+
+    def _layer(self, op: Any, kind: str) -> str:
+        weights = [_name(t.tensor) for t in self.get_input_tensors(op)[1:2]]
+        return layer_name([_name(t.tensor) for t in self.get_output_tensors(op)[:1]], weights, kind)
+
+    def _label(self, expr: Any, layer: str) -> None:
+        """Name what this operator became: the anchor after the layer, the rest `<layer>_<operator>`."""
+        pending = [expr]
+        while pending:
+            current = pending.pop()
+            if isinstance(current, relax.Tuple):
+                pending.extend(current.fields)
+            elif isinstance(current, relax.TupleGetItem):
+                pending.append(current.tuple_value)
+            elif isinstance(current, tvm.ir.Var) and current not in self.layer_labels:
+                value = self.bb.lookup_binding(current)
+                if value is None:  # an input of the model
+                    continue
+                operator = (op_name(value) or "value").split(".")[-1]
+                anchor = operator.startswith("conv") or operator == "matmul"
+                self.layer_labels[current] = layer if anchor else f"{layer}_{operator}"
+                if isinstance(value, tvm.ir.Call):
+                    pending.extend(value.args)
+                else:
+                    pending.append(value)
+
+    # ---- quantised operators that TVM's converter rounds otherwise, or has not -------------------
+
+    def _average_pool(self, op: Any) -> Any:
+        """On integers: `quantize(avg_pool2d(dequantize(x)))`, so that the model's rounding rule applies."""
+        tensor = self.get_input_tensors(op)[0]
+        if tensor.qnn_params is None:
+            return self.convert_pool2d(op, "average")
+        integer = self.convert_pool2d(op, "average")  # clip?(astype(avg_pool2d(astype(x))))
+        bounds = None
+        if op_name(integer) == "relax.clip":
+            bounds = integer.args[1:]
+            integer = integer.args[0]
+        attrs = integer.args[0].attrs
+        averaged = relax.op.nn.avg_pool2d(
+            self.dequantize(self.get_expr(tensor.tensor_idx), tensor),
+            [int(k) for k in attrs.pool_size],
+            [int(s) for s in attrs.strides],
+            [int(p) for p in attrs.padding],
+            layout="NHWC",
+        )
+        result = self.quantize(averaged, self.get_output_tensors(op)[0])
+        return result if bounds is None else relax.op.clip(result, *bounds)
+
+    def _batch_matmul(self, op: Any) -> Any:
+        """On integers: `quantize(matmul(dequantize(a), dequantize(b)))`."""
+        inputs, output = self.get_input_tensors(op), self.get_output_tensors(op)[0]
+        if inputs[0].qnn_params is None:
+            return self.convert_batch_matmul(op)
+        options = tflite.BatchMatMulOptions()
+        table = op.BuiltinOptions()
+        options.Init(table.Bytes, table.Pos)
+        operands = []
+        for tensor, adjoint in zip(inputs, (options.AdjX(), options.AdjY()), strict=True):
+            value = self.dequantize(self.get_tensor_expr(tensor), tensor)
+            if adjoint:
+                rank = len(tensor.tensor.ShapeAsNumpy())
+                value = relax.op.permute_dims(value, [*range(rank - 2), rank - 1, rank - 2])
+            operands.append(value)
+        return self.quantize(relax.op.matmul(*operands), output)
+
+
+def layer_name(outputs: list[str], weights: list[str], kind: str) -> str:
+    """The layer that most of a fused operator's tensor names agree on.
+
+    The converter joins the names of what it fused with `;`: activation, batch-norm, convolution, bias,
+    and sometimes a neighbour whose constant is shared.
+    """
+    votes: collections.Counter[str] = collections.Counter()
+    fallback = ""
+    for joined in [*outputs, *weights]:
+        for name in joined.split(";"):
+            path = re.sub(r"/(ReadVariableOp|resource)\d*", "", name)
+            layer = names.layer_name(re.sub(r"(Conv2D|MatMul|BiasAdd|depthwise)\d+$", r"\1", path), "")
+            layer = re.sub(r"^(functional|model|sequential)_(\d+_)?(?=[A-Za-z])", "", layer)
+            if re.search(r"activation|batch_norm|Identity|weights|_Const$|^Const|shape|^arg\d", layer):
+                fallback = fallback or layer
+            elif layer:
+                votes[layer] += 1
+    return votes.most_common(1)[0][0] if votes else fallback or kind.lower()
+
+
+def _bindings(function: relax.Function) -> Iterator[relax.Binding]:
+    for block in function.body.blocks:
+        yield from block.bindings
+
+
+def _rename(function: relax.Function, labels: Mapping[tvm.ir.Var, str]) -> relax.Function:
+    """Bindings under their labels; unique names come with canonicalisation."""
+    from ..relay_passes.canonicalize.name_layers import rename
+
+    return rename(function, labels)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
