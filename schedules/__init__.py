@@ -1,6 +1,7 @@
 """Kernels: naive descriptions, and scheduled forms per target. See README.md of this folder."""
 
 from .anchors import describe, prim_func, reference
+from .dispatch import pack_weight, schedule
 from .spec import (
     KERNEL_ATTR,
     SCHEDULE_ATTR,
@@ -10,6 +11,7 @@ from .spec import (
     KernelSpec,
     MatmulSpec,
     SpecError,
+    WeightedSpec,
     spec_from_json,
 )
 
@@ -22,8 +24,11 @@ __all__ = [
     "KernelSpec",
     "MatmulSpec",
     "SpecError",
+    "WeightedSpec",
     "describe",
+    "pack_weight",
     "prim_func",
     "reference",
+    "schedule",
     "spec_from_json",
 ]

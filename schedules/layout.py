@@ -48,9 +48,7 @@ class PackedLayout:
         """Length of the packed reduction axis in units of `group`."""
         return self._round(reduction[0] * self.pitches(reduction)[0]) // self.group
 
-    def shape(
-        self, groups: int, reduction: Reduction, columns: int, dtype: str
-    ) -> tuple[int, ...]:
+    def shape(self, groups: int, reduction: Reduction, columns: int, dtype: str) -> tuple[int, ...]:
         """Shape of the packed array for `groups` matrices [product(reduction), columns]."""
         steps = self.steps(reduction)
         if dtype == "int4":

@@ -154,7 +154,10 @@ def pack_codes(spec: WeightedSpec, codes: np.ndarray, layout: str) -> np.ndarray
     groups, _, columns = codes.shape
     steps = packed.steps(spec.reduction)
     blocks = -(-columns // packed.width)
-    full = np.zeros((groups, steps * packed.group, blocks * packed.width), codes.dtype)
+    # Padding must decode to zero: the kernel multiplies it with whatever lies beside the data.
+    full = np.full(
+        (groups, steps * packed.group, blocks * packed.width), spec.weight_zero_point, codes.dtype
+    )
     full[:, packed_positions(spec.reduction, packed), :columns] = codes
     # [G, S*g, O*w] -> [G, S, g, O, w] -> [G, O, S, w, g]
     array = full.reshape(groups, steps, packed.group, blocks, packed.width).transpose(0, 3, 1, 4, 2)

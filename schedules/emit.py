@@ -1,0 +1,130 @@
+"""Writing loops: a stack of statement lists with the few statements a generated kernel needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from tvm import ir, tirx
+from tvm.tirx.stmt import AllocBuffer, Bind, BufferStore, DeclBuffer, For, ForKind, IfThenElse
+
+_KINDS = {
+    "serial": ForKind.SERIAL,
+    "parallel": ForKind.PARALLEL,
+    "vectorized": ForKind.VECTORIZED,
+}
+
+
+def vector(buffer: tirx.Buffer, base: Any, lanes: int) -> ir.Expr:
+    """`lanes` consecutive values of a flat buffer."""
+    return buffer[base] if lanes == 1 else buffer[tirx.Ramp(base, 1, lanes)]
+
+
+def splat(value: ir.Expr, lanes: int) -> ir.Expr:
+    """The same value in every lane."""
+    return value if lanes == 1 else tirx.Broadcast(value, lanes)
+
+
+def dtype_bits(dtype: str) -> int:
+    """Bits of one value."""
+    return int(dtype.lstrip("abcdefghijklmnopqrstuvwxyz"))
+
+
+class Emitter:
+    """Collects statements; `loop` and `when` open a nested list for the time of a `with`."""
+
+    def __init__(self) -> None:
+        self._lists: list[list[tirx.Stmt]] = [[]]
+
+    def _add(self, stmt: tirx.Stmt) -> None:
+        self._lists[-1].append(stmt)
+
+    def _close(self) -> tirx.Stmt:
+        stmts = self._lists.pop()
+        return stmts[0] if len(stmts) == 1 else tirx.SeqStmt(stmts)
+
+    @contextmanager
+    def loop(self, name: str, extent: int, kind: str = "serial") -> Iterator[Any]:
+        """A loop from 0; of extent 1 just its body, with the constant 0 as variable."""
+        if extent == 1:
+            yield tirx.const(0, "int32")
+            return
+        variable = tirx.Var(name, "int32")
+        self._lists.append([])
+        yield variable
+        body = self._close()
+        self._add(For(variable, 0, extent, _KINDS[kind], body))
+
+    @contextmanager
+    def when(self, condition: ir.Expr) -> Iterator[None]:
+        """The body of an if without else."""
+        self._lists.append([])
+        yield
+        self._add(IfThenElse(condition, self._close()))
+
+    def branch(
+        self, condition: ir.Expr, then: Callable[[], None], otherwise: Callable[[], None]
+    ) -> None:
+        """if / else, each side written by its callable."""
+        self._lists.append([])
+        then()
+        yes = self._close()
+        self._lists.append([])
+        otherwise()
+        self._add(IfThenElse(condition, yes, self._close()))
+
+    def alloc(self, size: int, dtype: str, name: str, registers: bool = False) -> tirx.Buffer:
+        """A flat buffer, on the stack (and in registers, if always indexed by constants) or in workspace."""
+        buffer = tirx.decl_buffer((size,), dtype, name, scope="local" if registers else "global")
+        self._add(AllocBuffer(buffer))
+        return buffer
+
+    def flat(self, buffer: tirx.Buffer) -> tirx.Buffer:
+        """A one-dimensional view of a compact buffer."""
+        size = 1
+        for extent in buffer.shape:
+            size *= int(extent)
+        dtype = str(buffer.dtype)
+        view = tirx.decl_buffer(
+            (size,), dtype, f"{buffer.name}_flat", data=tirx.buffer_data(buffer)
+        )
+        self._add(DeclBuffer(view, data=tirx.buffer_data(buffer)))
+        return view
+
+    def bind(self, name: str, value: ir.Expr) -> tirx.Var:
+        """A variable that holds `value`."""
+        variable = tirx.Var(name, value.ty)
+        self._add(Bind(variable, value))
+        return variable
+
+    def store(self, buffer: tirx.Buffer, value: ir.Expr, *indices: Any) -> None:
+        """buffer[indices] = value"""
+        self._add(BufferStore(buffer, value, list(indices)))
+
+    def store_vector(self, buffer: tirx.Buffer, value: ir.Expr, base: Any, lanes: int) -> None:
+        """Store `lanes` consecutive values of a flat buffer."""
+        self.store(buffer, value, base if lanes == 1 else tirx.Ramp(base, 1, lanes))
+
+    def chunks(self, extent: int, lanes: int) -> Iterator[tuple[Any, int]]:
+        """Cover 0..extent: yields (start, width) inside the loops made for it, widths descending from `lanes`."""
+        start = 0
+        while extent - start > 0:
+            while lanes > extent - start:
+                lanes //= 2
+            count = (extent - start) // lanes
+            with self.loop("i", count) as i:
+                yield start + i * lanes, lanes
+            start += count * lanes
+
+    def elementwise(
+        self, extent: int, lanes: int, body: Callable[[Any], None], name: str = "l"
+    ) -> None:
+        """body(i) for i in 0..extent in vectorised loops of at most `lanes`, the rest in smaller ones."""
+        for start, width in self.chunks(extent, lanes):
+            with self.loop(name, width, "vectorized") as lane:
+                body(start + lane)
+
+    def function(self, params: list[tirx.Buffer], attrs: Mapping[str, Any]) -> tirx.PrimFunc:
+        """Close everything into a function."""
+        return tirx.PrimFunc(params, self._close()).with_attr(dict(attrs))

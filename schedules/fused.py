@@ -1,0 +1,202 @@
+"""A fused PrimFunc seen as data: its stages, the anchor among them, and values by substitution.
+
+After FuseTIR a function is a sequence of loop nests, each around one block that stores one buffer. A stage
+that only computes elements (no reduction) is an equation `buffer[i...] = value(i...)`; reading such a
+buffer somewhere can be replaced by its value there. Schedules that write their own loops use this to carry
+producers into the copy of the input and consumers into the epilogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm import ir, s_tir, tirx
+
+from .spec import KERNEL_ATTR, KernelSpec, SpecError, spec_from_json
+
+Index = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One block: `buffer[indices] = value` over `variables` (extents `extents`)."""
+
+    name: str
+    buffer: tirx.Buffer
+    variables: tuple[tirx.Var, ...]
+    extents: tuple[int, ...]
+    indices: Index
+    value: ir.Expr
+    reduces: bool
+    spec: KernelSpec | None
+    reads: tuple[tirx.Buffer, ...]
+
+    @property
+    def is_map(self) -> bool:
+        """Whether every element is stored once, at the position its variables name."""
+        return (
+            not self.reduces
+            and len(self.indices) == len(self.variables)
+            and all(i.same_as(v) for i, v in zip(self.indices, self.variables, strict=True))
+        )
+
+
+@dataclass(frozen=True)
+class FusedFunction:
+    """The stages of a PrimFunc in order; at most one is an anchor kernel."""
+
+    func: tirx.PrimFunc
+    stages: tuple[Stage, ...]
+    producers: dict[tirx.Buffer, Stage] = field(compare=False)
+
+    @property
+    def anchor(self) -> Stage | None:
+        """The stage that carries a kernel spec, or None."""
+        return next((stage for stage in self.stages if stage.spec is not None), None)
+
+    @property
+    def outputs(self) -> list[tirx.Buffer]:
+        """Parameters that are written."""
+        return [p for p in self.func.params if p in self.producers]
+
+    def depends_on(self, buffer: tirx.Buffer, other: tirx.Buffer) -> bool:
+        """Whether `buffer` is computed from `other`, directly or not."""
+        if buffer.same_as(other):
+            return True
+        stage = self.producers.get(buffer)
+        return stage is not None and any(self.depends_on(read, other) for read in stage.reads)
+
+    def inline(
+        self,
+        buffer: tirx.Buffer,
+        indices: Sequence[Any],
+        leaf: Callable[[tirx.Buffer, Index], ir.Expr | None],
+    ) -> ir.Expr:
+        """The value of `buffer[indices]` with every stage but what `leaf` answers substituted.
+
+        `leaf` is asked first, for every load; None means: substitute the producer, or load if there is none.
+        """
+        found = leaf(buffer, tuple(indices))
+        if found is not None:
+            return found
+        stage = self.producers.get(buffer)
+        if stage is None:
+            return buffer[tuple(indices)]
+        if not stage.is_map:
+            raise NotImplementedError(f"stage {stage.name} is not elementwise")
+        binding = dict(zip(stage.variables, indices, strict=True))
+        return rewrite(stage.value, binding, lambda b, i: self.inline(b, i, leaf))
+
+
+def analyse(func: tirx.PrimFunc) -> FusedFunction | None:
+    """The stages of `func`, or None when it is not a plain sequence of loop nests with constant extents."""
+    root = func.body
+    if not isinstance(root, s_tir.SBlockRealize) or root.block.iter_vars:
+        return None
+    body = root.block.body
+    nests = list(body) if isinstance(body, tirx.SeqStmt) else [body]
+    stages: list[Stage] = []
+    for nest in nests:
+        stage = _stage(nest)
+        if stage is None:
+            return None
+        stages.append(stage)
+    producers: dict[tirx.Buffer, Stage] = {}
+    for stage in stages:
+        if stage.buffer in producers:
+            return None
+        producers[stage.buffer] = stage
+    if sum(stage.spec is not None for stage in stages) > 1:
+        return None
+    return FusedFunction(func, tuple(stages), producers)
+
+
+def _stage(nest: tirx.Stmt) -> Stage | None:
+    while isinstance(nest, tirx.For):
+        nest = nest.body
+    if not isinstance(nest, s_tir.SBlockRealize):
+        return None
+    block = nest.block
+    extents = []
+    for iter_var in block.iter_vars:
+        if not isinstance(iter_var.dom.extent, tirx.IntImm) or int(iter_var.dom.min) != 0:
+            return None
+        extents.append(int(iter_var.dom.extent))
+    if not isinstance(block.body, tirx.BufferStore) or block.alloc_buffers or block.match_buffers:
+        return None
+    store = block.body
+    reduces = block.init is not None or any(
+        iter_var.iter_type != tirx.IterVar.DataPar for iter_var in block.iter_vars
+    )
+    return Stage(
+        name=block.name_hint,
+        buffer=store.buffer,
+        variables=tuple(iter_var.var for iter_var in block.iter_vars),
+        extents=tuple(extents),
+        indices=tuple(store.indices),
+        value=store.value,
+        reduces=reduces,
+        spec=_anchor_spec(block),
+        reads=tuple(loads(store.value)),
+    )
+
+
+def _anchor_spec(block: s_tir.SBlock) -> KernelSpec | None:
+    text = block.annotations.get(KERNEL_ATTR)
+    if text is None:
+        return None
+    try:
+        return spec_from_json(str(text))
+    except SpecError:
+        return None
+
+
+_BINARY = (
+    "Add", "Sub", "Mul", "Div", "Mod", "FloorDiv", "FloorMod", "Min", "Max", "EQ", "NE", "LT", "LE",
+    "GT", "GE", "And", "Or", "LShift", "RShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor",
+)  # fmt: skip
+
+
+def rewrite(
+    expr: ir.Expr,
+    binding: dict[tirx.Var, ir.Expr],
+    load: Callable[[tirx.Buffer, Index], ir.Expr],
+) -> ir.Expr:
+    """`expr` with variables replaced and every buffer load built by `load` from its new indices."""
+
+    def visit(e: ir.Expr) -> ir.Expr:
+        if isinstance(e, tirx.Var):
+            return binding.get(e, e)
+        if isinstance(e, ir.TensorLoad):
+            return load(e.source, tuple(visit(i) for i in e.indices))
+        if isinstance(e, tirx.Cast):
+            return tirx.Cast(e.ty, visit(e.value))
+        if isinstance(e, tirx.Select):
+            return tirx.Select(visit(e.condition), visit(e.true_value), visit(e.false_value))
+        if isinstance(e, tirx.Not):
+            return tirx.Not(visit(e.a))
+        if isinstance(e, ir.Call):
+            return ir.Call(
+                e.op, [visit(a) for a in e.args], e.attrs, ty_args=e.ty_args, ret_ty=e.ty
+            )
+        if hasattr(e, "a") and hasattr(e, "b"):
+            return type(e)(visit(e.a), visit(e.b))
+        if isinstance(e, (tirx.IntImm, tirx.FloatImm, ir.StringImm)):
+            return e
+        raise NotImplementedError(f"expression {type(e).__name__}")
+
+    return visit(expr)
+
+
+def loads(expr: ir.Expr) -> list[tirx.Buffer]:
+    """The buffers an expression loads from, once per load."""
+    found: list[tirx.Buffer] = []
+
+    def load(buffer: tirx.Buffer, indices: Index) -> ir.Expr:
+        found.append(buffer)
+        return buffer[indices]
+
+    rewrite(expr, {}, load)
+    return found

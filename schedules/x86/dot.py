@@ -1,0 +1,197 @@
+"""The inner instruction of a matrix kernel, per capability: what one step of the reduction does.
+
+A step multiplies `group` consecutive reduction positions of one data value, broadcast, with as many of
+`lanes` outputs and adds to their accumulators. Three forms:
+
+- FloatDot: fused multiply-add, group 1; integer codes of weight-only layers are converted on load.
+- WordDot: both sides 16 bits wide, pairs multiplied and added to 32 bits (vpmaddwd), group 2. Exact: a pair
+  of products is at most 2 * 2**15 * 2**8 for 8-bit weights. (With AVX512-VNNI the addition is included.)
+- ByteDot: unsigned by signed bytes, four products and the addition in one instruction (vpdpbusd), group 4.
+  Exact, it does not saturate. int8 data becomes x + 128 by flipping its top bit when it is copied, and
+  128 * sum(w) is subtracted from the accumulators' initial value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ...targets import Target
+from ..spec import WeightedSpec
+
+if TYPE_CHECKING:
+    from tvm import ir
+
+
+@dataclass(frozen=True)
+class Dot:
+    """Base: `lanes` 32-bit accumulators a register."""
+
+    lanes: int
+    weight_dtype: str
+    """dtype of the codes in the packed weight."""
+    fused: bool
+    """Whether multiplication and addition are one instruction."""
+    zero_point: int = 0
+    """Subtracted from a code when it is widened."""
+
+    name: ClassVar[str] = ""
+    group: ClassVar[int] = 1
+    acc_dtype: ClassVar[str] = "int32"
+    data_dtype: ClassVar[str] = "float32"
+
+    def convert(self, value: ir.Expr) -> ir.Expr:
+        """A value of the layer's input (any lanes) as the kernel reads it."""
+        raise NotImplementedError
+
+    def convert_constant(self, value: int, dtype: str) -> int:
+        """The same for a number."""
+        return value
+
+    def broadcast(self, value: ir.Expr) -> ir.Expr:
+        """`group` converted values in every lane."""
+        raise NotImplementedError
+
+    def widen(self, weight: ir.Expr) -> ir.Expr:
+        """lanes * group packed codes as an operand."""
+        raise NotImplementedError
+
+    def accumulate(self, acc: ir.Expr, data: ir.Expr, weight: ir.Expr) -> ir.Expr:
+        """acc + data * weight."""
+        raise NotImplementedError
+
+
+class FloatDot(Dot):
+    """acc[l] += x * w[l]"""
+
+    name = "fma"
+    acc_dtype = "float32"
+
+    def convert(self, value: ir.Expr) -> ir.Expr:
+        return value
+
+    def broadcast(self, value: ir.Expr) -> ir.Expr:
+        from tvm import tirx
+
+        return tirx.Broadcast(value, self.lanes)
+
+    def widen(self, weight: ir.Expr) -> ir.Expr:
+        if self.weight_dtype == "float32":
+            return weight
+        # Through int32: AVX2 and AVX-512F have no conversion from bytes to float.
+        return weight.astype(f"int32x{self.lanes}").astype(f"float32x{self.lanes}")
+
+    def accumulate(self, acc: ir.Expr, data: ir.Expr, weight: ir.Expr) -> ir.Expr:
+        from tvm import tirx
+
+        if not self.fused:
+            return acc + data * weight
+        return tirx.call_llvm_pure_intrin(
+            f"float32x{self.lanes}", f"llvm.fma.v{self.lanes}f32", data, weight, acc
+        )
+
+
+class WordDot(Dot):
+    """acc[l] += x[0] * w[l][0] + x[1] * w[l][1], 16-bit operands"""
+
+    name = "pmaddwd"
+    group = 2
+    data_dtype = "int16"
+
+    _MADD: ClassVar[dict[int, str]] = {
+        4: "llvm.x86.sse2.pmadd.wd",
+        8: "llvm.x86.avx2.pmadd.wd",
+        16: "llvm.x86.avx512.pmaddw.d.512",
+    }
+
+    def convert(self, value: ir.Expr) -> ir.Expr:
+        return value.astype(str(value.ty.dtype).replace(_element(value), "int16"))
+
+    def broadcast(self, value: ir.Expr) -> ir.Expr:
+        from tvm import tirx
+
+        pair = tirx.reinterpret("int32", value)
+        return tirx.reinterpret(f"int16x{2 * self.lanes}", tirx.Broadcast(pair, self.lanes))
+
+    def widen(self, weight: ir.Expr) -> ir.Expr:
+        from tvm import tirx
+
+        wide = weight.astype(f"int16x{2 * self.lanes}")
+        if not self.zero_point:
+            return wide
+        return wide - tirx.Broadcast(tirx.const(self.zero_point, "int16"), 2 * self.lanes)
+
+    def accumulate(self, acc: ir.Expr, data: ir.Expr, weight: ir.Expr) -> ir.Expr:
+        from tvm import tirx
+
+        dtype = f"int32x{self.lanes}"
+        if self.fused:
+            name = f"llvm.x86.avx512.vpdpwssd.{32 * self.lanes}"
+            return tirx.call_llvm_pure_intrin(dtype, name, acc, data, weight)
+        return acc + tirx.call_llvm_pure_intrin(dtype, self._MADD[self.lanes], data, weight)
+
+
+class ByteDot(Dot):
+    """acc[l] += sum over j < 4 of (x[j] + 128) * w[l][j]"""
+
+    name = "vpdpbusd"
+    group = 4
+    data_dtype = "uint8"
+
+    def convert(self, value: ir.Expr) -> ir.Expr:
+        from tvm import tirx
+
+        if _element(value) == "uint8":
+            return value
+        dtype = str(value.ty.dtype)
+        lanes = int(dtype.partition("x")[2] or 1)
+        flip = tirx.const(-128, "int8")
+        flipped = tirx.bitwise_xor(value, flip if lanes == 1 else tirx.Broadcast(flip, lanes))
+        return tirx.reinterpret(dtype.replace("int8", "uint8"), flipped)
+
+    def convert_constant(self, value: int, dtype: str) -> int:
+        return value + 128 if dtype == "int8" else value
+
+    def broadcast(self, value: ir.Expr) -> ir.Expr:
+        from tvm import tirx
+
+        four = tirx.reinterpret("int32", value)
+        return tirx.reinterpret(f"uint8x{4 * self.lanes}", tirx.Broadcast(four, self.lanes))
+
+    def widen(self, weight: ir.Expr) -> ir.Expr:
+        return weight
+
+    def accumulate(self, acc: ir.Expr, data: ir.Expr, weight: ir.Expr) -> ir.Expr:
+        from tvm import tirx
+
+        name = f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}"
+        return tirx.call_llvm_pure_intrin(f"int32x{self.lanes}", name, acc, data, weight)
+
+
+def _element(value: ir.Expr) -> str:
+    return str(value.ty.dtype).partition("x")[0]
+
+
+def has_byte_dot(target: Target, lanes: int) -> bool:
+    """Whether vpdpbusd exists for registers of `lanes` accumulators."""
+    if target.has("avx512vnni"):
+        return lanes == 16 or target.has("avx512vl")
+    return target.has("avxvnni") and lanes <= 8
+
+
+def select_dot(spec: WeightedSpec, target: Target, lanes: int) -> Dot | None:
+    """The dot for a layer with `lanes` outputs a register, or None when no form is exact for it."""
+    if lanes not in (4, 8, 16) or lanes > target.lanes(32):
+        return None
+    if spec.data_dtype == "float32":
+        if spec.weight_zero_point:
+            return None
+        return FloatDot(lanes, spec.weight_dtype, target.has("fma"))
+    byte_dot = has_byte_dot(target, lanes)
+    if spec.weight_dtype == "int8" and not spec.weight_zero_point:
+        if spec.data_dtype in ("int8", "uint8") and byte_dot:
+            return ByteDot(lanes, "int8", True)
+        return WordDot(lanes, "int8", byte_dot)
+    if spec.weight_dtype in ("int8", "uint8") and abs(spec.weight_zero_point) <= 255:
+        return WordDot(lanes, spec.weight_dtype, byte_dot, spec.weight_zero_point)
+    return None

@@ -1,0 +1,675 @@
+"""Convolution, transposed convolution and linear layers: one register-tiled kernel.
+
+Order of loops, from the outside: tasks (batch, bands of output rows, perhaps groups of output channels; in
+parallel), the copy of the band's input with its border, groups of output channels, tiles of positions, the
+reduction. One tile is `Tile.positions` outputs by `Tile.vectors` registers of channels, held in registers
+over the whole reduction, then put through the epilogue. Ragged ends are covered by moving the last tile back
+inside, so that there is one tile shape only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import ir, tirx
+
+from ...targets import Target
+from ..emit import Emitter, dtype_bits, splat, vector
+from ..epilogue import Epilogue
+from ..fused import FusedFunction, Stage
+from ..operands import Operands, find_operands
+from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
+from .dot import ByteDot, Dot, FloatDot, WordDot, select_dot
+from .tile import Tile, choose_tile
+from .window import Window, window_of
+
+# Starting the thread pool costs 5-10 us: below this many multiply-adds (float; a byte dot does four times
+# as many in the time) a layer stays on one thread.
+_PARALLEL_MACS = 500_000
+# Input copied for one task should stay in the second-level cache beside the weights.
+_BAND_SHARE_OF_L2 = 4
+
+
+@dataclass(frozen=True)
+class Source:
+    """The flat buffer the reduction reads, its pitches in elements, and where the task's input starts."""
+
+    buffer: tirx.Buffer
+    base: Any
+    row_pitch: int
+    column_pitch: int
+    group_pitch: int
+    row_stride: int
+    """Source rows between two output rows."""
+    column_stride: int
+
+
+def schedule_matrix(fused: FusedFunction, target: Target) -> tirx.PrimFunc | None:
+    """The whole fused function with its anchor as a register-tiled kernel; None: no form for it."""
+    anchor = fused.anchor
+    if anchor is None or not isinstance(anchor.spec, (Conv2dSpec, Conv2dTransposeSpec, MatmulSpec)):
+        return None
+    spec = anchor.spec
+    packed = spec.packed_layout
+    if packed is None:
+        return None
+    dot = select_dot(spec, target, packed.width)
+    if dot is None or dot.group != packed.group or packed.axis == "K":
+        return None
+    operands = find_operands(fused, anchor, spec)
+    if operands is None:
+        return None
+    window = window_of(spec)
+    row_terms = window.kernel[1] * window.channels
+    if packed.axis == "R" and (window.groups > 1 or window.turned):
+        return None
+    if spec.group_size and not (
+        window.kernel == (1, 1) and window.groups == 1 and not isinstance(spec, Conv2dTransposeSpec)
+    ):
+        return None
+    if spec.weight_dtype == "int4" and (
+        not isinstance(dot, FloatDot)
+        or row_terms != spec.reduction_size
+        or window.groups > 1
+        or (spec.group_size and spec.group_size % 2 and spec.group_size < row_terms)
+    ):
+        return None
+    epilogue = Epilogue(fused, anchor)
+    if any(not stage.is_map for stage in epilogue.rest):
+        return None
+    return _MatrixKernel(fused, anchor, spec, operands, window, dot, target, epilogue).build()
+
+
+class _MatrixKernel:
+    """One function being written."""
+
+    def __init__(
+        self,
+        fused: FusedFunction,
+        anchor: Stage,
+        spec: WeightedSpec,
+        operands: Operands,
+        window: Window,
+        dot: Dot,
+        target: Target,
+        epilogue: Epilogue,
+    ) -> None:
+        self.fused, self.anchor, self.spec, self.operands = fused, anchor, spec, operands
+        self.window, self.dot, self.target, self.epilogue = window, dot, target, epilogue
+        packed = spec.packed_layout
+        assert packed is not None
+        self.packed = packed
+        self.lanes = dot.lanes
+        self.steps = packed.steps(spec.reduction)
+        self.blocks = ceil_div(window.out_channels, self.lanes)
+        # The correction for x + 128: known before the tiles, or summed beside them if there is one only.
+        self.corrected = isinstance(dot, ByteDot) and spec.data_dtype == "int8"
+        self.tile = self._choose_tile()
+        self.acc_dtype = spec.acc_dtype
+        self.staged = self._needs_copy()
+        self.band = self._choose_band()
+        self.e = Emitter()
+
+    # Decisions
+
+    def _choose_tile(self) -> Tile:
+        window, dot = self.window, self.dot
+        spare = 1 if dot.fused else 2
+        if self.corrected:
+            spare += 1
+        weight_instructions = 0
+        if isinstance(dot, WordDot):
+            weight_instructions = 1 + bool(dot.zero_point)
+        elif isinstance(dot, FloatDot) and dot.weight_dtype != "float32":
+            weight_instructions = 3
+        return choose_tile(
+            window.rows,
+            window.columns,
+            self.blocks,
+            self.steps,
+            self.target.vector_registers,
+            1 if dot.fused else 2,
+            weight_instructions,
+            spare,
+        )
+
+    def _needs_copy(self) -> bool:
+        """Whether the input must be copied: border, conversion, padded channels, strided rows, producers."""
+        window, dot = self.window, self.dot
+        direct = (
+            not any(window.padding)
+            and not window.turned
+            and self.spec.data_dtype == dot.data_dtype
+            and self.operands.data not in self.fused.producers
+        )
+        if not direct:
+            return True
+        terms = window.channels
+        if self.packed.axis == "R":
+            terms *= window.kernel[1]
+        # Otherwise the last step of the last row would read behind the end of the input.
+        return terms % dot.group != 0
+
+    @property
+    def _skips(self) -> bool:
+        """A strided 1x1 convolution copies only what it uses."""
+        window = self.window
+        return self.staged and window.kernel == (1, 1) and not any(window.padding)
+
+    @property
+    def _channel_pitch(self) -> int:
+        """Elements from one column of the copy to the next."""
+        if self.packed.axis == "R":
+            return self.window.channels
+        return self.window.groups * self._group_pitch
+
+    @property
+    def _group_pitch(self) -> int:
+        channels = self.window.channels
+        return ceil_div(channels, self.dot.group) * self.dot.group
+
+    @property
+    def _copy_columns(self) -> int:
+        return self.window.columns if self._skips else self.window.padded_columns
+
+    def _copy_rows(self, band: int) -> int:
+        return band if self._skips else self.window.input_rows(band)
+
+    def _choose_band(self) -> int:
+        """Output rows of one task: enough tasks for the threads, the copy small enough for the cache."""
+        window, tile = self.window, self.tile
+        row_tiles = ceil_div(window.rows, tile.rows)
+        tasks = 1
+        if self._parallel:
+            tasks = ceil_div(2 * self.target.threads, window.batch)
+        tiles = max(1, row_tiles // tasks)
+        if self.staged:
+            width = dtype_bits(self.dot.data_dtype) // 8
+            row_bytes = self._copy_columns * self._channel_pitch * width
+            limit = self.target.l2_bytes // _BAND_SHARE_OF_L2
+            while tiles > 1 and self._copy_rows(tiles * tile.rows) * row_bytes > limit:
+                tiles -= 1
+        elif window.columns == 1:
+            # A linear layer: rows of the input that stay in the second-level cache.
+            row_bytes = window.channels * window.groups * dtype_bits(self.dot.data_dtype) // 8
+            limit = self.target.l2_bytes // _BAND_SHARE_OF_L2
+            tiles = max(1, min(tiles, limit // (row_bytes * tile.rows)))
+        return min(window.rows, tiles * tile.rows)
+
+    @property
+    def _macs(self) -> int:
+        window = self.window
+        return window.positions * window.out_channels * window.groups * self.spec.reduction_size
+
+    @property
+    def _parallel(self) -> bool:
+        speed = {"vpdpbusd": 4, "pmaddwd": 2}.get(self.dot.name, 1)
+        return self.target.threads > 1 and self._macs >= _PARALLEL_MACS * speed
+
+    # Writing
+
+    def build(self) -> tirx.PrimFunc:
+        e, window, tile = self.e, self.window, self.tile
+        self.weight = e.flat(self.operands.weight)
+        self.data = None
+        if self.operands.data not in self.fused.producers:
+            self.data = e.flat(self.operands.data)
+        self.epilogue.declare(e)
+        bands = ceil_div(window.rows, self.band)
+        channel_groups = ceil_div(self.blocks, tile.vectors)
+        outer = window.batch * bands * window.groups
+        # Too few bands for the threads: channel groups become tasks as well, each with its own copy.
+        split = self._parallel and outer < 2 * self.target.threads
+        tiles_per_weight = ceil_div(window.rows, tile.rows) * ceil_div(window.columns, tile.columns)
+        self.correct_inside = self.corrected and window.batch * tiles_per_weight == 1
+        if self.corrected and not self.correct_inside:
+            self.correction = self._correction()
+        tasks = outer * (channel_groups if split else 1)
+        with e.loop("task", tasks, "parallel" if self._parallel else "serial") as task:
+            if split:
+                chosen: Any = task % channel_groups
+                rest = task // channel_groups
+            else:
+                chosen, rest = None, task
+            group = rest % window.groups
+            b = rest // window.groups // bands
+            y = tirx.min(rest // window.groups % bands * self.band, window.rows - self.band)
+            y = e.bind("y", y) if isinstance(y, ir.Expr) else y
+            source = self._source(b, y, group)
+            if chosen is not None:
+                self._channel_group(chosen, source, b, y, group)
+            else:
+                with e.loop("channel_group", channel_groups) as j:
+                    self._channel_group(j, source, b, y, group)
+        self.epilogue.emit_rest(e, self.lanes)
+        return e.function(list(self.fused.func.params), {})
+
+    def _source(self, b: Any, y: Any, group: Any) -> Source:
+        """The input of the band of output rows from `y` on: copied, or the data itself."""
+        window = self.window
+        if not self.staged:
+            assert self.data is not None
+            pixel = window.channels * window.groups
+            row = window.in_columns * pixel
+            base = b * window.in_rows * row + y * window.strides[0] * row + group * window.channels
+            return Source(self.data, base, row, pixel, 0, *window.strides)
+        copy = self._copy_band(b, y)
+        strides = (1, 1) if self._skips else window.strides
+        row = self._copy_columns * self._channel_pitch
+        return Source(
+            copy, group * self._group_pitch, row, self._channel_pitch, self._group_pitch, *strides
+        )
+
+    def _copy_band(self, b: Any, y: Any) -> tirx.Buffer:
+        """Rows of input for the band, bordered, converted; slack behind for the last step's reads."""
+        e, window, dot = self.e, self.window, self.dot
+        rows, columns, pitch = self._copy_rows(self.band), self._copy_columns, self._channel_pitch
+        copy = e.alloc(rows * columns * pitch + 4 * dot.group, dot.data_dtype, "window")
+        lanes = self.target.vector_bits // max(
+            dtype_bits(dot.data_dtype), dtype_bits(self.spec.data_dtype)
+        )
+        top, left, _, right = window.padding
+        if isinstance(self.spec, (Conv2dSpec, Conv2dTransposeSpec)):
+            pad_value = dot.convert_constant(self.spec.pad_value, self.spec.data_dtype)
+        else:
+            pad_value = 0
+        border = tirx.const(pad_value, dot.data_dtype)
+        step_y, step_x = window.strides if self._skips else (1, 1)
+        first = y * (step_y if self._skips else window.strides[0]) - top
+        dense = pitch == window.channels * window.groups and step_x == 1
+
+        def fill(start: Any, columns: int) -> None:
+            for offset, width in e.chunks(columns * pitch, lanes):
+                e.store_vector(copy, splat(border, width), start + offset, width)
+
+        def copy_row(row: Any, iy: Any) -> None:
+            start = row * columns * pitch
+            if left:
+                fill(start, left)
+            if self.data is not None and not window.turned and dense:
+                source = (b * window.in_rows + iy) * window.in_columns * pitch
+                for offset, width in e.chunks(window.in_columns * pitch, lanes):
+                    value = dot.convert(vector(self.data, source + offset, width))
+                    e.store_vector(copy, value, start + left * pitch + offset, width)
+            else:
+                inner = columns if self._skips else window.in_columns
+                with e.loop("x", inner) as x:
+                    self._copy_pixel(copy, start + (left + x) * pitch, b, iy, x * step_x, lanes)
+            if right:
+                fill(start + (left + window.in_columns) * pitch, right)
+
+        with e.loop("row", rows) as row:
+            iy = first + row * step_y
+            if top or window.padding[2]:
+                e.branch(
+                    tirx.all(iy >= 0, iy < window.in_rows),
+                    lambda: copy_row(row, iy),
+                    lambda: fill(row * columns * pitch, columns),
+                )
+            else:
+                copy_row(row, iy)
+        return copy
+
+    def _copy_pixel(
+        self, copy: tirx.Buffer, start: Any, b: Any, iy: Any, ix: Any, lanes: int
+    ) -> None:
+        """All channels of one input position."""
+        e, window, dot = self.e, self.window, self.dot
+        channels = window.channels * window.groups
+        for g in range(window.groups) if self._group_pitch != window.channels else (0,):
+            count = window.channels if self._group_pitch != window.channels else channels
+            first, to = g * window.channels, start + g * self._group_pitch
+            if self.data is not None and not window.turned:
+                origin = ((b * window.in_rows + iy) * window.in_columns + ix) * channels + first
+                for offset, width in e.chunks(count, lanes):
+                    value = dot.convert(vector(self.data, origin + offset, width))
+                    e.store_vector(copy, value, to + offset, width)
+            else:
+
+                def body(c: Any, first: int = first, to: Any = to) -> None:
+                    e.store(copy, dot.convert(self._input(b, iy, ix, first + c)), to + c)
+
+                e.elementwise(count, lanes, body)
+
+    def _input(self, b: Any, iy: Any, ix: Any, channel: Any) -> ir.Expr:
+        """The layer's input at one place, through whatever stages produce it."""
+        buffer = self.operands.window if self.window.turned else self.operands.data
+        indices = self.window.indices(b, iy, ix, channel)
+        return self.fused.inline(buffer, indices, lambda _buffer, _indices: None)
+
+    def _correction(self) -> tirx.Buffer:
+        """-128 * sum(w) for every output channel."""
+        e, lanes = self.e, self.lanes
+        blocks = self.window.groups * self.blocks
+        buffer = e.alloc(blocks * lanes, "int32", "correction")
+        per_loop = next(n for n in (8, 4, 3, 2, 1) if blocks % n == 0)
+        with e.loop("block", blocks // per_loop) as outer:
+            sums = e.alloc(per_loop * lanes, "int32", "sums", registers=True)
+            for v in range(per_loop):
+                e.store_vector(sums, self._zero(), v * lanes, lanes)
+            size = lanes * self.dot.group
+            with e.loop("step", self.steps) as step:
+                for v in range(per_loop):
+                    start = ((outer * per_loop + v) * self.steps + step) * size
+                    weight = vector(self.weight, start, size)
+                    old = vector(sums, v * lanes, lanes)
+                    e.store_vector(
+                        sums, self.dot.accumulate(old, self._offset(), weight), v * lanes, lanes
+                    )
+            for v in range(per_loop):
+                value = self._zero() - vector(sums, v * lanes, lanes)
+                e.store_vector(buffer, value, (outer * per_loop + v) * lanes, lanes)
+        return buffer
+
+    def _offset(self) -> ir.Expr:
+        return tirx.Broadcast(tirx.const(128, "uint8"), 4 * self.lanes)
+
+    def _zero(self) -> ir.Expr:
+        return tirx.Broadcast(tirx.const(0, self.dot.acc_dtype), self.lanes)
+
+    def _channel_group(self, j: Any, source: Source, b: Any, y: Any, group: Any) -> None:
+        """All tiles of the band for one group of output channels."""
+        e, window, tile = self.e, self.window, self.tile
+        block = tirx.min(j * tile.vectors, self.blocks - tile.vectors)
+        block = e.bind("block", block)
+        with e.loop("tile_row", ceil_div(self.band, tile.rows)) as ty:
+            dy = e.bind("dy", tirx.min(ty * tile.rows, self.band - tile.rows))
+            with e.loop("tile_column", ceil_div(window.columns, tile.columns)) as tx:
+                x = e.bind("x", tirx.min(tx * tile.columns, window.columns - tile.columns))
+                result = e.alloc(
+                    tile.positions * tile.vectors * self.lanes, self.acc_dtype, "tile", True
+                )
+                start = (
+                    source.base
+                    + dy * source.row_stride * source.row_pitch
+                    + x * source.column_stride * source.column_pitch
+                )
+                self._reduce(result, source, e.bind("start", start), group * self.blocks + block)
+                self._finish(result, b, y + dy, x, group, block)
+
+    def _reduce(self, result: tirx.Buffer, source: Source, start: Any, block: Any) -> None:
+        """result[position, vector, lane] = sum over the reduction."""
+        e, tile, lanes, dot = self.e, self.tile, self.lanes, self.dot
+        count = tile.positions * tile.vectors
+        acc = e.alloc(count * lanes, dot.acc_dtype, "acc", registers=True)
+        inside = None
+        if self.correct_inside:
+            inside = e.alloc(tile.vectors * lanes, "int32", "correction", registers=True)
+        chunk = self._chunk()
+        nest = self._nest(source)
+        chunks = ceil_div(nest[-1][0], chunk) if chunk else 1
+        flushes = chunk is not None
+        if flushes:
+            zero = tirx.Broadcast(tirx.const(0, self.acc_dtype), lanes)
+            for i in range(count):
+                e.store_vector(result, zero, i * lanes, lanes)
+        else:
+            self._start(acc, inside, block)
+
+        def walk(level: int, data: Any, step: Any) -> None:
+            extent, data_stride, step_stride = nest[level]
+            if level < len(nest) - 1:
+                with e.loop(f"k{level}", extent) as k:
+                    walk(level + 1, data + k * data_stride, step + k * step_stride)
+                return
+            if not flushes:
+                self._run(acc, inside, source, start, block, data, step, extent, data_stride)
+                return
+            assert chunk is not None
+            full, ragged = extent // chunk, extent % chunk
+
+            def one(index: Any, length: int) -> None:
+                first = index * chunk
+                self._start(acc, inside, block)
+                self._run(
+                    acc,
+                    inside,
+                    source,
+                    start,
+                    block,
+                    data + first * data_stride,
+                    step + first,
+                    length,
+                    data_stride,
+                    index,
+                )
+                self._flush(result, acc, block, index)
+
+            if full:
+                with e.loop("chunk", full) as index:
+                    one(index, chunk)
+            if ragged:
+                one(tirx.const(full, "int32"), ragged)
+
+        walk(0, tirx.const(0, "int32"), tirx.const(0, "int32"))
+        del chunks
+        if flushes:
+            return
+        for i in range(count):
+            value = vector(acc, i * lanes, lanes)
+            if inside is not None:
+                value = value - vector(inside, i % tile.vectors * lanes, lanes)
+            if self.acc_dtype != dot.acc_dtype:
+                value = value.astype(f"{self.acc_dtype}x{lanes}")
+            e.store_vector(result, value, i * lanes, lanes)
+
+    def _chunk(self) -> int | None:
+        """Steps after which the registers are added to the tile: a scale group, or before int32 overflows."""
+        if self.spec.group_size:
+            return self.spec.group_size
+        if self.spec.data_dtype == "int16":
+            # A pair of products of 16-bit data and codes below 2**8 in magnitude stays below 2**24.
+            safe = 127 if self.dot.zero_point else 255
+            return safe if self.steps > safe else None
+        return None
+
+    def _nest(self, source: Source) -> list[tuple[int, int, int]]:
+        """Loops of the reduction: extent, stride in the source, stride in steps. The last one is contiguous."""
+        window, group = self.window, self.dot.group
+        kh, kw = window.kernel
+        row_pitch, column_pitch = (p // group for p in self.packed.pitches(self.spec.reduction))
+        sign = -1 if window.turned else 1
+        nest = [(kh, sign * window.dilation[0] * source.row_pitch, row_pitch)]
+        if self.packed.axis == "R":
+            inner = row_pitch
+        else:
+            nest.append((kw, sign * window.dilation[1] * source.column_pitch, column_pitch))
+            inner = column_pitch
+        return [*(n for n in nest if n[0] > 1), (inner, group, 1)]
+
+    def _start(self, acc: tirx.Buffer, inside: tirx.Buffer | None, block: Any) -> None:
+        e, tile, lanes = self.e, self.tile, self.lanes
+        for v in range(tile.vectors):
+            initial = self._zero()
+            if self.corrected and inside is None:
+                initial = e.bind("initial", vector(self.correction, (block + v) * lanes, lanes))
+            for p in range(tile.positions):
+                e.store_vector(acc, initial, (p * tile.vectors + v) * lanes, lanes)
+            if inside is not None:
+                e.store_vector(inside, self._zero(), v * lanes, lanes)
+
+    def _run(
+        self,
+        acc: tirx.Buffer,
+        inside: tirx.Buffer | None,
+        source: Source,
+        start: Any,
+        block: Any,
+        data: Any,
+        step: Any,
+        extent: int,
+        data_stride: int,
+        scale_group: Any = None,
+    ) -> None:
+        """The innermost loop: `extent` steps from `step` on; int4 takes two steps a byte."""
+        e, dot = self.e, self.dot
+        turn = 0
+        if self.window.turned:
+            kh, kw = self.window.kernel
+            turn = (kh - 1) * self.window.dilation[0] * source.row_pitch
+            turn += (kw - 1) * self.window.dilation[1] * source.column_pitch
+        zero_points = self._zero_points(block, scale_group)
+        nibbles = self.spec.weight_dtype == "int4"
+        stored_steps = ceil_div(self.steps, 2) if nibbles else self.steps
+        size = self.lanes * dot.group
+        first = e.bind("first", start + data + turn)
+
+        def load(v: int, index: Any) -> ir.Expr:
+            return vector(self.weight, ((block + v) * stored_steps + index) * size, size)
+
+        if not nibbles:
+            with e.loop("k", extent) as k:
+                weights = [
+                    e.bind(f"w{v}", dot.widen(load(v, step + k))) for v in range(self.tile.vectors)
+                ]
+                weights = self._centre(weights, zero_points)
+                self._step(acc, inside, source, first + k * data_stride, weights)
+            return
+
+        def pair(k: Any, count: int) -> None:
+            both = [
+                e.bind(f"both{v}", load(v, tirx.div(step, 2) + k).astype(f"int32x{self.lanes}"))
+                for v in range(self.tile.vectors)
+            ]
+            for half in range(count):
+                # Sign-extend one nibble: shift it to the top of 32 bits and back.
+                up = self._int_vector(28 - 4 * half)
+                down = self._int_vector(28)
+                weights = [((w << up) >> down).astype(f"float32x{self.lanes}") for w in both]
+                weights = [e.bind(f"w{v}", w) for v, w in enumerate(weights)]
+                weights = self._centre(weights, zero_points)
+                self._step(acc, inside, source, first + (2 * k + half) * data_stride, weights)
+
+        if extent // 2:
+            with e.loop("k", extent // 2) as k:
+                pair(k, 2)
+        if extent % 2:
+            pair(tirx.const(extent // 2, "int32"), 1)
+
+    def _int_vector(self, value: int) -> ir.Expr:
+        return tirx.Broadcast(tirx.const(value, "int32"), self.lanes)
+
+    def _step(
+        self,
+        acc: tirx.Buffer,
+        inside: tirx.Buffer | None,
+        source: Source,
+        at: Any,
+        weights: list[Any],
+    ) -> None:
+        """One step for every position and vector of the tile."""
+        e, tile, lanes, dot = self.e, self.tile, self.lanes, self.dot
+        for row in range(tile.rows):
+            for column in range(tile.columns):
+                offset = (
+                    row * source.row_stride * source.row_pitch
+                    + column * source.column_stride * source.column_pitch
+                )
+                value = dot.broadcast(vector(source.buffer, at + offset, dot.group))
+                data = e.bind("x", value)
+                for v, weight in enumerate(weights):
+                    place = ((row * tile.columns + column) * tile.vectors + v) * lanes
+                    updated = dot.accumulate(vector(acc, place, lanes), data, weight)
+                    e.store_vector(acc, updated, place, lanes)
+        if inside is not None:
+            for v, weight in enumerate(weights):
+                old = vector(inside, v * lanes, lanes)
+                e.store_vector(
+                    inside, dot.accumulate(old, self._offset(), weight), v * lanes, lanes
+                )
+
+    # Group-wise codes
+
+    def _scale_vector(self, buffer: tirx.Buffer, group_of_k: Any, block: Any, v: int) -> ir.Expr:
+        """Row `group_of_k` of a [K/g, N] buffer, at the channels of block + v; ragged ends are clamped."""
+        channels = self.window.out_channels
+        first = (block + v) * self.lanes
+        if channels % self.lanes == 0:
+            return buffer[group_of_k, tirx.Ramp(first, 1, self.lanes)]
+        # Lanes beyond the last channel are never stored; they only must not read outside.
+        lanes = tirx.Ramp(first, 1, self.lanes)
+        return buffer[group_of_k, tirx.min(lanes, tirx.Broadcast(channels - 1, self.lanes))]
+
+    def _zero_points(self, block: Any, scale_group: Any) -> list[Any]:
+        if self.operands.zero_points is None or scale_group is None:
+            return []
+        return [
+            self.e.bind(
+                f"zero{v}",
+                self._scale_vector(self.operands.zero_points, scale_group, block, v)
+                .astype(f"int32x{self.lanes}")
+                .astype(f"float32x{self.lanes}"),
+            )
+            for v in range(self.tile.vectors)
+        ]
+
+    def _centre(self, weights: list[Any], zero_points: list[Any]) -> list[Any]:
+        if not zero_points:
+            return weights
+        return [
+            self.e.bind(f"c{v}", w - z)
+            for v, (w, z) in enumerate(zip(weights, zero_points, strict=True))
+        ]
+
+    def _flush(self, result: tirx.Buffer, acc: tirx.Buffer, block: Any, index: Any) -> None:
+        """result += registers, scaled group-wise or widened to 64 bits."""
+        e, tile, lanes = self.e, self.tile, self.lanes
+        scales: list[Any] = []
+        if self.operands.scales is not None:
+            scales = [
+                e.bind(f"s{v}", self._scale_vector(self.operands.scales, index, block, v))
+                for v in range(tile.vectors)
+            ]
+        for i in range(tile.positions * tile.vectors):
+            value = vector(acc, i * lanes, lanes)
+            if scales:
+                value = value * scales[i % tile.vectors]
+            elif self.acc_dtype != self.dot.acc_dtype:
+                value = value.astype(f"{self.acc_dtype}x{lanes}")
+            e.store_vector(result, vector(result, i * lanes, lanes) + value, i * lanes, lanes)
+
+    # Epilogue
+
+    def _finish(self, result: tirx.Buffer, b: Any, y: Any, x: Any, group: Any, block: Any) -> None:
+        """Every position of the tile through the epilogue, channels in vectors, the last one perhaps partly."""
+        e, window, tile, lanes = self.e, self.window, self.tile, self.lanes
+        ragged = window.out_channels % lanes
+
+        def positions(v: Any, parts: list[tuple[int, int]]) -> None:
+            with e.loop("r", tile.rows) as r, e.loop("c", tile.columns) as c:
+                place = ((r * tile.columns + c) * tile.vectors + v) * lanes
+                row, column = y + r, x + c
+                where = (b * window.rows + row) * window.columns + column
+                for start, width in parts:
+                    self.epilogue.emit(
+                        e,
+                        lambda channel: window.indices(b, row, column, channel),
+                        where,
+                        group * window.out_channels + (block + v) * lanes + start,
+                        width,
+                        lambda lane, start=start: result[place + start + lane],
+                    )
+
+        with e.loop("v", tile.vectors) as v:
+            if not ragged:
+                positions(v, [(0, lanes)])
+            elif self.blocks == 1:
+                positions(v, _parts(ragged, lanes))
+            else:
+                e.branch(
+                    block + v == self.blocks - 1,
+                    lambda: positions(v, _parts(ragged, lanes)),
+                    lambda: positions(v, [(0, lanes)]),
+                )
+
+
+def _parts(count: int, lanes: int) -> list[tuple[int, int]]:
+    """`count` as start and width of vectors with power-of-two widths."""
+    parts, start = [], 0
+    while count - start:
+        while lanes > count - start:
+            lanes //= 2
+        parts.append((start, lanes))
+        start += lanes
+    return parts

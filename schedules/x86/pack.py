@@ -1,0 +1,74 @@
+"""Choosing a packed weight layout for x86 and packing into it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...targets import Target
+from ..layout import PackedLayout
+from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
+from ..weights import pack_codes, weight_codes
+from .dot import select_dot
+
+# A wider block is worth at most this much more memory for padded channels...
+_PADDING_LIMIT = 1.07
+# ... except where the weight is so small that nobody will notice.
+_SMALL_WEIGHT_BYTES = 1024
+
+
+def choose_lanes(spec: WeightedSpec, target: Target) -> int:
+    """Outputs a block: the vector's width, or a narrower one when padding would cost too much."""
+    columns = spec.columns
+    lanes = min(16, target.lanes(32))
+    while lanes > 4:
+        padded = ceil_div(columns, lanes) * lanes
+        narrow = ceil_div(columns, 4) * 4
+        small = (padded - narrow) * spec.reduction_size <= _SMALL_WEIGHT_BYTES
+        if columns > lanes // 2 and (padded <= narrow * _PADDING_LIMIT or small):
+            return lanes
+        lanes //= 2
+    return lanes
+
+
+def choose_layout(spec: WeightedSpec, target: Target) -> PackedLayout | None:
+    """The layout the x86 kernels read, or None when they have no form for the layer."""
+    lanes = choose_lanes(spec, target)
+    dot = select_dot(spec, target, lanes)
+    if dot is None:
+        return None
+    rows_contiguous = spec.groups_of_channels == 1 and not (
+        isinstance(spec, Conv2dSpec) and spec.dilation[1] != 1 and spec.kernel[1] != 1
+    )
+    flat = isinstance(spec, (Conv2dSpec, MatmulSpec))
+    return PackedLayout(lanes, dot.group, "R" if rows_contiguous and flat else "I")
+
+
+def without_zero_point(spec: WeightedSpec, codes: np.ndarray) -> tuple[WeightedSpec, np.ndarray]:
+    """Codes minus their zero point as int8, where they fit; else unchanged."""
+    if not spec.weight_zero_point and spec.weight_dtype != "uint8":
+        return spec, codes
+    centred = codes.astype(np.int32) - spec.weight_zero_point
+    if centred.min() < -128 or centred.max() > 127:
+        return spec, codes
+    return spec.replace(weight_dtype="int8", weight_zero_point=0), centred.astype(np.int8)
+
+
+def pack_weight(
+    spec: WeightedSpec, weight: np.ndarray, target: Target
+) -> tuple[WeightedSpec, np.ndarray] | None:
+    """The spec and weight array of the same layer in the layout the target's kernel reads; None: keep both."""
+    if spec.weight_layout != spec.plain_layout:
+        return None
+    codes = weight_codes(spec, weight)
+    if isinstance(spec, Conv2dSpec) and spec.is_depthwise:
+        # [G, K, m] -> [kh, kw, 1, G*m]: depthwise reads the plain layout, its channels are contiguous.
+        changed, codes = without_zero_point(spec, codes)
+        if changed == spec:
+            return None
+        plain = codes.transpose(1, 0, 2).reshape(changed.weight_shape)
+        return changed, np.ascontiguousarray(plain)
+    spec, codes = without_zero_point(spec, codes)
+    layout = choose_layout(spec, target)
+    if layout is None:
+        return None
+    return spec.replace(weight_layout=layout.name), pack_codes(spec, codes, layout.name)

@@ -1,0 +1,67 @@
+"""How many outputs one pass over the reduction computes: the register tile, chosen by a small cost model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+# A register tile's body is unrolled; beyond this many output positions code size buys nothing.
+_MAX_POSITIONS = 14
+# A multiply-add's result is available after this many cycles: fewer accumulators than that stall.
+_LATENCY = 4
+# Loads a cycle; and what a tile costs outside its reduction loop, per accumulator and as a whole.
+_LOADS = 2
+_EPILOGUE = 6
+_OVERHEAD = 20
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`rows` x `columns` output positions times `vectors` registers of output channels."""
+
+    rows: int
+    columns: int
+    vectors: int
+
+    @property
+    def positions(self) -> int:
+        """Output positions."""
+        return self.rows * self.columns
+
+
+@lru_cache(maxsize=4096)
+def choose_tile(
+    rows: int,
+    columns: int,
+    blocks: int,
+    steps: int,
+    registers: int,
+    instructions: int,
+    weight_instructions: int,
+    spare: int,
+) -> Tile:
+    """The cheapest tile for `rows` x `columns` positions, `blocks` registers of channels, `steps` steps.
+
+    A step issues `instructions` per accumulator and `weight_instructions` per weight register; `spare`
+    registers are needed besides accumulators and weights. Ragged ends are computed twice (the last
+    tile is moved back inside), which is what the rounded-up counts below charge.
+    """
+    best, best_cost = Tile(1, 1, 1), float("inf")
+    for vectors in range(1, min(blocks, 8) + 1):
+        for tile_columns in range(1, min(columns, _MAX_POSITIONS) + 1):
+            for tile_rows in range(1, min(rows, _MAX_POSITIONS // tile_columns) + 1):
+                positions = tile_rows * tile_columns
+                if positions * vectors + vectors + spare > registers:
+                    break
+                accumulators = positions * vectors
+                issue = accumulators * instructions + vectors * weight_instructions
+                step = max(issue, (positions + vectors) / _LOADS, _LATENCY) + 1
+                cost = (
+                    -(-rows // tile_rows)
+                    * -(-columns // tile_columns)
+                    * -(-blocks // vectors)
+                    * (step * steps + _EPILOGUE * accumulators + _OVERHEAD)
+                )
+                if cost < best_cost:
+                    best, best_cost = Tile(tile_rows, tile_columns, vectors), cost
+    return best
