@@ -202,7 +202,7 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
 def _parse_steps(node: yaml.Node, source: Source) -> tuple[Step, ...]:
     import yaml
 
-    from .relay_passes import PASSES
+    from .relay_passes.passes import PASSES
 
     if not isinstance(node, yaml.SequenceNode) or not node.value:
         raise source.error(node, "steps must be a list with at least one `- name: {...}`")
@@ -251,7 +251,7 @@ def dump_recipe(recipe: Recipe, comment: str = "") -> str:
 
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema of a recipe file, for editors; made from the dataclasses."""
-    from .relay_passes import PASSES
+    from .relay_passes.passes import PASSES
 
     steps: list[dict[str, Any]] = []
     for name, entry in PASSES.items():

@@ -309,8 +309,11 @@ def _is_tagged_union(hint: Any) -> bool:
     return sum(1 for item in typing.get_args(hint) if item is not type(None)) > 1
 
 
-def json_schema(hint: Any) -> dict[str, Any]:
-    """JSON Schema (2020-12) of what `parse(hint, ...)` accepts."""
+def json_schema(hint: Any, strict: bool = False) -> dict[str, Any]:
+    """JSON Schema (2020-12) of what `parse(hint, ...)` accepts.
+
+    With `strict`, of what `dataclasses.asdict` gives: lists are lists, nothing is left out.
+    """
     origin = typing.get_origin(hint)
     arguments = typing.get_args(hint)
     if origin in (Union, types.UnionType):
@@ -318,26 +321,27 @@ def json_schema(hint: Any) -> dict[str, Any]:
         options: list[dict[str, Any]] = []
         for option in arguments:
             if option is type(None):
-                options.append({"enum": [None, "none"]})
+                options.append({"type": "null"} if strict else {"enum": [None, "none"]})
             elif tagged and dataclasses.is_dataclass(option):
                 options += _tagged_schema(typing.cast(type, option))
             else:
-                options.append(json_schema(option))
+                options.append(json_schema(option, strict))
         return {"anyOf": options}
     if origin is Literal:
         return {"enum": list(arguments)}
     if origin is tuple:
         if arguments[1:] == (Ellipsis,):
-            item = json_schema(arguments[0])
-            return {"anyOf": [item, {"type": "array", "items": item}]}
-        items = [json_schema(argument) for argument in arguments]
+            item = json_schema(arguments[0], strict)
+            listed = {"type": "array", "items": item}
+            return listed if strict else {"anyOf": [item, listed]}
+        items = [json_schema(argument, strict) for argument in arguments]
         return {"type": "array", "prefixItems": items, "minItems": len(items), "items": False}
     if origin in (Mapping, dict):
-        return {"type": "object", "additionalProperties": json_schema(arguments[1])}
+        return {"type": "object", "additionalProperties": json_schema(arguments[1], strict)}
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return {"enum": [member.value for member in hint]}
     if dataclasses.is_dataclass(hint):
-        return dataclass_schema(typing.cast(type, hint))
+        return dataclass_schema(typing.cast(type, hint), strict=strict)
     names = {bool: "boolean", int: "integer", float: "number", str: "string"}
     return {"type": names[hint]}
 
@@ -364,7 +368,9 @@ def _tagged_schema(cls: type) -> list[dict[str, Any]]:
     return options
 
 
-def dataclass_schema(cls: type, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+def dataclass_schema(
+    cls: type, skip: tuple[str, ...] = (), strict: bool = False
+) -> dict[str, Any]:
     """Object schema of one dataclass: every init field not in `skip`, and no other key."""
     hints = typing.get_type_hints(cls)
     properties: dict[str, Any] = {}
@@ -372,12 +378,12 @@ def dataclass_schema(cls: type, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     for field in dataclasses.fields(cls):
         if not field.init or field.name in skip:
             continue
-        schema = json_schema(hints[field.name])
+        schema = json_schema(hints[field.name], strict)
         if "help" in field.metadata:
             schema["description"] = field.metadata["help"]
         if field.default is not dataclasses.MISSING:
             schema["default"] = dump(field.default, hints[field.name])
-        if _is_required(field):
+        if strict or _is_required(field):
             required.append(field.name)
         properties[field.name] = schema
     result: dict[str, Any] = {

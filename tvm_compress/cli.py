@@ -1,0 +1,505 @@
+"""The command line: a thin layer over the Python API. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from . import __version__
+from .errors import CheckFailed, TvmCompressError
+
+if TYPE_CHECKING:
+    from .progress import Progress
+
+USAGE_STATUS = 2
+INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells report it
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def main() -> NoReturn:
+    """Entry point of `tvm-compress`: runs one verb and turns every error into one line."""
+    try:
+        cli.main(standalone_mode=False)
+        sys.stdout.flush()
+        status = 0
+    except click.exceptions.Exit as stop:
+        status = stop.exit_code
+    except click.UsageError as error:
+        usage = error.ctx.get_usage() + "\n" if error.ctx is not None else ""
+        status = _fail(f"{error.format_message()}", USAGE_STATUS, before=usage)
+    except click.ClickException as error:
+        status = _fail(error.format_message(), USAGE_STATUS)
+    except TvmCompressError as error:
+        status = _fail(str(error), error.exit_status)
+    except (KeyboardInterrupt, click.Abort):
+        status = _fail("interrupted; the same command goes on from here", INTERRUPTED_STATUS)
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except MemoryError:
+        status = _fail("not enough memory for this model or data", USAGE_STATUS)
+    except Exception as error:  # noqa: BLE001 - the last resort must not be a traceback
+        detail = " ".join(str(error).split())[:300]
+        status = _fail(
+            f"internal error, please report it (--debug shows where): "
+            f"{type(error).__name__}: {detail}",
+            USAGE_STATUS,
+        )
+    sys.exit(status)
+
+
+def _fail(message: str, status: int, before: str = "") -> int:
+    if "--debug" in sys.argv and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    one_line = " ".join(message.split())
+    click.echo(f"{before}error: {one_line}", err=True)
+    return status
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit status: 0 done, 1 a check failed, 2 wrong use or input. "
+    "`tvm-compress VERB --help` shows an example of each verb.",
+)
+@click.version_option(__version__, prog_name="tvm-compress")
+def cli() -> None:
+    """Compress a trained network and ship it through Apache TVM: smaller, faster, and measured."""
+
+
+# --- options that several verbs share -----------------------------------------------------------
+
+
+class ShapeType(click.ParamType):
+    """`name=1x3x224x224`."""
+
+    name = "NAME=1x3x224x224"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, tuple[int, ...]]:
+        if isinstance(value, tuple):
+            return value
+        label, equals, text = value.rpartition("=")
+        sides = text.lower().split("x")
+        if not equals or not label or not all(s.isascii() and s.isdecimal() for s in sides):
+            self.fail(f"{value!r} is not of the form name=1x3x224x224", param, ctx)
+        shape = tuple(int(side) for side in sides)
+        if any(not 1 <= side < 2**31 for side in shape):
+            self.fail(f"{value!r}: every side is from 1 to 2^31 - 1", param, ctx)
+        return label, shape
+
+
+class InputValueType(click.ParamType):
+    """`name=16000`."""
+
+    name = "NAME=VALUE"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        label, equals, text = value.rpartition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = float("nan")
+        if not equals or not label or number != number or abs(number) == float("inf"):
+            self.fail(f"{value!r} is not of the form name=number", param, ctx)
+        return label, number
+
+
+def _model_options(command: Command) -> Command:
+    command = click.option(
+        "--shape",
+        "shapes",
+        type=ShapeType(),
+        multiple=True,
+        help="Shape of a dynamic input; repeat for several.",
+    )(command)
+    return click.option(
+        "--input-value",
+        "input_values",
+        type=InputValueType(),
+        multiple=True,
+        help="Fix an input to a constant; repeat for several.",
+    )(command)
+
+
+def _common_options(command: Command) -> Command:
+    command = click.option(
+        "--json", "as_json", is_flag=True, help="Machine-readable result on standard output."
+    )(command)
+    return click.option("--debug", is_flag=True, help="Show the traceback of an error.")(command)
+
+
+def _threads_option(command: Command) -> Command:
+    return click.option(
+        "--threads",
+        type=click.IntRange(1, 1024),
+        help="Threads to run with.  [default: all cores]",
+    )(command)
+
+
+def _example(text: str) -> str:
+    return f"\b\nExample:\n  {text}"
+
+
+def _progress(as_json: bool = False) -> Progress:
+    from .progress import TerminalProgress
+
+    return TerminalProgress()
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _unique(pairs: tuple[tuple[str, Any], ...], option: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise click.UsageError(f"{option} gives {name!r} twice")
+        values[name] = value
+    return values
+
+
+# --- verbs --------------------------------------------------------------------------------------
+
+
+@cli.command(epilog=_example("tvm-compress profile model.onnx --shape input=1x3x224x224"))
+@click.argument("model", type=click.Path(path_type=Path))
+@_model_options
+@_common_options
+def profile(
+    model: Path,
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    input_values: tuple[tuple[str, float], ...],
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Show where the operations, parameters and activations of MODEL are."""
+    from .importers import load_model
+    from .profiling import profile_model
+    from .report.terminal import print_profile
+
+    with _progress().step(f"reading {model.name}"):
+        loaded = load_model(
+            model,
+            shapes=_unique(shapes, "--shape"),
+            input_values=_unique(input_values, "--input-value"),
+        )
+        result = profile_model(loaded)
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json(asdict(result))
+    else:
+        print_profile(result)
+
+
+@cli.command(
+    epilog=_example(
+        "tvm-compress compress model.onnx --recipe int8 --target host \\\n"
+        "      --calib calibration.npz --eval test.npz -o out"
+    )
+)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--recipe",
+    default="int8",
+    show_default=True,
+    help="A shipped recipe (`tvm-compress list recipes`) or a YAML file.",
+)
+@click.option(
+    "--target", help="A target (`tvm-compress list targets`).  [default: the recipe's, or host]"
+)
+@click.option(
+    "--calib",
+    "calibration",
+    type=click.Path(path_type=Path),
+    help="Calibration data: .npz or a folder of images.",
+)
+@click.option(
+    "--eval",
+    "evaluate",
+    type=click.Path(path_type=Path),
+    help="Labelled data to measure the accuracy on.",
+)
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the artefact."
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Seed.  [default: the recipe's]")
+@click.option("--force", is_flag=True, help="Replace the artefact of another model in OUT.")
+@_threads_option
+@_model_options
+@_common_options
+def compress(
+    model: Path,
+    recipe: str,
+    target: str | None,
+    calibration: Path | None,
+    evaluate: Path | None,
+    out: Path,
+    seed: int | None,
+    force: bool,
+    threads: int | None,
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    input_values: tuple[tuple[str, float], ...],
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Compress MODEL for a target, compile it, check it, and write the artefact to OUT.
+
+    The artefact that was in OUT stays usable until the new one is complete. A run that was stopped
+    goes on where it was when the same command is given again.
+    """
+    from . import flow
+    from .report.terminal import print_summary
+
+    artefact = flow.compress(
+        model,
+        recipe=recipe,
+        target=target,
+        calibration=calibration,
+        evaluate=evaluate,
+        out=out,
+        seed=seed,
+        shapes=_unique(shapes, "--shape"),
+        input_values=_unique(input_values, "--input-value"),
+        threads=threads,
+        force=force,
+        progress=_progress(),
+    )
+    if as_json:
+        _print_json(artefact.report)
+    else:
+        print_summary(artefact.report, artefact.path)
+    _require(artefact.report["checks"])
+
+
+def _require(checks: list[Mapping[str, Any]]) -> None:
+    failed = [f"{check['name']}: {check['detail']}" for check in checks if not check["passed"]]
+    if failed:
+        raise CheckFailed("; ".join(failed))
+
+
+@cli.command(epilog=_example("tvm-compress run out --input x.npz -o y.npz"))
+@click.argument("artefact", type=click.Path(path_type=Path))
+@click.option(
+    "--input",
+    "data",
+    type=click.Path(path_type=Path),
+    required=True,
+    help=".npz with one array per model input, first axis = samples.",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help=".npz to write: one array per model output.",
+)
+@_threads_option
+@_common_options
+def run(
+    artefact: Path, data: Path, out: Path, threads: int | None, as_json: bool, debug: bool
+) -> None:
+    """Run the compressed model of ARTEFACT on all samples of an .npz."""
+    from .artefact import Artefact
+    from .running import run_file
+
+    result = run_file(Artefact.open(artefact), data, out, threads=threads, progress=_progress())
+    if as_json:
+        _print_json(result)
+    else:
+        shapes = ", ".join(f"{name} {shape}" for name, shape in result["outputs"].items())
+        click.echo(f"{out}: {result['samples']} samples, {shapes}")
+
+
+@cli.command(epilog=_example("tvm-compress verify out --eval test.npz --per-layer"))
+@click.argument("artefact", type=click.Path(path_type=Path))
+@click.option(
+    "--eval",
+    "evaluate",
+    type=click.Path(path_type=Path),
+    help="Data to check on; without it, the inputs kept in the artefact.",
+)
+@click.option("--per-layer", is_flag=True, help="Error of every layer's output.")
+@click.option(
+    "--exact-inputs",
+    type=click.IntRange(1, 100_000),
+    default=8,
+    show_default=True,
+    help="Inputs on which every integer tensor is compared.",
+)
+@_threads_option
+@_common_options
+def verify(
+    artefact: Path,
+    evaluate: Path | None,
+    per_layer: bool,
+    exact_inputs: int,
+    threads: int | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Check ARTEFACT against its reference graph, its float original, and labels.
+
+    Exit status 1 when an integer differs or the accuracy drops more than the recipe allows.
+    """
+    from dataclasses import asdict
+
+    from .artefact import Artefact
+    from .report.terminal import print_verification
+    from .verification import verify as verify_artefact
+
+    result = verify_artefact(
+        Artefact.open(artefact),
+        evaluate,
+        per_layer=per_layer,
+        exact_inputs=exact_inputs,
+        threads=threads,
+        progress=_progress(),
+    )
+    if as_json:
+        _print_json(asdict(result))
+    else:
+        print_verification(result, per_layer)
+    result.require()
+
+
+@cli.command(
+    epilog=_example("tvm-compress benchmark out --against onnxruntime --model model.onnx")
+)
+@click.argument("artefact", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    type=click.Choice(["onnxruntime"]),
+    multiple=True,
+    help="Another runtime to time side by side; needs --model.",
+)
+@click.option(
+    "--model", type=click.Path(path_type=Path), help="Source model for the other runtimes."
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.1, 3600),
+    default=5.0,
+    show_default=True,
+    help="Measuring time for each side.",
+)
+@_threads_option
+@_common_options
+def benchmark(
+    artefact: Path,
+    against: tuple[str, ...],
+    model: Path | None,
+    seconds: float,
+    threads: int | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Time ARTEFACT and its float original side by side on this machine."""
+    from dataclasses import asdict
+
+    from .artefact import Artefact
+    from .benchmarking import benchmark as run_benchmark
+    from .report.terminal import print_benchmark
+
+    if against and model is None:
+        raise click.UsageError("--against needs the source model: --model model.onnx")
+    result = run_benchmark(
+        Artefact.open(artefact),
+        against=against,
+        model=model,
+        seconds=seconds,
+        threads=threads,
+        progress=_progress(),
+    )
+    if as_json:
+        _print_json(asdict(result))
+    else:
+        print_benchmark(result)
+
+
+@cli.command(epilog=_example("tvm-compress report out"))
+@click.argument("artefact", type=click.Path(path_type=Path))
+@_common_options
+def report(artefact: Path, as_json: bool, debug: bool) -> None:
+    """Show the report of ARTEFACT; report.html in its folder shows the same with plots."""
+    from .artefact import Artefact
+
+    opened = Artefact.open(artefact)
+    if as_json:
+        _print_json(opened.report)
+    else:
+        from .report.terminal import print_report
+
+        print_report(opened.report, opened.path)
+
+
+@cli.command("list", epilog=_example("tvm-compress list recipes --schema > recipe.schema.json"))
+@click.argument("what", type=click.Choice(["targets", "recipes", "passes"]))
+@click.option("--schema", is_flag=True, help="With `recipes`: the JSON Schema of recipe files.")
+@_common_options
+def list_(what: str, schema: bool, as_json: bool, debug: bool) -> None:
+    """List what `compress` can use: targets, recipes, passes."""
+    if schema:
+        if what != "recipes":
+            raise click.UsageError("--schema belongs to `list recipes`")
+        from .recipe import recipe_schema
+
+        _print_json(recipe_schema())
+        return
+    rows = {"targets": _list_targets, "recipes": _list_recipes, "passes": _list_passes}[what]()
+    if as_json:
+        _print_json(rows)
+    else:
+        from .report.terminal import print_rows
+
+        print_rows(rows)
+
+
+def _list_targets() -> list[dict[str, Any]]:
+    from .targets import list_targets
+
+    return [
+        {
+            "name": target.name,
+            "runs here": "yes" if target.runs_here() else "no",
+            "description": target.description,
+        }
+        for target in list_targets()
+    ]
+
+
+def _list_recipes() -> list[dict[str, Any]]:
+    from .recipe import recipe_summary, shipped_recipes
+
+    return [
+        {"name": name, "description": recipe_summary(path)}
+        for name, path in shipped_recipes().items()
+    ]
+
+
+def _list_passes() -> list[dict[str, Any]]:
+    from dataclasses import fields
+
+    from .relay_passes.passes import PASSES
+
+    return [
+        {
+            "name": name,
+            "options": ", ".join(["layers", *(f.name for f in fields(entry.config))]),
+            "description": (entry.config.__doc__ or "").strip().splitlines()[0],
+        }
+        for name, entry in PASSES.items()
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,623 @@
+"""The flow: load -> profile -> calibrate -> compress -> lower and build -> verify -> report."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .artefact import (
+    FORMAT,
+    KERNELS,
+    LIBRARIES,
+    MANIFEST,
+    RECIPE,
+    REPORT_HTML,
+    REPORT_JSON,
+    Artefact,
+    describe_files,
+)
+from .errors import DataError, RecipeError
+from .progress import Progress
+from .workspace import Workspace
+
+if TYPE_CHECKING:
+    import tvm
+
+    from .build import Built
+    from .data import Dataset
+    from .kernels import LibraryInfo
+    from .model import Model
+    from .recipe import Recipe, Step
+    from .relay_passes.numerics.statistics import Statistics
+    from .relay_passes.observations import Observations
+    from .report.rows import StepTime
+    from .targets import Target
+
+PROBES = 8  # inputs kept in the artefact, so that it can be verified without data
+BENCHMARK_SECONDS = 2.0  # of each side, for the report; `benchmark` measures longer
+
+
+def compress(
+    model: Any,
+    *,
+    recipe: str | Path | Recipe = "int8",
+    target: str | None = None,
+    calibration: Any = None,
+    evaluate: Any = None,
+    out: str | Path,
+    seed: int | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    input_values: Mapping[str, float] | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Artefact:
+    """Compress, compile and check a model; write the artefact to the folder `out`.
+
+    `model` is what `load_model` takes: a path or a model in memory. `recipe` is a shipped recipe's
+    name, a file or a `Recipe`. `calibration` and `evaluate` are what `load_data` takes. `target`,
+    `seed`, `shapes` and `input_values` override the recipe's. `force` replaces an artefact of
+    another model. An exact repetition of an interrupted call goes on where that one stopped.
+
+    Raises an error of `errors.py` before anything is written when an input is wrong. Checks that
+    fail (integers, accuracy) do not raise: they stand in `artefact.report["checks"]`.
+    """
+    progress = progress or Progress()
+    clock = _Clock(progress)
+
+    # 1. Load. Everything the user gave is looked at here, before any work is done.
+    with clock.step("import"):
+        job = _load(model, recipe, target, calibration, evaluate, seed, shapes, input_values)
+    with Workspace(Path(out), job.model_key, force) as workspace:
+        # 2. Profile the float original.
+        from .profiling import profile_model
+
+        profile = profile_model(job.model)
+
+        # 3. Calibrate and compress: graph form in, graph form out.
+        compressed = apply_recipe(job, workspace, clock)
+
+        # 4. Lower, schedule and build both sides with the same compiler for the same target, and
+        #    the executable reference graph for this machine.
+        folders = _build_all(job, compressed, workspace, clock)
+
+        # 5. Lay the artefact out, all but its evidence.
+        artefact = _stage(job, folders, workspace.staging)
+
+        # 6. Verify and measure what was laid out, from its files.
+        evidence = _gather_evidence(artefact, job, threads, clock)
+
+        # 7. Report, manifest, and the atomic swap.
+        from .report import assemble, write_html
+
+        report = assemble(artefact, job, profile, compressed, evidence, clock.steps)
+        _write_json(workspace.staging / REPORT_JSON, report.to_json())
+        write_html(report, workspace.staging / REPORT_HTML)
+        _write_manifest(artefact, workspace.staging)
+        workspace.publish()
+    return Artefact.open(out)
+
+
+# --- 1. load ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one call of `compress` works on; all of it has been checked."""
+
+    model: Model
+    model_key: str
+    recipe: Recipe  # resolved: with target, seed, shapes
+    recipe_name: str
+    target: Target
+    plan: tuple[tuple[Step, ...], ...]  # steps in groups that become one pass each
+    calibration: Dataset | None
+    evaluate: Dataset | None
+
+
+def _load(
+    source: Any,
+    recipe: str | Path | Recipe,
+    target_name: str | None,
+    calibration: Any,
+    evaluate: Any,
+    seed: int | None,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    input_values: Mapping[str, float] | None,
+) -> Job:
+    from .data import load_data
+    from .importers import load_model
+    from .recipe import Recipe, load_recipe
+    from .targets import get_target
+
+    is_recipe = isinstance(recipe, Recipe)
+    chosen: Recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    target = get_target(target_name or chosen.target or "host")
+    chosen = chosen.replace(
+        target=target.name,
+        seed=chosen.seed if seed is None else seed,
+        shapes={**chosen.shapes, **(shapes or {})},
+        input_values={**chosen.input_values, **(input_values or {})},
+    )
+    model = load_model(source, shapes=chosen.shapes, input_values=chosen.input_values)
+    plan = _plan(model.module, chosen)
+    dataset = None
+    if calibration is not None:
+        dataset = load_data(calibration, model, chosen.preprocessing)
+        dataset = dataset.take(chosen.calibration.samples)
+    elif _needs_data(model.module, plan):
+        raise DataError(
+            "this recipe quantises activations and needs calibration data: give --calib "
+            "(an .npz or a folder of images)"
+        )
+    return Job(
+        model=model,
+        model_key=module_key(model.module),
+        recipe=chosen,
+        recipe_name="custom" if is_recipe else Path(str(recipe)).stem,
+        target=target,
+        plan=plan,
+        calibration=dataset,
+        evaluate=None if evaluate is None else load_data(evaluate, model, chosen.preprocessing),
+    )
+
+
+def _plan(module: tvm.IRModule, recipe: Recipe) -> tuple[tuple[Step, ...], ...]:
+    """Consecutive steps of one name are one pass: their selectors decide by layer.
+
+    Raises `RecipeError` for a selector that matches nothing.
+    """
+    groups: list[list[Step]] = []
+    for step in recipe.steps:
+        if groups and groups[-1][0].name == step.name:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    for group in groups:
+        schemes_of(module, group)
+    return tuple(tuple(group) for group in groups)
+
+
+def schemes_of(module: tvm.IRModule, steps: Sequence[Step]) -> dict[str, Any]:
+    """Layer name => config, the most specific selector winning."""
+    from .relay_passes.select import list_layers, resolve
+
+    layers = list_layers(module)
+    if not layers:
+        raise RecipeError("the model has no layer that could be compressed (conv, matmul)")
+    return resolve(layers, [(step.layers, step.config) for step in steps])
+
+
+def _needs_data(module: tvm.IRModule, plan: tuple[tuple[Step, ...], ...]) -> bool:
+    from .relay_passes.passes import PASSES
+
+    return any(PASSES[group[0].name].observe(module, schemes_of(module, group)) for group in plan)
+
+
+def module_key(module: tvm.IRModule) -> str:
+    """Hash of a module with its constants."""
+    import tvm
+
+    return hashlib.sha256(tvm.ir.save_json(module).encode()).hexdigest()
+
+
+# --- 3. calibrate and compress ------------------------------------------------------------------
+
+
+def apply_recipe(job: Job, workspace: Workspace, clock: _Clock) -> tvm.IRModule:
+    """Run the recipe's passes in order; calibrate whenever tensors have changed."""
+    from .relay_passes.passes import PASSES
+
+    module = job.model.module
+    statistics: Statistics | None = None
+    for index, group in enumerate(job.plan):
+        entry = PASSES[group[0].name]
+        if statistics is None and entry.needs_statistics:
+            statistics = _calibrate(job, module, job.plan[index:], workspace, clock)
+        with clock.step(group[0].name):
+            module = entry.apply(module, schemes_of(module, group), statistics)
+        if not entry.keeps_statistics:
+            statistics = None
+    return module
+
+
+def _calibrate(
+    job: Job,
+    module: tvm.IRModule,
+    groups: Iterable[tuple[Step, ...]],
+    workspace: Workspace,
+    clock: _Clock,
+) -> Statistics:
+    """One pass over the data for all groups up to the first that changes the tensors."""
+    from dataclasses import replace
+
+    from .calibrate import calibrate
+    from .relay_passes.numerics.statistics import Statistics
+    from .relay_passes.observations import Observations
+    from .relay_passes.passes import PASSES
+
+    wanted = Observations()
+    for group in groups:
+        entry = PASSES[group[0].name]
+        wanted = wanted | (entry.observe(module, schemes_of(module, group)) or Observations())
+        if not entry.keeps_statistics:
+            break
+    if not wanted or job.calibration is None:
+        return Statistics()
+    data = job.calibration
+    model = replace(job.model, module=module)
+
+    def make(folder: Path) -> None:
+        found = calibrate(model, data, wanted, target=job.target, progress=clock.progress)
+        found.save(folder / "statistics.npz")
+
+    if data.fingerprint is None:  # an iterable: nothing says whether it is the same as before
+        with clock.step("calibrate", shown=False):
+            return calibrate(model, data, wanted, target=job.target, progress=clock.progress)
+    parts = [
+        module_key(module),
+        _observations_key(wanted),
+        data.fingerprint,
+        len(data),
+        job.recipe.preprocessing,
+        dict(job.target.tvm_options),
+        job.recipe.seed,
+    ]
+    with clock.cached(workspace, "calibrate", parts, make, shown=False) as folder:
+        return Statistics.load(folder / "statistics.npz")
+
+
+def _observations_key(wanted: Observations) -> str:
+    return json.dumps(
+        {
+            "tensors": sorted(wanted.tensors),
+            "channels": dict(sorted(wanted.channels.items())),
+            "first": sorted(wanted.first_moments),
+            "second": sorted(wanted.second_moments),
+        }
+    )
+
+
+# --- 4. build -----------------------------------------------------------------------------------
+
+
+def _build_all(
+    job: Job, compressed: tvm.IRModule, workspace: Workspace, clock: _Clock
+) -> dict[str, Path]:
+    """Folder of each library: `library.so` and `info.json`, and the taps of the reference."""
+    folders = {}
+    modules = {"original": job.model.module, "compressed": compressed}
+    for side, module in modules.items():
+        parts = [side, module_key(module), dict(job.target.tvm_options), job.target]
+        make = partial(_build_side, module, job.target, side == "compressed")
+        with clock.cached(workspace, f"build {side}", parts, make) as folder:
+            folders[side] = folder
+    return folders
+
+
+def _build_side(
+    module: tvm.IRModule, target: Target, with_reference: bool, folder: Path
+) -> None:
+    from .build import build, compile_reference
+
+    built = build(module, target)
+    library = folder / "library.so"
+    built.export(library)
+    info = describe_library(built, library)
+    value: dict[str, Any] = {"info": info.to_json(), "left_float": list(built.left_float)}
+    if with_reference and target.runs_here():
+        tapped, value["taps"] = tap(built.reference_module, [call.output for call in info.calls])
+        compile_reference(tapped).export_library(str(folder / "reference.so"))
+    _write_json(folder / "info.json", value)
+
+
+def describe_library(built: Built, library: Path) -> LibraryInfo:
+    """Bytes, kernel calls and tensors of one exported library."""
+    from .kernels import Call, LibraryInfo, TensorInfo
+    from .relay_passes.lower import TENSORS_ATTR
+    from .report.rows import Bytes
+    from .sections import section_bytes
+
+    total = library.stat().st_size
+    code = section_bytes(library).get(".text", 0)
+    by_role: dict[str, int] = {}
+    by_layer: dict[str, int] = {}
+    for constant in built.constants:
+        by_role[constant.role] = by_role.get(constant.role, 0) + constant.bytes
+        by_layer[constant.layer] = by_layer.get(constant.layer, 0) + constant.bytes
+    known = {role: by_role.get(role, 0) for role in ("weights", "scales", "bias", "table")}
+    tensors = json.loads(str(built.reference_module["main"].attrs[TENSORS_ATTR]))
+    return LibraryInfo(
+        calls=tuple(Call(c.symbol, tuple(c.layers), c.output) for c in built.calls),
+        tensors={
+            name: TensorInfo(
+                tuple(t["shape"]), tuple(t["perm"]), t["source"], t["scale"], t["zero_point"]
+            )
+            for name, t in tensors.items()
+        },
+        layer_bytes=by_layer,
+        bytes=Bytes(
+            total=total,
+            weights=known["weights"],
+            scales=known["scales"],
+            biases=known["bias"],
+            tables=known["table"],
+            indices=by_role.get("indices", 0),
+            code=code,
+            other=total - sum(known.values()) - by_role.get("indices", 0) - code,
+        ),
+        plan_bytes=built.plan_bytes,
+    )
+
+
+def tap(
+    module: tvm.IRModule, names: Iterable[str]
+) -> tuple[tvm.IRModule, list[dict[str, Any]]]:
+    """`main` returning, after its own results, the integer tensors among `names`.
+
+    Also returns name, shape and dtype of each added result, in order.
+    """
+    from tvm import relax
+
+    from .relay_passes.graph import Graph, rebuild
+    from .relay_passes.ir import dtype_of, shape_of
+
+    graph = Graph(module["main"])
+    wanted = set(names)
+    taps: dict[str, relax.Var] = {}
+    handed_out: dict[relax.Var, list[relax.VarBinding]] = {}
+    specs = []
+    for variable in graph.values:
+        shape = shape_of(variable)
+        if variable.name not in wanted or shape is None:
+            continue
+        dtype = dtype_of(variable)
+        if not dtype.startswith(("int", "uint")) or variable.name in taps:
+            continue
+        outside = relax.Var(f"{variable.name}_tap", variable.ty)
+        handed_out[variable] = [relax.VarBinding(outside, variable)]
+        taps[variable.name] = outside
+        specs.append({"name": variable.name, "shape": list(shape), "dtype": dtype})
+    body = graph.function.body.body
+    results = list(_results(graph, body))
+    function = rebuild(graph.function, after=handed_out, result=[*results, *taps.values()])
+    module = module.clone()
+    module["main"] = function
+    return relax.transform.Normalize()(module), specs
+
+
+def _results(graph: Any, body: Any) -> Iterator[Any]:
+    """The fields of the function's result, looked up through the variable that names the tuple."""
+    from tvm import relax
+
+    value = graph.values.get(body) if isinstance(body, relax.Var) else body
+    while isinstance(value, relax.Var) and value in graph.values:
+        value = graph.values[value]
+    if isinstance(value, relax.Tuple):
+        yield from value.fields
+    else:
+        yield body
+
+
+# --- 5. lay out ---------------------------------------------------------------------------------
+
+
+def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
+    """Everything but report and manifest, as an `Artefact` that can already run."""
+    import shutil
+
+    import numpy as np
+
+    from .recipe import dump_recipe
+
+    (staging / "deploy").mkdir()
+    (staging / "reference").mkdir()
+    shutil.copyfile(folders["compressed"] / "library.so", staging / LIBRARIES["compressed"])
+    shutil.copyfile(folders["original"] / "library.so", staging / LIBRARIES["original"])
+    infos = {side: json.loads((folder / "info.json").read_text()) for side, folder in folders.items()}
+    taps = infos["compressed"].get("taps")
+    if taps is not None:
+        shutil.copyfile(folders["compressed"] / "reference.so", staging / LIBRARIES["reference"])
+    _write_json(
+        staging / KERNELS,
+        {
+            "compressed": infos["compressed"]["info"],
+            "original": infos["original"]["info"],
+            "left_float": infos["compressed"]["left_float"],
+            "taps": taps or [],
+        },
+    )
+    comment = (
+        f"Resolved recipe of {job.model.name}: with the model and the data, it reproduces this "
+        f"artefact.\ntvm-compress compress MODEL --recipe {RECIPE} --calib DATA -o OUT"
+    )
+    (staging / RECIPE).write_text(dump_recipe(job.recipe, comment), encoding="utf-8")
+    probes = _probes(job)
+    with (staging / "reference" / "probes.npz").open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **probes)
+    manifest = {
+        "format": FORMAT,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "model": {
+            "name": job.model.name,
+            "key": job.model_key,
+            "source_format": job.model.source_format,
+        },
+        "recipe": job.recipe_name,
+        "target": {
+            "name": job.target.name,
+            "description": job.target.description,
+            "tvm": {key: _plain(value) for key, value in job.target.tvm_options.items()},
+        },
+        "calibration": _data_summary(job.calibration),
+        "evaluation": _data_summary(job.evaluate),
+        "probes": "calibration data" if job.calibration is not None else "random",
+        "inputs": [asdict(spec) for spec in job.model.inputs],
+        "outputs": [asdict(spec) for spec in job.model.outputs],
+        "files": {},
+    }
+    return Artefact(staging, manifest)
+
+
+def _probes(job: Job) -> dict[str, Any]:
+    """A few inputs, [PROBES, *shape of the input]: real ones where there are any."""
+    import numpy as np
+
+    data = job.calibration if job.calibration is not None else job.evaluate
+    if data is not None:
+        feeds = list(data.take(PROBES * data.batch))
+    else:
+        random = np.random.default_rng(job.recipe.seed)
+        feeds = [
+            {spec.name: _random(random, spec.shape, spec.dtype) for spec in job.model.inputs}
+            for _ in range(PROBES)
+        ]
+    return {
+        spec.name: np.stack([feed[spec.name] for feed in feeds]) for spec in job.model.inputs
+    }
+
+
+def _random(random: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    import numpy as np
+
+    if dtype == "bool":
+        return random.integers(0, 2, shape).astype(bool)
+    if np.dtype(dtype).kind in "iu":
+        limits = np.iinfo(dtype)
+        wide = limits.bits > 16  # most likely indices or counts: stay small
+        return random.integers(0 if wide else limits.min, 2 if wide else limits.max, shape).astype(
+            dtype
+        )
+    return random.standard_normal(shape).astype(dtype)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _data_summary(data: Dataset | None) -> dict[str, Any] | None:
+    if data is None:
+        return None
+    return {
+        "source": Path(data.source).name,
+        "samples": len(data),
+        "fingerprint": data.fingerprint,
+    }
+
+
+def versions() -> dict[str, str]:
+    """What was used to make an artefact."""
+    from importlib.metadata import version
+
+    from . import __version__
+
+    return {
+        "tvm_compress": __version__,
+        "apache-tvm": version("apache-tvm"),
+        "numpy": version("numpy"),
+        "python": platform.python_version(),
+    }
+
+
+# --- 6. verify and measure ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was found out about a staged artefact; `None` where this machine cannot run it."""
+
+    verification: Any
+    benchmark: Any
+
+
+def _gather_evidence(artefact: Artefact, job: Job, threads: int | None, clock: _Clock) -> Evidence:
+    from .benchmarking import benchmark
+    from .verification import verify
+
+    if not job.target.runs_here():
+        clock.progress.note(
+            f"{job.target.name} does not run on this machine: built, but neither verified nor timed"
+        )
+        return Evidence(None, None)
+    with clock.step("verify", shown=False):
+        verification = verify(artefact, job.evaluate, threads=threads, progress=clock.progress)
+    with clock.step("benchmark", shown=False):
+        measured = benchmark(
+            artefact, seconds=BENCHMARK_SECONDS, threads=threads, progress=clock.progress
+        )
+    return Evidence(verification, measured)
+
+
+def _write_manifest(artefact: Artefact, staging: Path) -> None:
+    manifest = {**artefact.manifest, "files": describe_files(staging)}
+    _write_json(staging / MANIFEST, manifest)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Plain data to a file; refuses NaN, which JSON does not have."""
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+# --- time ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Clock:
+    """Times the steps for the report and shows them while they run."""
+
+    progress: Progress
+    steps: list[StepTime] = field(default_factory=list)
+
+    @contextmanager
+    def step(self, name: str, shown: bool = True) -> Iterator[None]:
+        """`shown=False` for a step that shows its own progress."""
+        started = time.perf_counter()
+        if shown:
+            with self.progress.step(name):
+                yield
+        else:
+            yield
+        self._add(name, started, cached=False)
+
+    @contextmanager
+    def cached(
+        self,
+        workspace: Workspace,
+        name: str,
+        parts: Sequence[object],
+        make: Callable[[Path], None],
+        shown: bool = True,
+    ) -> Iterator[Path]:
+        """The folder of a step that may have been done by an earlier run."""
+        started = time.perf_counter()
+        made: list[bool] = []
+
+        def noted(folder: Path) -> None:
+            made.append(True)
+            if shown:
+                with self.progress.step(name):
+                    make(folder)
+            else:
+                make(folder)
+
+        yield workspace.cached(name.replace(" ", "-"), parts, noted)
+        self._add(name, started, cached=not made)
+
+    def _add(self, name: str, started: float, cached: bool) -> None:
+        from .report.rows import StepTime
+
+        self.steps.append(StepTime(name, time.perf_counter() - started, cached))

@@ -1,0 +1,60 @@
+"""Run an artefact over all samples of a file and write the outputs, by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .benchmarking import set_threads
+from .data import read_arrays
+from .errors import DataError
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from .artefact import Artefact
+
+
+def run_file(
+    artefact: Artefact,
+    data: Path,
+    out: Path,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write one array per model output to `out` (.npz), first axis = samples as in `data`.
+
+    Returns the number of samples and the shape of each output. `out` is replaced only when all
+    samples have run. Raises `DataError` when the data does not fit the model.
+    """
+    from .targets import get_target
+
+    get_target(artefact.manifest["target"]["name"]).require_runs_here()
+    if not out.parent.is_dir():
+        raise DataError(f"{out.parent}: no such folder to write {out.name} into")
+    set_threads(threads)
+    dataset = read_arrays(data, artefact.inputs)
+    session = artefact.session()
+    results: dict[str, list[np.ndarray]] = {spec.name: [] for spec in artefact.outputs}
+    progress = progress or Progress()
+    runs = -(-len(dataset) // dataset.batch)
+    for run in progress.track(dataset.runs(), "running", runs):
+        for name, array in session.run(run.feed).items():
+            has_batch = dataset.batch > 1 or (array.ndim > 0 and array.shape[0] == 1)
+            results[name].append(array[: run.count] if has_batch else array[None])
+    arrays = {name: np.concatenate(parts) for name, parts in results.items()}
+    half_done = out.with_name(f".{out.name}.part")
+    try:
+        with half_done.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        os.replace(half_done, out)
+    except OSError as error:
+        half_done.unlink(missing_ok=True)
+        raise DataError(f"{out}: cannot be written: {error.strerror}") from None
+    return {
+        "samples": len(dataset),
+        "outputs": {name: list(array.shape) for name, array in arrays.items()},
+    }

@@ -1,0 +1,327 @@
+"""Is the artefact right? Against its reference graph, against the float original, against labels.
+
+The reference graph is the same integer arithmetic in the unscheduled kernels that define it, compiled
+by TVM's stock pipeline: other loops, other fusion, other packing than the shipped library, and the
+same integers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import ArtefactError, CheckFailed, DataError
+from .kernels import LibraryInfo, capture
+from .measures import ErrorSums, paired_difference, wilson
+from .model import TensorSpec
+from .progress import Progress
+from .report.rows import Accuracy, Check, Exactness, OutputRow
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .artefact import Artefact
+    from .data import Dataset, Run
+    from .runtime import Session
+
+TAP = "tap:"  # prefix of the intermediate tensors among the reference library's outputs
+FIDELITY_INPUTS = 32  # inputs on which every layer is compared with the float original
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """One tensor of the artefact, as real numbers, against the same tensor of the float original."""
+
+    name: str
+    layers: tuple[str, ...]
+    sqnr_db: float | None
+    cosine: float | None
+    max_abs_error: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found. `require` raises where a check failed."""
+
+    exactness: Exactness | None
+    outputs: tuple[OutputRow, ...]
+    tensors: tuple[TensorError, ...]
+    worst_layer: str | None
+    accuracy: Accuracy | None
+    checks: tuple[Check, ...]
+
+    def require(self) -> None:
+        """Raise `CheckFailed` naming every check that failed."""
+        failed = [f"{check.name}: {check.detail}" for check in self.checks if not check.passed]
+        if failed:
+            raise CheckFailed("; ".join(failed))
+
+
+def verify(
+    artefact: Artefact,
+    data: str | Path | Dataset | Iterable[Any] | None = None,
+    *,
+    per_layer: bool = True,
+    exact_inputs: int = 8,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Check a finished artefact on this machine.
+
+    Without `data` the inputs kept in the artefact are used. With labelled data the top-1 accuracy
+    is measured on all of it, for both programs. `per_layer` asks for the error of every layer.
+    Raises `DataError` when the data does not fit, `TargetError` when the artefact is for another
+    machine; a failed check is in the result, and `Verification.require` turns it into an error.
+    """
+    from .benchmarking import probe_inputs, set_threads
+    from .data import load_data
+    from .model import Model
+    from .targets import get_target
+
+    get_target(artefact.manifest["target"]["name"]).require_runs_here()
+    set_threads(threads)
+    progress = progress or Progress()
+    feeds: Iterable[Mapping[str, np.ndarray]] = probe_inputs(artefact)
+    dataset = None
+    if data is not None:
+        shell = Model(str(artefact.path), None, artefact.inputs, artefact.outputs, "artefact")
+        dataset = load_data(data, shell, artefact.recipe.preprocessing)
+        feeds = dataset
+    exactness = check_exactness(artefact, islice(iter(feeds), exact_inputs), progress)
+    outputs, tensors = compare_with_original(
+        artefact, islice(iter(feeds), FIDELITY_INPUTS), per_layer, progress
+    )
+    accuracy = None
+    if dataset is not None and dataset.has_labels:
+        accuracy = measure_accuracy(artefact, dataset, progress)
+    return Verification(
+        exactness=exactness,
+        outputs=outputs,
+        tensors=tensors,
+        worst_layer=_worst(tensors),
+        accuracy=accuracy,
+        checks=tuple(_checks(exactness, accuracy, artefact.recipe.goals.max_drop)),
+    )
+
+
+# --- (a) the reference graph --------------------------------------------------------------------
+
+
+def reference_session(artefact: Artefact) -> Session:
+    """The reference graph; besides the model's outputs it returns its integer tensors."""
+    from .runtime import Session
+
+    taps = tuple(
+        TensorSpec(TAP + tap["name"], tuple(tap["shape"]), tap["dtype"])
+        for tap in artefact.kernels["taps"]
+    )
+    return Session(artefact.library("reference"), artefact.inputs, artefact.outputs + taps)
+
+
+def check_exactness(
+    artefact: Artefact, feeds: Iterator[Mapping[str, np.ndarray]], progress: Progress
+) -> Exactness:
+    """Compare every integer tensor that both programs materialise, bit for bit."""
+    info = LibraryInfo.from_json(artefact.kernels["compressed"])
+    shipped, reference = artefact.session(), reference_session(artefact)
+    names = [tap["name"] for tap in artefact.kernels["taps"]]
+    differing: dict[str, None] = {}
+    inputs = elements = 0
+    float_difference: float | None = None
+    with progress.step("comparing integers"):
+        for feed in feeds:
+            inputs += 1
+            outputs, tensors = capture(shipped, info, feed)
+            expected = reference.run(feed)
+            for name in names:
+                if name not in tensors:
+                    raise ArtefactError(
+                        f"{artefact.path}: kernel lists name {name!r}, which the library does not "
+                        "write; compress again"
+                    )
+                wanted = expected[TAP + name]
+                elements += wanted.size
+                if not np.array_equal(tensors[name].ravel(), wanted.ravel()):
+                    differing[name] = None
+            for name, array in outputs.items():
+                wanted = expected[name]
+                if array.dtype.kind == "f":
+                    difference = float(np.max(np.abs(array - wanted), initial=0.0))
+                    float_difference = max(float_difference or 0.0, difference)
+                else:
+                    elements += wanted.size
+                    if not np.array_equal(array, wanted):
+                        differing[name] = None
+    return Exactness(inputs, len(names), elements, tuple(differing), float_difference)
+
+
+# --- (b) the float original ---------------------------------------------------------------------
+
+
+def compare_with_original(
+    artefact: Artefact,
+    feeds: Iterator[Mapping[str, np.ndarray]],
+    per_layer: bool,
+    progress: Progress,
+) -> tuple[tuple[OutputRow, ...], tuple[TensorError, ...]]:
+    """Signal to noise, cosine and largest error of the outputs and of every layer's output."""
+    compressed, original = artefact.session(), artefact.session("original")
+    infos = {
+        side: LibraryInfo.from_json(artefact.kernels[side]) for side in ("compressed", "original")
+    }
+    output_sums = {spec.name: ErrorSums() for spec in artefact.outputs}
+    tensor_sums: dict[str, ErrorSums] = {}
+    count = 0
+    with progress.step("comparing with the float original"):
+        for feed in feeds:
+            count += 1
+            if per_layer:
+                results, tensors = capture(compressed, infos["compressed"], feed)
+                wanted, originals = capture(original, infos["original"], feed)
+                _add_tensors(tensor_sums, infos, tensors, originals)
+            else:
+                results, wanted = compressed.run(feed), original.run(feed)
+            for name, sums in output_sums.items():
+                sums.add(wanted[name], results[name])
+    outputs = tuple(
+        OutputRow(name, sums.sqnr_db, sums.cosine, sums.max_abs_error, count)
+        for name, sums in output_sums.items()
+    )
+    layers = {call.output: call.layers for call in infos["compressed"].calls}
+    rows = tuple(
+        TensorError(name, layers[name], sums.sqnr_db, sums.cosine, sums.max_abs_error)
+        for name, sums in tensor_sums.items()
+    )
+    return outputs, rows
+
+
+def _add_tensors(
+    sums: dict[str, ErrorSums],
+    infos: Mapping[str, LibraryInfo],
+    tensors: Mapping[str, np.ndarray],
+    originals: Mapping[str, np.ndarray],
+) -> None:
+    by_source = {
+        info.source: name
+        for name, info in infos["original"].tensors.items()
+        if name in originals
+    }
+    for name, info in infos["compressed"].tensors.items():
+        partner = by_source.get(info.source)
+        if partner is None or name not in tensors:
+            continue
+        wanted = infos["original"].tensors[partner]
+        if wanted.shape != info.shape:
+            continue
+        sums.setdefault(name, ErrorSums()).add(
+            wanted.real(originals[partner]), info.real(tensors[name])
+        )
+
+
+def _worst(tensors: tuple[TensorError, ...]) -> str | None:
+    measured = [row for row in tensors if row.sqnr_db is not None and row.layers]
+    if not measured:
+        return None
+    worst = min(measured, key=lambda row: row.sqnr_db if row.sqnr_db is not None else 0.0)
+    return ", ".join(worst.layers)
+
+
+# --- (c) labels ---------------------------------------------------------------------------------
+
+
+def measure_accuracy(artefact: Artefact, dataset: Dataset, progress: Progress) -> Accuracy:
+    """Top-1 accuracy of both programs on every sample of `dataset`."""
+    spec = _scores(artefact.outputs, dataset.batch)
+    sessions = [artefact.session("original"), artefact.session()]
+    both = only_before = only_after = count = 0
+    runs = -(-len(dataset) // dataset.batch)
+    for run in progress.track(dataset.runs(), "measuring accuracy", runs):
+        before, after = (_right(session, run, spec, dataset.source) for session in sessions)
+        count += run.count
+        both += int(np.sum(before & after))
+        only_before += int(np.sum(before & ~after))
+        only_after += int(np.sum(~before & after))
+    right_before, right_after = both + only_before, both + only_after
+    low_before, high_before = wilson(right_before, count)
+    low_after, high_after = wilson(right_after, count)
+    difference = paired_difference(only_before, only_after, count)
+    return Accuracy(
+        samples=count,
+        before=right_before / count,
+        before_low=low_before,
+        before_high=high_before,
+        after=right_after / count,
+        after_low=low_after,
+        after_high=high_after,
+        drop=difference.drop,
+        drop_low=difference.low,
+        drop_high=difference.high,
+        only_before_right=only_before,
+        only_after_right=only_after,
+        p_value=difference.p_value,
+    )
+
+
+def _scores(outputs: tuple[TensorSpec, ...], batch: int) -> TensorSpec:
+    for spec in outputs:
+        if spec.shape and spec.shape[0] == batch and int(np.prod(spec.shape)) > batch:
+            return spec
+    shapes = ", ".join(f"{spec.name!r} {list(spec.shape)}" for spec in outputs)
+    raise DataError(
+        f"labels are given, but no output holds one score for each class ({shapes}); "
+        "leave the labels out"
+    )
+
+
+def _right(session: Session, run: Run, spec: TensorSpec, source: str) -> np.ndarray:
+    assert run.labels is not None
+    scores = session.run(run.feed)[spec.name]
+    scores = scores.reshape(scores.shape[0], -1)[: run.count]
+    if run.labels.min() < 0 or run.labels.max() >= scores.shape[1]:
+        raise DataError(
+            f"{source}: labels go from {run.labels.min()} to {run.labels.max()}; output "
+            f"{spec.name!r} has {scores.shape[1]} classes"
+        )
+    right: np.ndarray = scores.argmax(1) == run.labels
+    return right
+
+
+def _checks(
+    exactness: Exactness | None, accuracy: Accuracy | None, max_drop: float | None
+) -> Iterator[Check]:
+    if exactness is not None:
+        checked = f"{exactness.tensors} integer tensors, {exactness.inputs} inputs"
+        if exactness.differing:
+            names = ", ".join(exactness.differing[:5])
+            more = f" and {len(exactness.differing) - 5} more" if exactness.differing[5:] else ""
+            detail = f"{len(exactness.differing)} of {checked} differ from the reference: "
+            yield Check("exact integers", False, f"{detail}{names}{more}")
+        else:
+            yield Check(
+                "exact integers", True, f"{checked}, {exactness.elements:,} values: all equal"
+            )
+    if accuracy is not None and max_drop is not None:
+        measured = f"top-1 drop {accuracy.drop * 100:.2f} points (n = {accuracy.samples})"
+        limit = f"{max_drop * 100:g}"
+        if accuracy.drop > max_drop:
+            yield Check("accuracy", False, f"{measured}; the recipe allows {limit}")
+        else:
+            yield Check("accuracy", True, f"{measured}, at most {limit} allowed")
+
+
+def taps_json(names: Iterable[str], specs: Mapping[str, TensorSpec]) -> list[dict[str, Any]]:
+    """The `taps` entry of `kernels.json`."""
+    return [
+        {"name": name, "shape": list(specs[name].shape), "dtype": specs[name].dtype}
+        for name in names
+    ]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Plain data to a file; refuses NaN, which JSON does not have."""
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
