@@ -17,6 +17,7 @@ from tvm import relax, tirx
 from ...schedules import BatchMatmulSpec, Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, prim_func
 from ...schedules.prim import ROLES_ATTR
 from .. import ir
+from ..encodings import GroupWise
 from .context import Lowering
 from .values import Accumulator, Constant, Dequantised, Tensor, Value
 
@@ -60,7 +61,7 @@ def weight_of(ctx: Lowering, expr: tvm.ir.Expr, layout: str, wanted: str) -> Wei
     if not isinstance(constant, Constant):
         return None
     if constant.encoding is not None:
-        return _group_weight(constant, layout, wanted)
+        return _group_weight(constant.encoding, layout, wanted)
     codes, scale, zero_point = constant.codes, constant.scale, constant.zero_point
     usable = (
         codes is not None
@@ -78,12 +79,17 @@ def weight_of(ctx: Lowering, expr: tvm.ir.Expr, layout: str, wanted: str) -> Wei
     return Weight(ordered, str(codes.dtype), scale, int(zero_point.flat[0]))
 
 
-def _group_weight(constant: Constant, layout: str, wanted: str) -> Weight | None:
-    from ..encodings import GroupWise
-
-    encoding = constant.encoding
-    assert isinstance(encoding, GroupWise)
-    return encoding.as_kernel_weight(layout, wanted)
+def _group_weight(encoding: GroupWise, layout: str, wanted: str) -> Weight | None:
+    """Group-wise codes stay as they are stored: int4 flat, int8 in the kernel's own shape."""
+    if encoding.layout != layout or encoding.kernel_order(layout) != wanted:
+        return None
+    values = encoding.stored
+    if encoding.dtype == "int8":
+        values = values.reshape([encoding.shape[layout.index(letter)] for letter in wanted])
+    return Weight(
+        values, encoding.dtype, np.ones(1, np.float32), 0, encoding.group_size,
+        encoding.scales, encoding.zero_points,
+    )  # fmt: skip
 
 
 def accumulator_dtype(data: Tensor, weight: Weight, extra: np.ndarray) -> str:
@@ -165,7 +171,7 @@ def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
         data_expr = ctx.reshape(data.expr, shape4, f"{name}.rows")
         strides, dilation = (1, *strides), (1, *dilation)
         padding = (0, padding[0], 0, padding[1])
-        values = values[None]
+        values = values if weight.dtype == "int4" else values[None]
     else:
         shape4, data_expr = data.physical_shape, data.expr
     weight = replace(weight, values=values)

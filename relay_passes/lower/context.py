@@ -15,6 +15,7 @@ from ...schedules import requantize as requantize_kernels
 from ...schedules.prim import ROLES_ATTR
 from ...schedules.table import table_lookup
 from .. import ir
+from ..encodings import match_encoding
 from ..numerics import requantize as rules
 from .values import (
     Accumulator,
@@ -45,7 +46,10 @@ ELEMENTWISE_OPS = frozenset(
 class Lowering:
     """Walks `main` once; handlers turn one call into a `Value` (None = no integer form)."""
 
-    def __init__(self, builder: relax.BlockBuilder, rule: rules.Rule, handlers: dict) -> None:
+    def __init__(
+        self, module: tvm.IRModule, builder: relax.BlockBuilder, rule: rules.Rule, handlers: dict
+    ) -> None:
+        self.module = module
         self.bb = builder
         self.rule = rule
         self.handlers: dict[str, Callable[..., Value | None]] = handlers
@@ -72,6 +76,11 @@ class Lowering:
         """Lower one binding `var = call`."""
         self.origin[var] = call
         self.reason = None
+        encoding = match_encoding(call, self.module)
+        if encoding is not None:
+            array = encoding.decode()
+            self.env[var] = Constant(array, relax.const(array), encoding=encoding)
+            return
         handler = self.handlers.get(ir.op_name(call) or "")
         value = handler(self, var.name, call) if handler else None
         if value is None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import tvm
 
+from ..encodings import GroupWise
+
 
 @dataclass(frozen=True)
 class QuantParams:
@@ -129,7 +131,7 @@ class Constant:
     scale: np.ndarray | None = None
     zero_point: np.ndarray | None = None
     axis: int = 0
-    encoding: object | None = None
+    encoding: GroupWise | None = None
 
 
 @dataclass(frozen=True)
