@@ -7,7 +7,6 @@ same integers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -207,9 +206,7 @@ def _add_tensors(
     originals: Mapping[str, np.ndarray],
 ) -> None:
     by_source = {
-        info.source: name
-        for name, info in infos["original"].tensors.items()
-        if name in originals
+        info.source: name for name, info in infos["original"].tensors.items() if name in originals
     }
     for name, info in infos["compressed"].tensors.items():
         partner = by_source.get(info.source)
@@ -312,16 +309,3 @@ def _checks(
             yield Check("accuracy", False, f"{measured}; the recipe allows {limit}")
         else:
             yield Check("accuracy", True, f"{measured}, at most {limit} allowed")
-
-
-def taps_json(names: Iterable[str], specs: Mapping[str, TensorSpec]) -> list[dict[str, Any]]:
-    """The `taps` entry of `kernels.json`."""
-    return [
-        {"name": name, "shape": list(specs[name].shape), "dtype": specs[name].dtype}
-        for name in names
-    ]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Plain data to a file; refuses NaN, which JSON does not have."""
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")

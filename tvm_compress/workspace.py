@@ -37,7 +37,7 @@ class Workspace:
     """
 
     def __init__(self, out: Path, model_key: str, force: bool = False) -> None:
-        self.out = Path(os.path.abspath(out))
+        self.out = Path(out).resolve()
         self.staging = self.out.parent / f".{self.out.name}.new"
         self._aside = self.out.parent / f".{self.out.name}.old"
         self._model_key = model_key
@@ -167,7 +167,7 @@ def _exchange(new: Path, out: Path, aside: Path) -> None:
 
 @cache
 def code_fingerprint() -> str:
-    """Hash of this package's own sources and of TVM's version: caches of other code are not ours."""
+    """Hash of our own sources and of TVM's version: caches of other code are not ours."""
     import importlib.metadata
 
     root = Path(__file__).resolve().parent

@@ -1,0 +1,154 @@
+"""From what the flow found out to the rows of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..kernels import LibraryInfo
+from .rows import (
+    FloatRow,
+    LayerRow,
+    OtherKernelRow,
+    Report,
+    Side,
+    StepTime,
+)
+from .schemes import FLOAT, describe_schemes
+
+if TYPE_CHECKING:
+    import tvm
+
+    from ..artefact import Artefact
+    from ..benchmarking import Benchmark, KernelTime
+    from ..flow import Evidence, Job
+    from ..profiling import Profile
+    from ..verification import TensorError
+
+
+def assemble(
+    artefact: Artefact,
+    job: Job,
+    profile: Profile,
+    compressed: tvm.IRModule,
+    evidence: Evidence,
+    steps: Iterable[StepTime],
+) -> Report:
+    """The report of a staged artefact; what was not measured is `None`."""
+    from ..benchmarking import this_device
+
+    before = LibraryInfo.from_json(artefact.kernels["original"])
+    after = LibraryInfo.from_json(artefact.kernels["compressed"])
+    benchmark: Benchmark | None = evidence.benchmark
+    verification = evidence.verification
+    latencies = benchmark.latencies if benchmark else {}
+    tensors = verification.tensors if verification else ()
+    layers, others = _rows(profile, before, after, benchmark, tensors, describe_schemes(compressed))
+    left_float = [FloatRow(**_float_fields(entry)) for entry in artefact.kernels["left_float"]]
+    return Report(
+        model=job.model.name,
+        source_format=job.model.source_format,
+        recipe=job.recipe_name,
+        recipe_yaml=(artefact.path / "recipe.yaml").read_text(encoding="utf-8"),
+        target=job.target.name,
+        target_description=job.target.description,
+        created=artefact.manifest["created"],
+        device=benchmark.device if benchmark else this_device(1),
+        macs=profile.macs,
+        parameters=profile.parameters,
+        before=Side(before.bytes, before.plan_bytes, latencies.get("original")),
+        after=Side(after.bytes, after.plan_bytes, latencies.get("compressed")),
+        layers=layers,
+        other_kernels=others,
+        stayed_float=tuple(left_float + _untouched(layers, left_float)),
+        outputs=verification.outputs if verification else (),
+        worst_layer=verification.worst_layer if verification else None,
+        accuracy=verification.accuracy if verification else None,
+        exactness=verification.exactness if verification else None,
+        checks=verification.checks if verification else (),
+        steps=tuple(steps),
+        versions=dict(artefact.manifest["versions"]),
+    )
+
+
+def _float_fields(entry: Mapping[str, str]) -> dict[str, str]:
+    operator = entry["op"].removeprefix("relax.").removeprefix("nn.")
+    return {"name": entry["name"], "operator": operator, "reason": entry["reason"]}
+
+
+def _untouched(layers: Iterable[LayerRow], named: Iterable[FloatRow]) -> list[FloatRow]:
+    """Layers without any scheme that no pass has named."""
+    seen = {row.name for row in named}
+    return [
+        FloatRow(row.name, row.type, "the recipe does not ask for it")
+        for row in layers
+        if row.scheme == FLOAT and row.name not in seen
+    ]
+
+
+def _rows(
+    profile: Profile,
+    before: LibraryInfo,
+    after: LibraryInfo,
+    benchmark: Benchmark | None,
+    tensors: tuple[TensorError, ...],
+    schemes: Mapping[str, str],
+) -> tuple[tuple[LayerRow, ...], tuple[OtherKernelRow, ...]]:
+    kernels_before = benchmark.kernels["original"] if benchmark else ()
+    kernels_after = benchmark.kernels["compressed"] if benchmark else ()
+    time_before, time_after = _layer_times(kernels_before), _layer_times(kernels_after)
+    total = sum(kernel.time_us for kernel in kernels_after)
+    errors = {layer: error for error in tensors for layer in error.layers}
+    symbols: dict[str, list[str]] = {}
+    for call in after.calls:
+        for layer in call.layers:
+            symbols.setdefault(layer, []).append(call.symbol)
+    layers = []
+    for layer in profile.layers:
+        error = errors.get(layer.name)
+        taken = time_after.get(layer.name)
+        layers.append(
+            LayerRow(
+                name=layer.name,
+                type=layer.type,
+                scheme=schemes.get(layer.name, FLOAT),
+                macs=layer.macs,
+                parameters=layer.parameters,
+                bytes_before=before.layer_bytes.get(layer.name, 0),
+                bytes_after=after.layer_bytes.get(layer.name, 0),
+                time_before_us=time_before.get(layer.name),
+                time_after_us=taken,
+                time_share=taken / total if taken is not None and total else None,
+                sqnr_db=error.sqnr_db if error else None,
+                cosine=error.cosine if error else None,
+                max_abs_error=error.max_abs_error if error else None,
+                kernels=tuple(symbols.get(layer.name, ())),
+            )
+        )
+    by_name = {error.name: error for error in tensors}
+    others = tuple(
+        OtherKernelRow(
+            name=kernel.output,
+            kernel=kernel.symbol,
+            time_us=kernel.time_us,
+            time_share=kernel.time_us / total if total else None,
+            sqnr_db=by_name[kernel.output].sqnr_db if kernel.output in by_name else None,
+        )
+        for kernel in kernels_after
+        if not kernel.layers
+    )
+    return tuple(layers), others
+
+
+def _layer_times(kernels: Iterable[KernelTime]) -> dict[str, float]:
+    """Time of each layer; a kernel that computes several layers is shared out evenly."""
+    times: dict[str, float] = {}
+    for kernel in kernels:
+        for layer in kernel.layers:
+            times[layer] = times.get(layer, 0.0) + kernel.time_us / len(kernel.layers)
+    return times
+
+
+def plain(value: Any) -> Any:
+    """A report as plain data, whichever way it came (rows or `report.json`)."""
+    return value.to_json() if isinstance(value, Report) else value

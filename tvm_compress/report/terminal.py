@@ -1,0 +1,352 @@
+"""Reports on a terminal, with rich. Everything goes to standard output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .text import (
+    bytes_text,
+    count_text,
+    db_text,
+    percent_text,
+    ratio_text,
+    three_digits,
+    time_text,
+)
+
+if TYPE_CHECKING:
+    from ..benchmarking import Benchmark
+    from ..profiling import Profile
+    from ..verification import Verification
+
+BAR_WIDTH = 12
+PIPE_WIDTH = 110  # columns when the output is not a terminal
+
+
+def _console() -> Console:
+    """Names of layers may hold square brackets, so nothing is read as rich markup."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=PIPE_WIDTH)
+    return console
+
+
+def _bold(*parts: str) -> Text:
+    """Every other part bold, beginning with the first."""
+    return Text.assemble(*((part, "" if index % 2 else "bold") for index, part in enumerate(parts)))
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    """A plain table; a column whose name starts with `>` is right-aligned."""
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(
+            column.lstrip(">"),
+            justify="right" if right else "left",
+            no_wrap=right,
+            overflow="fold",
+        )
+    return table
+
+
+def _bar(fraction: float | None) -> str:
+    """A bar of block characters, in eighths."""
+    if not fraction:
+        return ""
+    eighths = max(1, round(fraction * BAR_WIDTH * 8))
+    full, rest = divmod(eighths, 8)
+    return "█" * full + ("▏▎▍▌▋▊▉"[rest - 1] if rest else "")
+
+
+# --- profile ------------------------------------------------------------------------------------
+
+
+def print_profile(profile: Profile) -> None:
+    console = _console()
+    console.print(_bold(profile.model, f": {profile.sentence()}"))
+    console.print(
+        f"{count_text(profile.macs)} MACs, {count_text(profile.parameters)} parameters "
+        f"({bytes_text(profile.weight_bytes)}), peak activations "
+        f"{bytes_text(profile.peak_activation_bytes)} at {profile.peak_at}"
+    )
+    layers = _table("layer", "type", "output", ">MACs", ">share", ">params", ">share", ">weights",
+                    ">activations")  # fmt: skip
+    for row in profile.layers:
+        layers.add_row(
+            row.name,
+            row.type,
+            "x".join(map(str, row.output_shape)),
+            count_text(row.macs),
+            _share(row.macs, profile.macs),
+            count_text(row.parameters),
+            _share(row.parameters, profile.parameters),
+            bytes_text(row.weight_bytes),
+            bytes_text(row.output_bytes),
+        )
+    console.print(layers)
+    types = _table("type", ">count", ">MACs", ">share", "", ">params", ">share", "", ">activations")
+    for kind in profile.types:
+        types.add_row(
+            kind.type,
+            str(kind.count),
+            count_text(kind.macs),
+            _share(kind.macs, profile.macs),
+            _bar(kind.macs / profile.macs if profile.macs else 0),
+            count_text(kind.parameters),
+            _share(kind.parameters, profile.parameters),
+            _bar(kind.parameters / profile.parameters if profile.parameters else 0),
+            bytes_text(kind.output_bytes),
+        )
+    console.print(types)
+
+
+def _share(part: float, total: float) -> str:
+    return percent_text(part / total) if total else "-"
+
+
+# --- the report of an artefact ------------------------------------------------------------------
+
+
+def print_summary(report: Mapping[str, Any], path: Path) -> None:
+    """What `compress` ends with: totals, checks, and where the rest is."""
+    console = _console()
+    _print_totals(console, report)
+    _print_checks(console, report["checks"])
+    console.print(f"artefact  {path}", soft_wrap=True)
+    console.print(f"report    {path / 'report.html'}", soft_wrap=True)
+
+
+def print_report(report: Mapping[str, Any], path: Path) -> None:
+    """Everything but the plots."""
+    console = _console()
+    _print_totals(console, report)
+    _print_layers(console, report)
+    _print_float(console, report["stayed_float"])
+    _print_checks(console, report["checks"])
+    steps = ", ".join(
+        f"{step['name']} {step['seconds']:.1f} s{' (cached)' if step['cached'] else ''}"
+        for step in report["steps"]
+    )
+    console.print(f"made by   {steps}", style="dim")
+    console.print(f"report    {path / 'report.html'}", soft_wrap=True)
+
+
+def _print_totals(console: Console, report: Mapping[str, Any]) -> None:
+    console.print(
+        _bold(report["model"], "  recipe ", report["recipe"], "  target ", report["target"])
+    )
+    before, after = report["before"], report["after"]
+    table = _table("", ">float original", ">compressed", ">ratio")
+    names = {
+        "weights": "weights",
+        "scales": "scales",
+        "biases": "biases",
+        "tables": "tables",
+        "indices": "indices",
+        "code": "code",
+        "other": "other",
+    }
+    for key, label in names.items():
+        x, y = before["bytes"][key], after["bytes"][key]
+        if x or y:
+            table.add_row(f"  {label}", bytes_text(x), bytes_text(y), ratio_text(x, y))
+    x, y = before["bytes"]["total"], after["bytes"]["total"]
+    table.add_row("library file", bytes_text(x), bytes_text(y), ratio_text(x, y), style="bold")
+    x, y = before["plan_bytes"], after["plan_bytes"]
+    table.add_row("memory at run time", bytes_text(x), bytes_text(y), ratio_text(x, y))
+    if before["latency"] and after["latency"]:
+        x, y = before["latency"], after["latency"]
+        table.add_row(
+            "latency (median)",
+            time_text(x["median_us"]),
+            time_text(y["median_us"]),
+            ratio_text(x["median_us"], y["median_us"]),
+            style="bold",
+        )
+        table.add_row("  10 % .. 90 %", _spread(x), _spread(y), "")
+    accuracy = report["accuracy"]
+    if accuracy:
+        table.add_row(
+            f"top-1 accuracy (n = {accuracy['samples']})",
+            percent_text(accuracy["before"], 2),
+            percent_text(accuracy["after"], 2),
+            f"{-accuracy['drop'] * 100:+.2f} points",
+            style="bold",
+        )
+        table.add_row(
+            "  95 % interval",
+            _interval(accuracy["before_low"], accuracy["before_high"]),
+            _interval(accuracy["after_low"], accuracy["after_high"]),
+            f"{-accuracy['drop_high'] * 100:+.2f} .. {-accuracy['drop_low'] * 100:+.2f}",
+        )
+    for output in report["outputs"]:
+        table.add_row(
+            f"output {output['name']} (n = {output['samples']})",
+            "",
+            "identical" if output["sqnr_db"] is None else f"SQNR {db_text(output['sqnr_db'])} dB",
+            "",
+        )
+    console.print(table)
+    device = report["device"]
+    if before["latency"]:
+        console.print(
+            f"{device['cpu']}, {device['threads']} of {device['cores']} threads, "
+            f"{before['latency']['runs']} interleaved runs",
+            style="dim",
+        )
+
+
+def _spread(latency: Mapping[str, Any]) -> str:
+    return f"{time_text(latency['p10_us'])} .. {time_text(latency['p90_us'])}"
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{low * 100:.2f} .. {high * 100:.2f}"
+
+
+def _print_layers(console: Console, report: Mapping[str, Any]) -> None:
+    table = _table("layer", "scheme", ">MACs", ">bytes", "", ">time", "", ">share", ">SQNR dB")
+    for row in report["layers"]:
+        table.add_row(
+            row["name"],
+            row["scheme"],
+            count_text(row["macs"]),
+            f"{bytes_text(row['bytes_before'])} →",
+            bytes_text(row["bytes_after"]),
+            f"{time_text(row['time_before_us'])} →",
+            time_text(row["time_after_us"]),
+            percent_text(row["time_share"]),
+            db_text(row["sqnr_db"]),
+        )
+    for row in report["other_kernels"]:
+        table.add_row(
+            row["name"],
+            "",
+            "",
+            "",
+            "",
+            "",
+            time_text(row["time_us"]),
+            percent_text(row["time_share"]),
+            db_text(row["sqnr_db"]),
+            style="dim",
+        )
+    console.print(table)
+    if report["worst_layer"]:
+        console.print(_bold("", "largest error: ", report["worst_layer"]))
+
+
+def _print_float(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows:
+        console.print("Nothing stayed in float.")
+        return
+    table = _table("stayed float", "operator", "why")
+    for row in rows:
+        table.add_row(row["name"], row["operator"], row["reason"])
+    console.print(table)
+
+
+def _print_checks(console: Console, checks: Iterable[Mapping[str, Any]]) -> None:
+    for check in checks:
+        mark = Text("ok    ", "bold green") if check["passed"] else Text("FAILED", "bold red")
+        console.print(mark, f"{check['name']}: {check['detail']}")
+
+
+# --- verify, benchmark, lists -------------------------------------------------------------------
+
+
+def print_verification(result: Verification, per_layer: bool) -> None:
+    from dataclasses import asdict
+
+    console = _console()
+    if per_layer:
+        table = _table("tensor", "layers", ">SQNR dB", ">cosine", ">max error")
+        for row in result.tensors:
+            table.add_row(
+                row.name,
+                ", ".join(row.layers),
+                db_text(row.sqnr_db),
+                "-" if row.cosine is None else f"{row.cosine:.6f}",
+                f"{row.max_abs_error:.4g}",
+            )
+        console.print(table)
+    table = _table("output", ">inputs", ">SQNR dB", ">cosine", ">max error")
+    for output in result.outputs:
+        table.add_row(
+            output.name,
+            str(output.samples),
+            db_text(output.sqnr_db),
+            "-" if output.cosine is None else f"{output.cosine:.6f}",
+            f"{output.max_abs_error:.4g}",
+        )
+    console.print(table)
+    if result.worst_layer:
+        console.print(_bold("", "largest error: ", result.worst_layer))
+    accuracy = result.accuracy
+    if accuracy:
+        console.print(
+            f"top-1 accuracy: float {percent_text(accuracy.before, 2)} "
+            f"({_interval(accuracy.before_low, accuracy.before_high)}), "
+            f"compressed {percent_text(accuracy.after, 2)} "
+            f"({_interval(accuracy.after_low, accuracy.after_high)}), n = {accuracy.samples}"
+        )
+        console.print(
+            f"paired difference: {-accuracy.drop * 100:+.2f} points "
+            f"({-accuracy.drop_high * 100:+.2f} .. {-accuracy.drop_low * 100:+.2f}); only float "
+            f"right {accuracy.only_before_right}, only compressed right "
+            f"{accuracy.only_after_right}, McNemar p = {accuracy.p_value:.3g}"
+        )
+    _print_checks(console, [asdict(check) for check in result.checks])
+
+
+def print_benchmark(result: Benchmark) -> None:
+    console = _console()
+    labels = {"compressed": "compressed", "original": "float original"}
+    base = result.latencies["compressed"].median_us
+    table = _table("", ">median", ">10 %", ">90 %", ">min", ">median / compressed")
+    for side, latency in result.latencies.items():
+        table.add_row(
+            labels.get(side, side),
+            time_text(latency.median_us),
+            time_text(latency.p10_us),
+            time_text(latency.p90_us),
+            time_text(latency.min_us),
+            f"{three_digits(latency.median_us / base)}x",
+        )
+    console.print(table)
+    kernels = result.kernels["compressed"]
+    total = sum(kernel.time_us for kernel in kernels) or 1.0
+    table = _table("kernel", "layers", ">time", ">share", "")
+    for kernel in sorted(kernels, key=lambda kernel: -kernel.time_us):
+        share = kernel.time_us / total
+        layers = ", ".join(kernel.layers) or kernel.output
+        table.add_row(
+            kernel.symbol, layers, time_text(kernel.time_us), percent_text(share), _bar(share)
+        )
+    console.print(table)
+    device = result.device
+    runs = result.latencies["compressed"].runs
+    console.print(
+        f"{device.cpu}, {device.threads} of {device.cores} threads, {runs} interleaved runs",
+        style="dim",
+    )
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A list of alike mappings as a table."""
+    console = _console()
+    if not rows:
+        console.print("(none)")
+        return
+    table = _table(*rows[0])
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    console.print(table)

@@ -1,0 +1,52 @@
+"""Numbers as people read them. Shared by the terminal and the HTML report."""
+
+from __future__ import annotations
+
+
+def bytes_text(count: float) -> str:
+    """`1.2 MB`: decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{three_digits(count)} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def time_text(microseconds: float | None) -> str:
+    """`123 us`, `4.56 ms`, `7.8 s`."""
+    if microseconds is None:
+        return "-"
+    if microseconds < 999.5:
+        return f"{three_digits(microseconds)} µs"
+    if microseconds < 999_500:
+        return f"{three_digits(microseconds / 1000)} ms"
+    return f"{three_digits(microseconds / 1e6)} s"
+
+
+def count_text(count: float) -> str:
+    """`40.6 M`."""
+    for unit in ("", " k", " M", " G"):
+        if abs(count) < 999.5 or unit == " G":
+            return f"{count:.0f}" if unit == "" else f"{three_digits(count)}{unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def three_digits(value: float) -> str:
+    """`1.23`, `12.3`, `123`."""
+    if abs(value) >= 99.95:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if abs(value) >= 9.995 else f"{value:.2f}"
+
+
+def ratio_text(before: float, after: float) -> str:
+    """`3.9x smaller` without the noun: `3.90x`; `-` when there is nothing to divide."""
+    return f"{three_digits(before / after)}x" if before and after else "-"
+
+
+def percent_text(fraction: float | None, digits: int = 1) -> str:
+    return "-" if fraction is None else f"{fraction * 100:.{digits}f} %"
+
+
+def db_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
