@@ -232,6 +232,8 @@ def rewrite_module(module: tvm.IRModule, rewriter: type[Rewriter]) -> tvm.IRModu
             continue
         new = rewriter(function).run()
         symbol = (function.attrs or {}).get("global_symbol")
+        if global_var.name == "main":  # always callable from outside
+            symbol = "main"
         new = new.with_attr("global_symbol", symbol) if symbol else new.without_attr("global_symbol")
         result.update_func(global_var, new)
     return result
