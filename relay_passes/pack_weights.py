@@ -32,15 +32,10 @@ class PackWeights:
         self, module: tvm.IRModule, _context: tvm.transform.PassContext
     ) -> tvm.IRModule:
         packing = _Packing(module, self.target)
-        module = packing.builder_.get()
-        for global_var, function in list(module.functions.items()):
-            if isinstance(function, relax.Function):
-                module[global_var] = packing.visit_expr(function)
-        packed = packing.builder_.get()
         for global_var, function in module.functions.items():
             if isinstance(function, relax.Function):
-                packed[global_var] = module[global_var]
-        return relax.transform.DeadCodeElimination(["main"])(packed)
+                packing.builder_.update_func(global_var, packing.visit_expr(function))
+        return relax.transform.DeadCodeElimination(["main"])(packing.builder_.get())
 
 
 @relax.expr_functor.mutator
@@ -59,8 +54,7 @@ class _Packing(relax.PyExprMutator):
         weight = ir.constant(arguments[1]) if len(arguments) > 1 else None
         if spec is None or weight is None:
             return super().visit_call_(call)
-        pack = getattr(schedules, "pack_weight", None)
-        packed = pack(spec, weight, self.target) if pack else None
+        packed = schedules.pack_weight(spec, weight, self.target)
         if packed is None:
             return super().visit_call_(call)
         packed_spec, array = packed

@@ -28,7 +28,6 @@ class ScheduleKernels:
             if isinstance(function, tirx.PrimFunc) and not (function.attrs or {}).get(
                 "tirx.is_scheduled"
             ):
-                schedule = getattr(schedules, "schedule", None)
-                function = schedule(function, self.target) if schedule else function
+                function = schedules.schedule(function, self.target)
             scheduled[global_var] = function
         return tvm.IRModule(scheduled, attrs=module.attrs)

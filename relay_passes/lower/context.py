@@ -193,6 +193,9 @@ class Lowering:
     def native(self, expr: tvm.ir.Expr) -> tvm.ir.Expr:
         """The expression in graph form's own order and dtype, for an operator that stays as it is."""
         value = self.value(expr)
+        if isinstance(value, Many):
+            source = self.origin.get(expr, expr)
+            return relax.Tuple([self.native(field) for field in source.fields])
         if isinstance(value, Other):
             return self.rebuilt(value.expr)
         if isinstance(value, Constant):

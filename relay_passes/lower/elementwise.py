@@ -97,7 +97,8 @@ def _tabulate(ctx: Lowering, call: tvm.ir.Call, values: Sequence[Value]) -> Unar
         result = _evaluate(call, operands)
     if result is None or not np.isfinite(result).all():
         return None
-    return Unary(codes, np.broadcast_to(result, operands[0].shape).astype(np.float32))
+    entries = 1 << np.iinfo(codes.dtype).bits
+    return Unary(codes, np.broadcast_to(result, (entries,)).astype(np.float32))
 
 
 def _clamped(value: Accumulator | Sum, low: float, high: float) -> Accumulator | Sum:
