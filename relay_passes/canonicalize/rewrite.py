@@ -73,7 +73,11 @@ class Rewriter:
         body = _plain_outputs(body)
         function = self._function
         builder = relax.BlockBuilder()
-        attributes = {k: v for k, v in (function.attrs or {}).items() if k != "global_symbol"}
+        attributes = {
+            name: value
+            for name, value in (function.attrs.items() if function.attrs else ())
+            if name != "global_symbol"
+        }
         with builder.function(
             "main", list(function.params), attrs=attributes, pure=bool(function.is_pure)
         ):
@@ -232,7 +236,7 @@ def rewrite_module(module: tvm.IRModule, rewriter: type[Rewriter]) -> tvm.IRModu
             continue
         new = rewriter(function).run()
         symbol = (function.attrs or {}).get("global_symbol")
-        if global_var.name == "main":  # always callable from outside
+        if global_var.name_hint == "main":  # always callable from outside
             symbol = "main"
         new = new.with_attr("global_symbol", symbol) if symbol else new.without_attr("global_symbol")
         result.update_func(global_var, new)

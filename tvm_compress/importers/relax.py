@@ -25,7 +25,7 @@ def import_relax(
 ) -> tvm.IRModule:
     """The module, checked: one function `main` of tensors with weights as constants."""
     module = _read(source) if isinstance(source, Path) else source
-    if "main" not in [global_var.name for global_var in module.get_global_vars()]:
+    if "main" not in [global_var.name_hint for global_var in module.get_global_vars()]:
         raise ModelError("the module has no function 'main'")
     main = module["main"]
     if not isinstance(main, relax.Function):

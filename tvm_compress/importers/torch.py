@@ -60,7 +60,7 @@ def import_torch(
     main = _static(main, program, shapes)
     results = main.ret_ty.fields if isinstance(main.ret_ty, relax.TupleType) else [main.ret_ty]
     count = len(results)
-    for attribute in [key for key in (main.attrs or {}) if key != "global_symbol"]:
+    for attribute in [key for key in main.attrs.keys() if key != "global_symbol"]:
         main = main.without_attr(attribute)
     main = main.with_attr(INPUT_NAMES_ATTR, [param.name for param in main.params])
     outputs = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
