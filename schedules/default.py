@@ -1,5 +1,365 @@
+"""The generic schedule: what no template takes still gets vectors, threads and no needless passes over memory.
+
+Elementwise stages are substituted into their readers where that computes nothing twice. Every remaining
+stage becomes one loop nest: vectors along its last axis (channels lie last), its outer axes in parallel when
+it is large, a reduction in registers inside. A stage whose elements line up one to one with those of all it
+reads runs over flat memory.
+"""
+
 from __future__ import annotations
 
+import itertools
+from typing import Any
 
-def schedule_default(func, fused, target):
-    return func, "default.none"
+from tvm import ir, tirx
+
+from ..targets import Target
+from .emit import Emitter, dtype_bits
+from .fused import FusedFunction, Index, Stage, loads, rewrite
+
+# Elements (times terms of a reduction) below which starting threads costs more than it saves.
+_PARALLEL_WORK = 200_000
+# A reduction of at most this many terms (a pooling window) is written out.
+_UNROLLED_TERMS = 25
+# Operations that are worth storing rather than computing again for every reader.
+_EXPENSIVE = frozenset(
+    {"exp", "tanh", "sigmoid", "erf", "log", "sqrt", "rsqrt", "pow", "sin", "cos"}
+)
+
+
+def schedule_default(
+    func: tirx.PrimFunc, fused: FusedFunction | None, target: Target
+) -> tuple[tirx.PrimFunc, str]:
+    """The scheduled function and the name of the form. A function we cannot take apart stays as it is."""
+    if fused is None or not _supported(fused):
+        return func, "default.naive"
+    kept = _kept_stages(fused)
+    e = Emitter()
+    buffers: dict[tirx.Buffer, tirx.Buffer] = {}
+    params = list(fused.func.params)
+    for stage in kept:
+        if not any(stage.buffer.same_as(p) for p in params):
+            size = 1
+            for extent in stage.buffer.shape:
+                size *= int(extent)
+            buffers[stage.buffer] = e.alloc(size, str(stage.buffer.dtype), stage.buffer.name)
+    views: dict[tirx.Buffer, tirx.Buffer] = dict(buffers)
+    for param in params:
+        views[param] = e.flat(param)
+    for stage in kept:
+        _Nest(e, fused, stage, kept, buffers, views, target).write()
+    return e.function(params, {}), _form(fused)
+
+
+def _form(fused: FusedFunction) -> str:
+    if fused.anchor is not None:
+        return f"default.{fused.anchor.spec.family}" if fused.anchor.spec else "default.anchor"
+    if any(stage.reduces for stage in fused.stages):
+        return "default.reduction"
+    return "default.elementwise"
+
+
+def _supported(fused: FusedFunction) -> bool:
+    """Every stage an equation over constant extents, every parameter of constant shape, written once."""
+    for param in fused.func.params:
+        if not hasattr(param, "shape"):
+            return False
+        if not all(isinstance(extent, tirx.IntImm) for extent in param.shape):
+            return False
+    for stage in fused.stages:
+        if not stage.is_map and not _plain_reduction(stage):
+            return False
+        if len(stage.buffer.shape) == 0 or not all(
+            isinstance(extent, tirx.IntImm) for extent in stage.buffer.shape
+        ):
+            return False
+        try:
+            rewrite(stage.value, {}, lambda buffer, indices: buffer[indices])
+        except NotImplementedError:
+            return False
+    return True
+
+
+def _plain_reduction(stage: Stage) -> bool:
+    """Stored at its spatial variables, in order; constants only for axes of extent 1."""
+    spatial = [v for i, v in enumerate(stage.variables) if i not in stage.reduction]
+    used = [i for i in stage.indices if not isinstance(i, tirx.IntImm)]
+    return (
+        stage.reduces
+        and len(used) <= len(spatial)
+        and len(used) == len(spatial)
+        and all(i.same_as(v) for i, v in zip(used, spatial, strict=True))
+    )
+
+
+def _kept_stages(fused: FusedFunction) -> list[Stage]:
+    """Stages that get a loop nest and a buffer; the others are substituted into their readers."""
+    outputs = fused.outputs
+    kept = []
+    for stage in fused.stages:
+        readers = [s for s in fused.stages if any(b.same_as(stage.buffer) for b in s.reads)]
+        uses = sum(b.same_as(stage.buffer) for s in readers for b in s.reads)
+        costly = _is_costly(stage)
+        if (
+            stage.reduces
+            or any(stage.buffer.same_as(b) for b in outputs)
+            or (uses > 1 and costly)
+            or (costly and any(_rereads(reader) for reader in readers))
+        ):
+            kept.append(stage)
+    return kept
+
+
+def _terms(stage: Stage) -> int:
+    """Terms of one element's reduction."""
+    count = 1
+    for axis in stage.reduction:
+        count *= stage.extents[axis]
+    return count
+
+
+def _rereads(stage: Stage) -> bool:
+    """Whether a reduction reads an element often; a pooling window does not."""
+    return _terms(stage) > _UNROLLED_TERMS
+
+
+def _is_costly(stage: Stage) -> bool:
+    """Whether computing an element again is dearer than a store and a load; a border's test counts."""
+    count = 0
+    costly = False
+
+    def visit(e: ir.Expr) -> None:
+        nonlocal count, costly
+        count += 1
+        if isinstance(e, ir.Call):
+            name = str(getattr(e.op, "name", "")).rpartition(".")[2]
+            costly |= name in _EXPENSIVE or name == "if_then_else"
+            for argument in e.args:
+                visit(argument)
+            return
+        for name in ("a", "b", "value", "condition", "true_value", "false_value"):
+            child = getattr(e, name, None)
+            if isinstance(child, ir.Expr):
+                visit(child)
+
+    visit(stage.value)
+    return costly or count > 8
+
+
+class _Nest:
+    """The loops of one kept stage."""
+
+    def __init__(
+        self,
+        e: Emitter,
+        fused: FusedFunction,
+        stage: Stage,
+        kept: list[Stage],
+        buffers: dict[tirx.Buffer, tirx.Buffer],
+        views: dict[tirx.Buffer, tirx.Buffer],
+        target: Target,
+    ) -> None:
+        self.e, self.fused, self.stage, self.kept = e, fused, stage, kept
+        self.buffers, self.views, self.target = buffers, views, target
+        self.shape = tuple(int(n) for n in stage.buffer.shape)
+        bits = max(
+            dtype_bits(str(b.dtype)) if str(b.dtype) != "bool" else 8
+            for b in (stage.buffer, *stage.reads)
+        )
+        widest = 32 if stage.reduces else max(bits, 8)
+        self.lanes = max(1, target.vector_bits // max(widest, 8))
+        if "int64" in (str(b.dtype) for b in stage.reads) or bits > 32:
+            self.lanes = max(1, target.vector_bits // 64)
+        elif self.lanes > 16:
+            # Narrow data is computed in 32 bits in between: a few registers of those at once.
+            self.lanes = min(self.lanes, 2 * target.lanes(32))
+        if any(_is_lookup(s) for s in fused.stages):
+            # A gather is no faster than that many loads.
+            self.lanes = 1
+        self.work = 1
+        for extent in stage.extents:
+            self.work *= extent
+
+    def write(self) -> None:
+        """Emit the loop nest."""
+        if not self.stage.reduces and self._write_flat():
+            return
+        stage, e = self.stage, self.e
+        outer = self.shape[:-1]
+        count = 1
+        for extent in outer:
+            count *= extent
+        # Few rows, long ones: cut the last axis as well so that there is something to share out.
+        pieces = 1
+        parallel = self._parallel
+        if parallel and count < self.target.threads and self.shape[-1] >= 2 * self.lanes:
+            pieces = min(4 * self.target.threads, self.shape[-1] // self.lanes)
+        per_piece = -(-self.shape[-1] // pieces)
+        with e.loop("task", count * pieces, "parallel" if parallel else "serial") as task:
+            rest = task // pieces if pieces > 1 else task
+            indices: list[Any] = []
+            for extent in reversed(outer):
+                indices.append(rest % extent if extent > 1 else tirx.const(0, "int32"))
+                rest = rest // extent
+            prefix = [e.bind(f"i{axis}", index) for axis, index in enumerate(reversed(indices))]
+            first: Any = tirx.const(0, "int32")
+            if pieces > 1:
+                first = e.bind(
+                    "first",
+                    tirx.min(task % pieces * per_piece, self.shape[-1] - per_piece),
+                )
+            for start, width in e.chunks(per_piece, self.lanes):
+                if stage.reduces:
+                    self._reduce((*prefix,), first + start, width)
+                else:
+                    with e.loop("lane", width, "vectorized") as lane:
+                        where = (*prefix, first + start + lane)
+                        self._store(where, self._value(where))
+
+    @property
+    def _parallel(self) -> bool:
+        return self.target.threads > 1 and self.work >= _PARALLEL_WORK
+
+    def _leaf(self, buffer: tirx.Buffer, where: Index) -> ir.Expr | None:
+        for stage in self.kept:
+            if buffer.same_as(stage.buffer) and stage is not self.stage:
+                if buffer in self.buffers:
+                    return self.buffers[buffer][_offset(buffer, where)]
+                return buffer[where]
+        return None
+
+    def _value(self, where: Index) -> ir.Expr:
+        return self.fused.inline(self.stage.buffer, where, self._leaf)
+
+    def _store(self, where: Index, value: ir.Expr) -> None:
+        buffer = self.stage.buffer
+        if buffer in self.buffers:
+            self.e.store(self.buffers[buffer], value, _offset(buffer, where))
+        else:
+            self.e.store(buffer, value, *where)
+
+    def _reduce(self, prefix: tuple[Any, ...], start: Any, width: int) -> None:
+        """`width` neighbouring results, each in its own lane of an accumulator."""
+        e, stage = self.e, self.stage
+        axes = sorted(stage.reduction)
+        spatial = [v for i, v in enumerate(stage.variables) if i not in stage.reduction]
+        init = stage.init
+        assert init is not None
+
+        def bind(lane: Any) -> dict[tirx.Var, Any]:
+            where = (*prefix, start + lane)
+            used = [w for w, i in zip(where, stage.indices, strict=True) if not _const(i)]
+            return dict(zip(spatial, used, strict=True))
+
+        def initial(lane: Any) -> ir.Expr:
+            return rewrite(init, bind(lane), lambda b, i: b[i])
+
+        if _terms(stage) <= _UNROLLED_TERMS:
+            with e.loop("lane", width, "vectorized") as lane:
+                value = initial(lane)
+                for term in itertools.product(*(range(stage.extents[a]) for a in axes)):
+                    reduced = {
+                        stage.variables[a]: tirx.const(k, "int32")
+                        for a, k in zip(axes, term, strict=True)
+                    }
+                    value = self._term({**bind(lane), **reduced}, value)
+                self._store((*prefix, start + lane), value)
+            return
+
+        acc = e.alloc(width, str(stage.buffer.dtype), "acc", registers=True)
+        with e.loop("lane", width, "vectorized") as lane:
+            e.store(acc, initial(lane), lane)
+
+        def walk(level: int, reduced: dict[tirx.Var, Any]) -> None:
+            if level < len(axes):
+                with e.loop("k", stage.extents[axes[level]]) as k:
+                    walk(level + 1, {**reduced, stage.variables[axes[level]]: k})
+                return
+            with e.loop("lane", width, "vectorized") as lane:
+                e.store(acc, self._term({**bind(lane), **reduced}, acc[lane]), lane)
+
+        walk(0, {})
+        with e.loop("lane", width, "vectorized") as lane:
+            self._store((*prefix, start + lane), acc[lane])
+
+    def _term(self, binding: dict[tirx.Var, Any], acc: ir.Expr) -> ir.Expr:
+        def load(buffer: tirx.Buffer, where: Index) -> ir.Expr:
+            if buffer.same_as(self.stage.buffer):
+                return acc
+            return self.fused.inline(buffer, where, self._leaf)
+
+        return rewrite(self.stage.value, binding, load)
+
+    def _write_flat(self) -> bool:
+        """One loop over flat memory when every element depends on its own position only; else False."""
+        variables = [tirx.Var(f"v{i}", "int32") for i in range(len(self.shape))]
+        flat = tirx.Var("flat", "int32")
+
+        def leaf(buffer: tirx.Buffer, where: Index) -> ir.Expr | None:
+            if buffer.same_as(self.stage.buffer):
+                return None
+            shape = tuple(int(n) for n in buffer.shape)
+            known = buffer in self.views
+            if known and shape == self.shape:
+                if all(a.same_as(v) for a, v in zip(where, variables, strict=True)):
+                    return self.views[buffer][flat]
+            if known and buffer in self.buffers:
+                return self.buffers[buffer][_offset(buffer, where)]
+            return buffer[where] if known else None
+
+        value = self.fused.inline(self.stage.buffer, tuple(variables), leaf)
+        if _uses(value, variables):
+            return False
+        size = 1
+        for extent in self.shape:
+            size *= extent
+        destination = self.views[self.stage.buffer]
+        tasks = 1
+        if self._parallel:
+            tasks = min(4 * self.target.threads, max(1, size // (16 * self.lanes)))
+        per_task = -(-(-(-size // tasks)) // self.lanes) * self.lanes
+        tasks, per_task = -(-size // per_task), min(per_task, size)
+        with self.e.loop("task", tasks, "parallel") as task:
+            first = self.e.bind("first", tirx.min(task * per_task, size - per_task))
+
+            def body(i: Any) -> None:
+                self.e.store(
+                    destination,
+                    rewrite(value, {flat: first + i}, lambda b, where: b[where]),
+                    first + i,
+                )
+
+            self.e.elementwise(per_task, self.lanes, body)
+        return True
+
+
+def _is_lookup(stage: Stage) -> bool:
+    """Whether a buffer is indexed by what another one holds."""
+    nested = False
+
+    def load(buffer: tirx.Buffer, indices: Index) -> ir.Expr:
+        nonlocal nested
+        nested |= any(loads(index) for index in indices)
+        return buffer[indices]
+
+    rewrite(stage.value, {}, load)
+    return nested
+
+
+def _const(index: Any) -> bool:
+    return isinstance(index, tirx.IntImm)
+
+
+def _offset(buffer: tirx.Buffer, where: Index) -> Any:
+    offset: Any = tirx.const(0, "int32")
+    for extent, index in zip(buffer.shape, where, strict=True):
+        offset = offset * int(extent) + index
+    return offset
+
+
+def _uses(value: ir.Expr, variables: list[tirx.Var]) -> bool:
+    """Whether any of `variables` occurs in `value`."""
+    from tvm.tirx.analysis import undefined_vars
+
+    found = undefined_vars(value, [])
+    return any(v.same_as(f) for v in variables for f in found)

@@ -29,9 +29,16 @@ class Stage:
     extents: tuple[int, ...]
     indices: Index
     value: ir.Expr
-    reduces: bool
+    reduction: frozenset[int]
+    """Which of the variables are reduced over."""
+    init: ir.Expr | None
     spec: KernelSpec | None
     reads: tuple[tirx.Buffer, ...]
+
+    @property
+    def reduces(self) -> bool:
+        """Whether an element is a sum, maximum... over further variables."""
+        return bool(self.reduction)
 
     @property
     def is_map(self) -> bool:
@@ -127,9 +134,15 @@ def _stage(nest: tirx.Stmt) -> Stage | None:
     if not isinstance(block.body, tirx.BufferStore) or block.alloc_buffers or block.match_buffers:
         return None
     store = block.body
-    reduces = block.init is not None or any(
-        iter_var.iter_type != tirx.IterVar.DataPar for iter_var in block.iter_vars
+    reduction = frozenset(
+        axis
+        for axis, iter_var in enumerate(block.iter_vars)
+        if iter_var.iter_type != tirx.IterVar.DataPar
     )
+    if bool(reduction) != (block.init is not None):
+        return None
+    if block.init is not None and not isinstance(block.init, tirx.BufferStore):
+        return None
     return Stage(
         name=block.name_hint,
         buffer=store.buffer,
@@ -137,7 +150,8 @@ def _stage(nest: tirx.Stmt) -> Stage | None:
         extents=tuple(extents),
         indices=tuple(store.indices),
         value=store.value,
-        reduces=reduces,
+        reduction=reduction,
+        init=None if block.init is None else block.init.value,
         spec=_anchor_spec(block),
         reads=tuple(loads(store.value)),
     )

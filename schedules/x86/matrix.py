@@ -9,17 +9,17 @@ inside, so that there is one tile shape only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import ir, tirx
 
 from ...targets import Target
-from ..emit import Emitter, dtype_bits, splat, vector
+from ..emit import Emitter, vector
 from ..epilogue import Epilogue
 from ..fused import FusedFunction, Stage
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
+from .band import Band, BandReader, Source
 from .dot import ByteDot, Dot, FloatDot, WordDot, select_dot
 from .tile import Tile, choose_tile
 from .window import Window, window_of
@@ -29,20 +29,6 @@ from .window import Window, window_of
 _PARALLEL_MACS = 500_000
 # Input copied for one task should stay in the second-level cache beside the weights.
 _BAND_SHARE_OF_L2 = 4
-
-
-@dataclass(frozen=True)
-class Source:
-    """The flat buffer the reduction reads, its pitches in elements, and where the task's input starts."""
-
-    buffer: tirx.Buffer
-    base: Any
-    row_pitch: int
-    column_pitch: int
-    group_pitch: int
-    row_stride: int
-    """Source rows between two output rows."""
-    column_stride: int
 
 
 def schedule_matrix(fused: FusedFunction, target: Target) -> tirx.PrimFunc | None:
@@ -107,8 +93,10 @@ class _MatrixKernel:
         self.corrected = isinstance(dot, ByteDot) and spec.data_dtype == "int8"
         self.tile = self._choose_tile()
         self.acc_dtype = spec.acc_dtype
-        self.staged = self._needs_copy()
         self.band = self._choose_band()
+        self.rows = self.band.choose_rows(
+            self.tile.rows, self._parallel, target, target.l2_bytes // _BAND_SHARE_OF_L2
+        )
         self.e = Emitter()
 
     # Decisions
@@ -134,68 +122,33 @@ class _MatrixKernel:
             spare,
         )
 
-    def _needs_copy(self) -> bool:
-        """Whether the input must be copied: border, conversion, padded channels, strided rows, producers."""
-        window, dot = self.window, self.dot
+    def _choose_band(self) -> Band:
+        """Copied when there is a border, a conversion, padded channels, skipped columns or a producer."""
+        window, dot, spec = self.window, self.dot, self.spec
         direct = (
             not any(window.padding)
             and not window.turned
-            and self.spec.data_dtype == dot.data_dtype
+            and spec.data_dtype == dot.data_dtype
             and self.operands.data not in self.fused.producers
         )
-        if not direct:
-            return True
-        terms = window.channels
+        group_pitch = window.channels
         if self.packed.axis == "R":
-            terms *= window.kernel[1]
-        # Otherwise the last step of the last row would read behind the end of the input.
-        return terms % dot.group != 0
-
-    @property
-    def _skips(self) -> bool:
-        """A strided 1x1 convolution copies only what it uses."""
-        window = self.window
-        return self.staged and window.kernel == (1, 1) and not any(window.padding)
-
-    @property
-    def _channel_pitch(self) -> int:
-        """Elements from one column of the copy to the next."""
-        if self.packed.axis == "R":
-            return self.window.channels
-        return self.window.groups * self._group_pitch
-
-    @property
-    def _group_pitch(self) -> int:
-        channels = self.window.channels
-        return ceil_div(channels, self.dot.group) * self.dot.group
-
-    @property
-    def _copy_columns(self) -> int:
-        return self.window.columns if self._skips else self.window.padded_columns
-
-    def _copy_rows(self, band: int) -> int:
-        return band if self._skips else self.window.input_rows(band)
-
-    def _choose_band(self) -> int:
-        """Output rows of one task: enough tasks for the threads, the copy small enough for the cache."""
-        window, tile = self.window, self.tile
-        row_tiles = ceil_div(window.rows, tile.rows)
-        tasks = 1
-        if self._parallel:
-            tasks = ceil_div(2 * self.target.threads, window.batch)
-        tiles = max(1, row_tiles // tasks)
-        if self.staged:
-            width = dtype_bits(self.dot.data_dtype) // 8
-            row_bytes = self._copy_columns * self._channel_pitch * width
-            limit = self.target.l2_bytes // _BAND_SHARE_OF_L2
-            while tiles > 1 and self._copy_rows(tiles * tile.rows) * row_bytes > limit:
-                tiles -= 1
-        elif window.columns == 1:
-            # A linear layer: rows of the input that stay in the second-level cache.
-            row_bytes = window.channels * window.groups * dtype_bits(self.dot.data_dtype) // 8
-            limit = self.target.l2_bytes // _BAND_SHARE_OF_L2
-            tiles = max(1, min(tiles, limit // (row_bytes * tile.rows)))
-        return min(window.rows, tiles * tile.rows)
+            # Otherwise the last step of the last row would read behind the end of the input.
+            direct &= window.kernel[1] * window.channels % dot.group == 0
+        else:
+            group_pitch = ceil_div(window.channels, dot.group) * dot.group
+            direct &= group_pitch == window.channels
+        pad_value = 0 if isinstance(spec, MatmulSpec) else getattr(spec, "pad_value")
+        return Band(
+            window,
+            not direct,
+            spec.data_dtype,
+            dot.data_dtype,
+            dot.convert,
+            dot.convert_constant(pad_value, spec.data_dtype),
+            group_pitch,
+            slack=4 * dot.group,
+        )
 
     @property
     def _macs(self) -> int:
@@ -212,11 +165,9 @@ class _MatrixKernel:
     def build(self) -> tirx.PrimFunc:
         e, window, tile = self.e, self.window, self.tile
         self.weight = e.flat(self.operands.weight)
-        self.data = None
-        if self.operands.data not in self.fused.producers:
-            self.data = e.flat(self.operands.data)
+        self.reader = BandReader(e, self.band, self.fused, self.operands, self.target)
         self.epilogue.declare(e)
-        bands = ceil_div(window.rows, self.band)
+        bands = ceil_div(window.rows, self.rows)
         channel_groups = ceil_div(self.blocks, tile.vectors)
         outer = window.batch * bands * window.groups
         # Too few bands for the threads: channel groups become tasks as well, each with its own copy.
@@ -234,9 +185,9 @@ class _MatrixKernel:
                 chosen, rest = None, task
             group = rest % window.groups
             b = rest // window.groups // bands
-            y = tirx.min(rest // window.groups % bands * self.band, window.rows - self.band)
-            y = e.bind("y", y) if isinstance(y, ir.Expr) else y
-            source = self._source(b, y, group)
+            y = tirx.min(rest // window.groups % bands * self.rows, window.rows - self.rows)
+            y = e.bind("y", y)
+            source = self.reader.source(b, y, self.rows, group)
             if chosen is not None:
                 self._channel_group(chosen, source, b, y, group)
             else:
@@ -244,99 +195,6 @@ class _MatrixKernel:
                     self._channel_group(j, source, b, y, group)
         self.epilogue.emit_rest(e, self.lanes)
         return e.function(list(self.fused.func.params), {})
-
-    def _source(self, b: Any, y: Any, group: Any) -> Source:
-        """The input of the band of output rows from `y` on: copied, or the data itself."""
-        window = self.window
-        if not self.staged:
-            assert self.data is not None
-            pixel = window.channels * window.groups
-            row = window.in_columns * pixel
-            base = b * window.in_rows * row + y * window.strides[0] * row + group * window.channels
-            return Source(self.data, base, row, pixel, 0, *window.strides)
-        copy = self._copy_band(b, y)
-        strides = (1, 1) if self._skips else window.strides
-        row = self._copy_columns * self._channel_pitch
-        return Source(
-            copy, group * self._group_pitch, row, self._channel_pitch, self._group_pitch, *strides
-        )
-
-    def _copy_band(self, b: Any, y: Any) -> tirx.Buffer:
-        """Rows of input for the band, bordered, converted; slack behind for the last step's reads."""
-        e, window, dot = self.e, self.window, self.dot
-        rows, columns, pitch = self._copy_rows(self.band), self._copy_columns, self._channel_pitch
-        copy = e.alloc(rows * columns * pitch + 4 * dot.group, dot.data_dtype, "window")
-        lanes = self.target.vector_bits // max(
-            dtype_bits(dot.data_dtype), dtype_bits(self.spec.data_dtype)
-        )
-        top, left, _, right = window.padding
-        if isinstance(self.spec, (Conv2dSpec, Conv2dTransposeSpec)):
-            pad_value = dot.convert_constant(self.spec.pad_value, self.spec.data_dtype)
-        else:
-            pad_value = 0
-        border = tirx.const(pad_value, dot.data_dtype)
-        step_y, step_x = window.strides if self._skips else (1, 1)
-        first = y * (step_y if self._skips else window.strides[0]) - top
-        dense = pitch == window.channels * window.groups and step_x == 1
-
-        def fill(start: Any, columns: int) -> None:
-            for offset, width in e.chunks(columns * pitch, lanes):
-                e.store_vector(copy, splat(border, width), start + offset, width)
-
-        def copy_row(row: Any, iy: Any) -> None:
-            start = row * columns * pitch
-            if left:
-                fill(start, left)
-            if self.data is not None and not window.turned and dense:
-                source = (b * window.in_rows + iy) * window.in_columns * pitch
-                for offset, width in e.chunks(window.in_columns * pitch, lanes):
-                    value = dot.convert(vector(self.data, source + offset, width))
-                    e.store_vector(copy, value, start + left * pitch + offset, width)
-            else:
-                inner = columns if self._skips else window.in_columns
-                with e.loop("x", inner) as x:
-                    self._copy_pixel(copy, start + (left + x) * pitch, b, iy, x * step_x, lanes)
-            if right:
-                fill(start + (left + window.in_columns) * pitch, right)
-
-        with e.loop("row", rows) as row:
-            iy = first + row * step_y
-            if top or window.padding[2]:
-                e.branch(
-                    tirx.all(iy >= 0, iy < window.in_rows),
-                    lambda: copy_row(row, iy),
-                    lambda: fill(row * columns * pitch, columns),
-                )
-            else:
-                copy_row(row, iy)
-        return copy
-
-    def _copy_pixel(
-        self, copy: tirx.Buffer, start: Any, b: Any, iy: Any, ix: Any, lanes: int
-    ) -> None:
-        """All channels of one input position."""
-        e, window, dot = self.e, self.window, self.dot
-        channels = window.channels * window.groups
-        for g in range(window.groups) if self._group_pitch != window.channels else (0,):
-            count = window.channels if self._group_pitch != window.channels else channels
-            first, to = g * window.channels, start + g * self._group_pitch
-            if self.data is not None and not window.turned:
-                origin = ((b * window.in_rows + iy) * window.in_columns + ix) * channels + first
-                for offset, width in e.chunks(count, lanes):
-                    value = dot.convert(vector(self.data, origin + offset, width))
-                    e.store_vector(copy, value, to + offset, width)
-            else:
-
-                def body(c: Any, first: int = first, to: Any = to) -> None:
-                    e.store(copy, dot.convert(self._input(b, iy, ix, first + c)), to + c)
-
-                e.elementwise(count, lanes, body)
-
-    def _input(self, b: Any, iy: Any, ix: Any, channel: Any) -> ir.Expr:
-        """The layer's input at one place, through whatever stages produce it."""
-        buffer = self.operands.window if self.window.turned else self.operands.data
-        indices = self.window.indices(b, iy, ix, channel)
-        return self.fused.inline(buffer, indices, lambda _buffer, _indices: None)
 
     def _correction(self) -> tirx.Buffer:
         """-128 * sum(w) for every output channel."""
@@ -373,18 +231,14 @@ class _MatrixKernel:
         e, window, tile = self.e, self.window, self.tile
         block = tirx.min(j * tile.vectors, self.blocks - tile.vectors)
         block = e.bind("block", block)
-        with e.loop("tile_row", ceil_div(self.band, tile.rows)) as ty:
-            dy = e.bind("dy", tirx.min(ty * tile.rows, self.band - tile.rows))
+        with e.loop("tile_row", ceil_div(self.rows, tile.rows)) as ty:
+            dy = e.bind("dy", tirx.min(ty * tile.rows, self.rows - tile.rows))
             with e.loop("tile_column", ceil_div(window.columns, tile.columns)) as tx:
                 x = e.bind("x", tirx.min(tx * tile.columns, window.columns - tile.columns))
                 result = e.alloc(
                     tile.positions * tile.vectors * self.lanes, self.acc_dtype, "tile", True
                 )
-                start = (
-                    source.base
-                    + dy * source.row_stride * source.row_pitch
-                    + x * source.column_stride * source.column_pitch
-                )
+                start = source.base + dy * source.step[0] + x * source.step[1]
                 self._reduce(result, source, e.bind("start", start), group * self.blocks + block)
                 self._finish(result, b, y + dy, x, group, block)
 
@@ -398,7 +252,6 @@ class _MatrixKernel:
             inside = e.alloc(tile.vectors * lanes, "int32", "correction", registers=True)
         chunk = self._chunk()
         nest = self._nest(source)
-        chunks = ceil_div(nest[-1][0], chunk) if chunk else 1
         flushes = chunk is not None
         if flushes:
             zero = tirx.Broadcast(tirx.const(0, self.acc_dtype), lanes)
@@ -443,7 +296,6 @@ class _MatrixKernel:
                 one(tirx.const(full, "int32"), ragged)
 
         walk(0, tirx.const(0, "int32"), tirx.const(0, "int32"))
-        del chunks
         if flushes:
             return
         for i in range(count):
@@ -562,10 +414,7 @@ class _MatrixKernel:
         e, tile, lanes, dot = self.e, self.tile, self.lanes, self.dot
         for row in range(tile.rows):
             for column in range(tile.columns):
-                offset = (
-                    row * source.row_stride * source.row_pitch
-                    + column * source.column_stride * source.column_pitch
-                )
+                offset = row * source.step[0] + column * source.step[1]
                 value = dot.broadcast(vector(source.buffer, at + offset, dot.group))
                 data = e.bind("x", value)
                 for v, weight in enumerate(weights):
