@@ -1,0 +1,179 @@
+"""Depthwise convolution: vectors along the channels, a few neighbouring outputs at a time in registers.
+
+Order of loops: tasks (batch, bands of output rows), the copy of the band's input with its border, blocks of
+channels, rows, groups of `columns` outputs, kernel taps written out. Within a row neighbouring outputs share
+the input they have in common, and a block's weights stay in registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import ir, tirx
+
+from ...targets import Target
+from ..emit import Emitter, dtype_bits, vector
+from ..epilogue import Epilogue
+from ..fused import FusedFunction, Stage
+from ..operands import Operands, find_operands
+from ..spec import Conv2dSpec, ceil_div
+from .band import Band, BandReader, Source
+from .window import window_of
+
+_PARALLEL_MACS = 200_000
+# Larger kernels are not written out as a whole but row by row.
+_UNROLLED_TAPS = 30
+# Products of 16-bit data and 8-bit codes below 2**23 each: as many as fit int32.
+_SAFE_TAPS = 255
+
+
+def schedule_depthwise(fused: FusedFunction, target: Target) -> tirx.PrimFunc | None:
+    """The whole fused function with its depthwise anchor vectorised over channels; None: no form for it."""
+    anchor = fused.anchor
+    if anchor is None or not isinstance(anchor.spec, Conv2dSpec):
+        return None
+    spec = anchor.spec
+    if not spec.is_depthwise or spec.weight_layout != spec.plain_layout or spec.group_size:
+        return None
+    if spec.weight_dtype not in ("float32", "int8", "uint8"):
+        return None
+    if spec.kernel[1] > _UNROLLED_TAPS or (
+        spec.data_dtype == "int16" and spec.reduction_size > _SAFE_TAPS
+    ):
+        return None
+    operands = find_operands(fused, anchor, spec)
+    if operands is None:
+        return None
+    epilogue = Epilogue(fused, anchor)
+    if any(not stage.is_map for stage in epilogue.rest):
+        return None
+    return _DepthwiseKernel(fused, anchor, spec, operands, target, epilogue).build()
+
+
+class _DepthwiseKernel:
+    """One function being written."""
+
+    def __init__(
+        self,
+        fused: FusedFunction,
+        anchor: Stage,
+        spec: Conv2dSpec,
+        operands: Operands,
+        target: Target,
+        epilogue: Epilogue,
+    ) -> None:
+        self.fused, self.anchor, self.spec, self.operands = fused, anchor, spec, operands
+        self.target, self.epilogue = target, epilogue
+        # A group is one channel; all of them together are the pixel that vectors run along.
+        self.window = window_of(spec)
+        self.compute = "float32" if not spec.is_integer else "int32"
+        self.lanes = min(target.lanes(32), 16)
+        self.parallel = target.threads > 1 and spec.macs >= _PARALLEL_MACS
+        copied = (
+            any(spec.padding)
+            or spec.columns > 1
+            or operands.data in fused.producers
+        )
+        self.band = Band(
+            self.window,
+            copied,
+            spec.data_dtype,
+            spec.data_dtype,
+            lambda value: value,
+            spec.pad_value,
+            1,
+            repeat=spec.columns,
+        )
+        self.rows = self.band.choose_rows(1, self.parallel, target, target.l2_bytes // 4)
+        # Outputs at a time: accumulators and the weights of a kernel row share the registers.
+        spare = target.vector_registers - 2 - min(spec.reduction_size, target.vector_registers // 2)
+        self.columns = min(self.window.columns, max(1, min(8, spare)))
+        self.e = Emitter()
+
+    def build(self) -> tirx.PrimFunc:
+        e, window = self.e, self.window
+        self.weight = e.flat(self.operands.weight)
+        reader = BandReader(e, self.band, self.fused, self.operands, self.target)
+        self.epilogue.declare(e)
+        bands = ceil_div(window.rows, self.rows)
+        with e.loop("task", window.batch * bands, "parallel" if self.parallel else "serial") as task:
+            b = task // bands
+            y = e.bind("y", tirx.min(task % bands * self.rows, window.rows - self.rows))
+            source = reader.source(b, y, self.rows, 0)
+            for channel, lanes in e.chunks(self.spec.out_channels, self.lanes):
+                with e.loop("row", self.rows) as row:
+                    with e.loop("tile", ceil_div(window.columns, self.columns)) as tile:
+                        x = e.bind(
+                            "x", tirx.min(tile * self.columns, window.columns - self.columns)
+                        )
+                        self._tile(source, b, y, row, x, channel, lanes)
+        self.epilogue.emit_rest(e, self.lanes)
+        return e.function(list(self.fused.func.params), {})
+
+    def _tile(
+        self, source: Source, b: Any, y: Any, row: Any, x: Any, channel: Any, lanes: int
+    ) -> None:
+        """`columns` neighbouring outputs of `lanes` channels."""
+        e, spec, window = self.e, self.spec, self.window
+        count = self.columns
+        result = e.alloc(count * lanes, spec.acc_dtype, "tile", registers=True)
+        acc = e.alloc(count * lanes, self.compute, "acc", registers=True)
+        zero = tirx.const(0, self.compute)
+        for c in range(count):
+            e.store_vector(acc, zero if lanes == 1 else tirx.Broadcast(zero, lanes), c * lanes, lanes)
+        start = e.bind(
+            "start", source.base + row * source.step[0] + x * source.step[1] + channel
+        )
+        kh = spec.kernel[0]
+        if spec.reduction_size <= _UNROLLED_TAPS:
+            for ky in range(kh):
+                self._kernel_row(acc, source, start, ky, channel, lanes)
+        else:
+            with e.loop("ky", kh) as ky:
+                self._kernel_row(acc, source, start, ky, channel, lanes)
+        for c in range(count):
+            value = vector(acc, c * lanes, lanes)
+            if spec.acc_dtype != self.compute:
+                value = value.astype(_vector_type(spec.acc_dtype, lanes))
+            e.store_vector(result, value, c * lanes, lanes)
+        with e.loop("c", count) as c:
+            self.epilogue.emit(
+                e,
+                lambda channel: window.indices(b, y + row, x + c, channel),
+                (b * window.rows + y + row) * window.columns + x + c,
+                channel,
+                lanes,
+                lambda lane: result[c * lanes + lane],
+            )
+
+    def _kernel_row(
+        self, acc: tirx.Buffer, source: Source, start: Any, ky: Any, channel: Any, lanes: int
+    ) -> None:
+        """The taps of one kernel row for all outputs of the tile; shared inputs are loaded once."""
+        e, spec = self.e, self.spec
+        dy, dx = spec.dilation
+        loaded: dict[int, Any] = {}
+        for kx in range(spec.kernel[1]):
+            place = (ky * spec.kernel[1] + kx) * spec.out_channels + channel
+            weight = vector(self.weight, place, lanes).astype(_vector_type(self.compute, lanes))
+            if spec.weight_zero_point:
+                zero_point = tirx.const(spec.weight_zero_point, self.compute)
+                weight = weight - (zero_point if lanes == 1 else tirx.Broadcast(zero_point, lanes))
+            weight = e.bind("w", weight)
+            for c in range(self.columns):
+                offset = c * source.column_stride + kx * dx
+                if offset not in loaded:
+                    at = start + ky * (dy * source.row_pitch) + offset * source.column_pitch
+                    loaded[offset] = e.bind("v", self._load(source.buffer, at, lanes))
+                value = vector(acc, c * lanes, lanes) + loaded[offset] * weight
+                e.store_vector(acc, value, c * lanes, lanes)
+
+    def _load(self, buffer: tirx.Buffer, at: Any, lanes: int) -> ir.Expr:
+        value = vector(buffer, at, lanes)
+        if dtype_bits(self.spec.data_dtype) == 32:
+            return value
+        return value.astype(_vector_type(self.compute, lanes))
+
+
+def _vector_type(dtype: str, lanes: int) -> str:
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
