@@ -1,8 +1,9 @@
 """conv(x, w) + b => conv(dequantize(quantize(x)), dequantize(w8)) + dequantize(b32)
 
 Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference". The result is still a float graph that runs anywhere and computes what the integer
-kernels will; `placement` says where the quantisers stand and `lower` turns regions into integers.
+Integer-Arithmetic-Only Inference". The result is still a float graph that runs anywhere and
+computes what the integer kernels will; `placement` says where the quantisers stand and `lower`
+turns regions into integers.
 """
 
 from __future__ import annotations
@@ -18,13 +19,22 @@ from tvm.relax import op
 from ..errors import DataError
 from .graph import Graph, Reader, rebuild
 from .ir import shape_of
-from .numerics.affine import QuantizationParameters, choose_parameters
+from .numerics.affine import QuantizationParameters, choose_parameters, quantize_affine
 from .numerics.ranges import choose_range
 from .numerics.statistics import Statistics
 from .observations import Observations
+from .op_kinds import ANCHORS
 from .placement import LeftFloat, Placement, bias_vector, channel_axis, place
 from .quantize_config import QuantizeConfig
-from .quantize_weights import IntegerLayer, quantize_layer
+from .quantize_weights import (
+    IntegerLayer,
+    choose_weight_parameters,
+    encode_weight,
+    needs_encoding,
+    output_channel_axis,
+    quantize_layer,
+)
+from .select import list_layers
 
 LEFT_FLOAT_ATTR = "tvm_compress.left_float"
 
@@ -50,9 +60,12 @@ class Quantize:
         function = module["main"]
         graph = Graph(function)
         placement = place(graph, self.schemes)
+        placement.left_float += _inside_branches(module, self.schemes)
         parameters = _choose_all_parameters(graph, placement, self.statistics)
-        module = module.clone()
-        module["main"] = _Writer(graph, placement, parameters).write()
+        builder = relax.BlockBuilder(module.clone())
+        main = _Writer(graph, placement, parameters, self.schemes, builder).write()
+        module = builder.get()
+        module["main"] = main
         return relax.transform.Normalize()(module)
 
 
@@ -71,6 +84,16 @@ def read_left_float(module: tvm.IRModule) -> list[LeftFloat]:
     if attributes is None or LEFT_FLOAT_ATTR not in attributes:
         return []
     return [LeftFloat(**item) for item in json.loads(str(attributes[LEFT_FLOAT_ATTR]))]
+
+
+def _inside_branches(
+    module: tvm.IRModule, schemes: Mapping[str, QuantizeConfig]
+) -> list[LeftFloat]:
+    return [
+        LeftFloat(layer.name, layer.op, "inside the branch of an If")
+        for layer in list_layers(module)
+        if layer.is_in_branch and layer.name in schemes
+    ]
 
 
 def _groups(graph: Graph, placement: Placement) -> dict[relax.Var, list[relax.Var]]:
@@ -131,10 +154,14 @@ class _Writer:
         graph: Graph,
         placement: Placement,
         parameters: Mapping[relax.Var, QuantizationParameters],
+        schemes: Mapping[str, QuantizeConfig],
+        builder: relax.BlockBuilder,
     ) -> None:
         self._graph = graph
         self._placement = placement
         self._parameters = parameters
+        self._schemes = schemes
+        self._builder = builder
         self._before: dict[relax.Var, list[relax.VarBinding]] = {}
         self._after: dict[relax.Var, list[relax.VarBinding]] = {}
         self._replace: dict[relax.Var, tvm.ir.Expr] = {}
@@ -149,6 +176,10 @@ class _Writer:
             self._add_quantizer(variable, parameters)
         for variable, config in self._placement.layers.items():
             self._write_layer(variable, config)
+        for variable in self._graph.values:
+            wanted = self._schemes.get(variable.name)
+            if wanted is not None and wanted.is_weight_only:
+                self._write_weight_only(variable, wanted)
         function = rebuild(
             self._graph.function,
             read=self._read,
@@ -193,19 +224,49 @@ class _Writer:
         bias_reader, bias_array = self._bias_of(variable)
         bias = None if bias_array is None else bias_vector(bias_array, call, variable)
         layer = quantize_layer(weight, bias, input_scale, call, config)
-        stored = self._decoded(
-            variable,
-            "weight",
-            layer.weight,
-            layer.parameters.scale,
-            -1 if layer.parameters.axis is None else layer.parameters.axis,
-            weight.shape,
-        )
+        self._put_weight(variable, self._decoded_weight(variable, layer.weight, layer.parameters))
+        if bias_reader is not None and bias_array is not None:
+            self._write_bias(variable, bias_reader, bias_array, layer)
+
+    def _write_weight_only(self, variable: relax.Var, config: QuantizeConfig) -> None:
+        call = self._graph.values[variable]
+        if self._graph.op(variable) not in ANCHORS:
+            return
+        weight = self._graph.constant(call.args[1])
+        if weight is None:
+            reason = "its weight is already compressed, or computed"
+        elif weight.dtype != np.float32:
+            reason = f"its weight is {weight.dtype}"
+        elif not needs_encoding(config):
+            axis = output_channel_axis(call, weight.ndim)
+            parameters = choose_weight_parameters(weight, axis, config)
+            integers = quantize_affine(weight, parameters)
+            self._put_weight(variable, self._decoded_weight(variable, integers, parameters))
+            return
+        else:
+            encoding = encode_weight(weight, call, config)
+            if encoding is not None:
+                name, ty = f"{variable.name}_weight", relax.TensorType(weight.shape, "float32")
+                stored = self._variable(variable, name, ty)
+                decode = relax.VarBinding(stored, encoding.call(self._builder))
+                self._before.setdefault(variable, []).append(decode)
+                self._put_weight(variable, stored)
+                return
+            reason = f"a weight of {weight.ndim} axes has no form in groups or int4"
+        kind = ANCHORS[self._graph.op(variable) or ""]
+        self._placement.left_float.append(LeftFloat(variable.name, kind, reason))
+
+    def _put_weight(self, variable: relax.Var, stored: relax.Var) -> None:
+        call = self._graph.values[variable]
         self._replace[variable] = relax.Call(
             call.op, [call.args[0], stored, *call.args[2:]], call.attrs, call.ty_args
         )
-        if bias_reader is not None and bias_array is not None:
-            self._write_bias(variable, bias_reader, bias_array, layer)
+
+    def _decoded_weight(
+        self, variable: relax.Var, integers: np.ndarray, parameters: QuantizationParameters
+    ) -> relax.Var:
+        axis = -1 if parameters.axis is None else parameters.axis
+        return self._decoded(variable, "weight", integers, parameters.scale, axis)
 
     def _bias_of(self, variable: relax.Var) -> tuple[relax.Var | None, np.ndarray | None]:
         """The reader that adds a constant for each output channel, when it is the only reader."""
@@ -230,9 +291,7 @@ class _Writer:
         if array.size == layer.bias.size:  # else one number for all channels: written out for each
             axis -= rank - array.ndim
             shape = array.shape
-        stored = self._decoded(
-            reader, "bias", layer.bias.reshape(shape), layer.bias_scale, axis, shape
-        )
+        stored = self._decoded(reader, "bias", layer.bias.reshape(shape), layer.bias_scale, axis)
         call = self._graph.values[reader]
         arguments = [
             stored if self._graph.constant(item) is not None else item for item in call.args
@@ -246,11 +305,10 @@ class _Writer:
         integers: np.ndarray,
         scale: np.ndarray,
         axis: int,
-        shape: tuple[int, ...],
     ) -> relax.Var:
         """Bind `dequantize(constant)` in front of its reader."""
         name = f"{reader.name}_{what}"
-        variable = self._variable(reader, name, relax.TensorType(shape, "float32"))
+        variable = self._variable(reader, name, relax.TensorType(integers.shape, "float32"))
         value = op.dequantize(
             relax.const(integers),
             relax.const(scale),

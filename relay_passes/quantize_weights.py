@@ -1,4 +1,4 @@
-"""Weights and biases of one layer as integers."""
+"""w => dequantize(w8, scale) or decode(codes, scales); b => dequantize(b32, input scale * scale)"""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tvm import relax
 
+from .encodings import GroupWise
 from .ir import op_name
 from .numerics.affine import QuantizationParameters, choose_parameters, quantize_affine
-from .numerics.granularity import PerTensor
+from .numerics.granularity import PerGroup, PerTensor
+from .numerics.group_wise import quantize_group_wise
 from .quantize_config import QuantizeConfig
 
 # Leaves one bit of an int32 accumulator for the products that are added to the bias.
@@ -92,3 +94,35 @@ def repeats_of_output_channels(call: relax.Call) -> int:
     """
     name = op_name(call) or ""
     return int(call.attrs.groups) if name.endswith("_transpose") else 1
+
+
+def needs_encoding(config: QuantizeConfig) -> bool:
+    """Whether the weight-only form is more than int8 with a scale for each output channel."""
+    return config.weights == "int4" or isinstance(config.granularity, PerGroup)
+
+
+def encode_weight(
+    weight: NDArray[np.float32], call: relax.Call, config: QuantizeConfig
+) -> GroupWise | None:
+    """The weight in groups along the layer's sum; `None` for weights with a batch axis."""
+    layout = weight_layout(call)
+    if weight.ndim != len(layout):
+        return None
+    matrix = GroupWise.flatten(weight, layout)  # [K, N]
+    reduction = matrix.shape[0]
+    size = config.granularity.size if isinstance(config.granularity, PerGroup) else reduction
+    size = min(size, reduction)
+    assert config.weights is not None
+    is_power = config.scales == "power_of_two"
+    if isinstance(config.granularity, PerTensor):
+        flat = matrix.reshape(-1, 1)
+        codes, scale = quantize_group_wise(flat, flat.shape[0], config.weights, is_power)
+        codes, scales = codes.reshape(matrix.shape), np.tile(scale, (1, matrix.shape[1]))
+    else:
+        codes, scales = quantize_group_wise(matrix, size, config.weights, is_power)
+    return GroupWise.from_codes(codes, scales, layout, weight.shape, config.weights, size)
+
+
+def weight_layout(call: relax.Call) -> str:
+    """The axes of an anchor's weight: I is summed over, O are the outputs."""
+    return "IO" if op_name(call) == "relax.matmul" else str(call.attrs.kernel_layout)
