@@ -52,7 +52,8 @@ class Built:
 
     def export(self, path: Path) -> None:
         """Write the shared library; it needs TVM's runtime and nothing of ours."""
-        self.executable.export_library(str(path))
+        # -s: without LLVM's debug sections, which were a quarter of a small library.
+        self.executable.export_library(str(path), options=["-s"])
 
 
 def build(module: tvm.IRModule, target: Target) -> Built:
@@ -71,7 +72,7 @@ def build(module: tvm.IRModule, target: Target) -> Built:
         fused = fusion_pipeline(target)(packed)
         try:
             executable = tvm.compile(fused, target=target.tvm_target())
-        except tvm.error.TVMError as error:
+        except RuntimeError as error:
             line = str(error).strip().splitlines()[-1]
             raise ModelError(f"TVM could not compile the model for {target.name}: {line}") from error
     attrs = reference["main"].attrs or {}

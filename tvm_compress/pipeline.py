@@ -6,10 +6,12 @@ import of this module, is the same flow for somebody else's TVM build.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tvm
 from tvm import relax
+from tvm.relax.pipeline import default_build_pipeline, register_pipeline
 
 from .relay_passes.fuse_epilogues import FuseEpilogues
 from .relay_passes.lower import LowerToKernels
@@ -18,6 +20,7 @@ from .relay_passes.pack_weights import PackWeights
 from .relay_passes.schedule_kernels import ScheduleKernels
 
 if TYPE_CHECKING:
+    from .recipe import Recipe
     from .targets import Target
 
 
@@ -59,3 +62,28 @@ def kernel_pipeline(target: Target) -> tvm.transform.Pass:
         [reference_pipeline(), packing_pipeline(target), fusion_pipeline(target)],
         name="tvm_compress_kernels",
     )
+
+
+@register_pipeline("tvm_compress")
+def tvm_compress_pipeline(
+    recipe: str | Path | Recipe = "int8", target: str = "host", calibration: Any = None
+) -> tvm.transform.Pass:
+    """A Relax pipeline for `tvm.compile`: compress by `recipe`, lower, schedule, build.
+
+        tvm.compile(module, get_target("host").tvm_target(),
+                    relax_pipeline=relax.get_pipeline("tvm_compress", calibration=samples))
+
+    `recipe`, `target` and `calibration` are what `tvm_compress.compress` takes. The module's `main` needs static
+    shapes and its weights as constants. Raises the errors of `tvm_compress.errors`.
+    """
+
+    @tvm.transform.module_pass(opt_level=0, name="tvm_compress")
+    def run(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        from .flow import compress_module
+
+        compressed, chosen = compress_module(module, recipe, target, calibration)
+        return tvm.transform.Sequential([kernel_pipeline(chosen), default_build_pipeline()])(
+            compressed
+        )
+
+    return run
