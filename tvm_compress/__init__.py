@@ -10,15 +10,17 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "compress": "compress",
+_EXPORTS = {  # name => module; no module has the name of an export
+    "compress": "flow",
     "load_model": "importers",
+    "load_data": "data",
     "Model": "model",
     "Recipe": "recipe",
+    "load_recipe": "recipe",
     "Artefact": "artefact",
-    "profile_model": "profile",
-    "verify": "verify",
-    "benchmark": "benchmark",
+    "profile_model": "profiling",
+    "verify": "verification",
+    "benchmark": "benchmarking",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -97,7 +97,8 @@ def compress(
         evidence = _gather_evidence(artefact, job, threads, clock)
 
         # 7. Report, manifest, and the atomic swap.
-        from .report import assemble, write_html
+        from .report.assemble import assemble
+        from .report.html import write_html
 
         report = assemble(artefact, job, profile, compressed, evidence, clock.steps)
         _write_json(workspace.staging / REPORT_JSON, report.to_json())
@@ -230,6 +231,18 @@ def apply_recipe(job: Job, workspace: Workspace, clock: _Clock) -> tvm.IRModule:
     return module
 
 
+def compress_module(
+    module: tvm.IRModule, recipe: str | Path | Recipe, target: str, calibration: Any
+) -> tuple[tvm.IRModule, Target]:
+    """Steps 1 to 3 alone, on a module in memory: compressed graph form and the target it is for."""
+    from tempfile import TemporaryDirectory
+
+    job = _load(module, recipe, target, calibration, None, None, None, None)
+    with TemporaryDirectory() as folder:
+        with Workspace(Path(folder) / "out", job.model_key) as workspace:
+            return apply_recipe(job, workspace, _Clock(Progress())), job.target
+
+
 def _calibrate(
     job: Job,
     module: tvm.IRModule,
@@ -304,9 +317,7 @@ def _build_all(
     return folders
 
 
-def _build_side(
-    module: tvm.IRModule, target: Target, with_reference: bool, folder: Path
-) -> None:
+def _build_side(module: tvm.IRModule, target: Target, with_reference: bool, folder: Path) -> None:
     from .build import build, compile_reference
 
     built = build(module, target)
@@ -359,9 +370,7 @@ def describe_library(built: Built, library: Path) -> LibraryInfo:
     )
 
 
-def tap(
-    module: tvm.IRModule, names: Iterable[str]
-) -> tuple[tvm.IRModule, list[dict[str, Any]]]:
+def tap(module: tvm.IRModule, names: Iterable[str]) -> tuple[tvm.IRModule, list[dict[str, Any]]]:
     """`main` returning, after its own results, the integer tensors among `names`.
 
     Also returns name, shape and dtype of each added result, in order.
@@ -423,7 +432,9 @@ def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
     (staging / "reference").mkdir()
     shutil.copyfile(folders["compressed"] / "library.so", staging / LIBRARIES["compressed"])
     shutil.copyfile(folders["original"] / "library.so", staging / LIBRARIES["original"])
-    infos = {side: json.loads((folder / "info.json").read_text()) for side, folder in folders.items()}
+    infos = {
+        side: json.loads((folder / "info.json").read_text()) for side, folder in folders.items()
+    }
     taps = infos["compressed"].get("taps")
     if taps is not None:
         shutil.copyfile(folders["compressed"] / "reference.so", staging / LIBRARIES["reference"])
@@ -482,9 +493,7 @@ def _probes(job: Job) -> dict[str, Any]:
             {spec.name: _random(random, spec.shape, spec.dtype) for spec in job.model.inputs}
             for _ in range(PROBES)
         ]
-    return {
-        spec.name: np.stack([feed[spec.name] for feed in feeds]) for spec in job.model.inputs
-    }
+    return {spec.name: np.stack([feed[spec.name] for feed in feeds]) for spec in job.model.inputs}
 
 
 def _random(random: Any, shape: tuple[int, ...], dtype: str) -> Any:

@@ -69,6 +69,8 @@ class Workspace:
         trace: TracebackType | None,
     ) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
+        for half_done in (self.out / WORK / "cache").glob("*.part"):
+            shutil.rmtree(half_done, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
         if isinstance(error, Exception):  # bad input: leave no trace of a first, failed run

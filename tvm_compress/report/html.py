@@ -39,6 +39,7 @@ ROW = 20  # pixels of one layer in the plots
 LABEL = 210
 PANEL = 250
 GAP = 34
+MARGIN = 12  # right of the last panel, for half a label
 
 
 def write_html(report: Report | Mapping[str, Any], path: Path) -> None:
@@ -178,7 +179,7 @@ def _accuracy_card(data: Mapping[str, Any]) -> str:
     )
     return (
         f'<article class="card"><h2>Top-1 accuracy</h2><p class="figure">'
-        f"{percent_text(accuracy['after'], 2)}<small> {-accuracy['drop'] * 100:+.2f} points"
+        f"{percent_text(accuracy['after'], 2)}<small> {-accuracy['drop'] * 100:+.2f} pt"
         f"</small></p>{rows}"
         f'<p class="note">n = {accuracy["samples"]}, 95 % intervals; paired difference '
         f"{-accuracy['drop_high'] * 100:+.2f} to {-accuracy['drop_low'] * 100:+.2f} points, "
@@ -256,7 +257,7 @@ def _layer_plot(data: Mapping[str, Any]) -> str:
     if any(row["time_after_us"] is not None for row in layers):
         panels.append(("time", "Time", "time_before_us", "time_after_us", time_text))
     height = ROW * len(layers) + 46
-    width = LABEL + (PANEL + GAP) * (len(panels) + 1)
+    width = LABEL + (PANEL + GAP) * (len(panels) + 1) - GAP + MARGIN
     parts = []
     for index, row in enumerate(layers):
         y = 40 + index * ROW
@@ -277,8 +278,8 @@ def _layer_plot(data: Mapping[str, Any]) -> str:
         '<span class="key compressed"></span>compressed. Signal to noise (SQNR) of each output '
         "against the float original: higher is better; red is below "
         f"{POOR_SQNR_DB:.0f} dB.</p>"
-        f'<div class="scroll"><svg viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" role="img" aria-label="Size, time and error of every layer">'
+        f'<div class="scroll"><svg viewBox="0 0 {width} {height}" role="img" '
+        'aria-label="Size, time and error of every layer">'
         f"{''.join(parts)}</svg></div></section>"
     )
 

@@ -56,13 +56,13 @@ class LayerRow:
 
     name: str
     type: str
-    scheme: str = _row("what was done to it, in words; `float` when nothing was")
+    scheme: str = _row("weights x activations, e.g. `int8/channel x int8`; `float` when nothing was done")
     macs: int
     parameters: int
     bytes_before: int
     bytes_after: int
-    time_before_us: float | None = _row("mean of its kernels in the float original")
-    time_after_us: float | None = _row("mean of its kernels in the artefact")
+    time_before_us: float | None = _row("its kernels in the float original, least of the observed runs")
+    time_after_us: float | None = _row("its kernels in the artefact, least of the observed runs")
     time_share: float | None = _row("part of the artefact's kernel time, 0 to 1")
     sqnr_db: float | None = _row("signal to noise of its output against the float original")
     cosine: float | None

@@ -15,11 +15,10 @@ MOVES = {
     "relax.squeeze",
     "relax.astype",
 }
-ENCODING_ATTR = "tvm_compress.encoding"
 
 
 def describe_schemes(module: tvm.IRModule) -> dict[str, str]:
-    """Layer name => e.g. `int8 weights per channel, int8 activations`."""
+    """Layer name => weights x activations, e.g. `int8/channel × int8`, `int4/group 32 × float`."""
     from ..relay_passes.graph import Graph
     from ..relay_passes.op_kinds import ANCHORS
 
@@ -31,10 +30,10 @@ def describe_schemes(module: tvm.IRModule) -> dict[str, str]:
         call = graph.values[variable]
         weights = _stored(module, graph, call.args[1])
         activations = _codes(graph, call.args[0])
-        words = [weights] if weights else []
-        if activations:
-            words.append(f"{activations} activations")
-        schemes[variable.name] = ", ".join(words) or FLOAT
+        is_plain = weights is None and activations is None
+        schemes[variable.name] = (
+            FLOAT if is_plain else f"{weights or activations or FLOAT} × {activations or FLOAT}"
+        )
     return schemes
 
 
@@ -61,6 +60,7 @@ def _stored(module: tvm.IRModule, graph: Any, weight: Any) -> str | None:
 
     import tvm
 
+    from ..relay_passes.encodings import match_encoding
     from ..relay_passes.ir import dtype_of, op_name, shape_of
 
     value = _behind_moves(graph, weight)
@@ -71,12 +71,9 @@ def _stored(module: tvm.IRModule, graph: Any, weight: Any) -> str | None:
         if graph.constant(codes) is None:
             return None
         scales = math.prod(shape_of(value.args[1]) or ())
-        how = "per channel" if scales > 1 else "per tensor"
-        return f"{dtype_of(codes)} weights {how}"
-    if isinstance(value.op, tvm.ir.GlobalVar):
-        kind = (module[value.op].attrs or {}).get(ENCODING_ATTR)
-        return None if kind is None else f"{str(kind).replace('_', ' ')} weights"
-    return None
+        return f"{dtype_of(codes)}/{'channel' if scales > 1 else 'tensor'}"
+    encoding = match_encoding(value, module)
+    return None if encoding is None else f"{encoding.dtype}/group {encoding.group_size}"
 
 
 def _codes(graph: Any, data: Any) -> str | None:
