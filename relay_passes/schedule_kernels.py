@@ -25,9 +25,9 @@ class ScheduleKernels:
     ) -> tvm.IRModule:
         scheduled = {}
         for global_var, function in module.functions.items():
-            if isinstance(function, tirx.PrimFunc) and not (function.attrs or {}).get(
-                "tirx.is_scheduled"
-            ):
+            attrs = function.attrs or {}
+            is_kernel = isinstance(function, tirx.PrimFunc) and not attrs.get("tirx.is_host_func")
+            if is_kernel and not attrs.get("tirx.is_scheduled"):
                 function = schedules.schedule(function, self.target)
             scheduled[global_var] = function
         return tvm.IRModule(scheduled, attrs=module.attrs)

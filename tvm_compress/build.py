@@ -63,15 +63,24 @@ def build(module: tvm.IRModule, target: Target) -> Built:
     """
     import tvm
 
-    from .pipeline import fusion_pipeline, packing_pipeline, reference_pipeline
+    from .pipeline import (
+        fusion_pipeline,
+        memory_pipeline,
+        packing_pipeline,
+        reference_pipeline,
+        schedule_pipeline,
+    )
     from .relay_passes.lower import LEFT_FLOAT_ATTR
 
     with target.tvm_target():
         reference = reference_pipeline()(module)
         packed = packing_pipeline(target)(reference)
-        fused = fusion_pipeline(target)(packed)
+        fused = fusion_pipeline()(packed)
+        planned = memory_pipeline()(fused)
         try:
-            executable = tvm.compile(fused, target=target.tvm_target())
+            executable = tvm.compile(
+                planned, target=target.tvm_target(), relax_pipeline=schedule_pipeline(target)
+            )
         except RuntimeError as error:
             line = str(error).strip().splitlines()[-1]
             raise ModelError(f"TVM could not compile the model for {target.name}: {line}") from error
@@ -81,7 +90,7 @@ def build(module: tvm.IRModule, target: Target) -> Built:
         reference_module=reference,
         calls=_calls(fused),
         constants=_constants(packed),
-        plan_bytes=_plan_bytes(fused, target),
+        plan_bytes=_plan_bytes(planned),
         left_float=tuple(json.loads(str(attrs.get(LEFT_FLOAT_ATTR, "[]")))),
     )
 
@@ -157,25 +166,10 @@ def _constants(packed: tvm.IRModule) -> tuple[ConstantBytes, ...]:
     return tuple(found)
 
 
-def _plan_bytes(fused: tvm.IRModule, target: Target) -> int:
+def _plan_bytes(planned: tvm.IRModule) -> int:
     """Bytes of the activation storages in TVM's static memory plan, inputs and outputs included."""
-    import tvm
-    from tvm import relax
-
     from .relay_passes import ir
 
-    transform = relax.transform
-    with target.tvm_target():
-        planned = tvm.transform.Sequential(
-            [
-                transform.LegalizeOps(),
-                transform.RewriteDataflowReshape(),
-                transform.ToNonDataflow(),
-                transform.RemovePurityChecking(),
-                transform.CallTIRRewrite(),
-                transform.StaticPlanBlockMemory(),
-            ]
-        )(fused)
     total = 0
     for binding in ir.bindings(planned["main"]):
         name = ir.op_name(binding.value)

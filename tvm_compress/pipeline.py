@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import tvm
 from tvm import relax
-from tvm.relax.pipeline import default_build_pipeline, register_pipeline
+from tvm.relax.pipeline import register_pipeline
 
 from .relay_passes.fuse_epilogues import FuseEpilogues
 from .relay_passes.lower import LowerToKernels
@@ -34,8 +34,8 @@ def packing_pipeline(target: Target) -> tvm.transform.Pass:
     return tvm.transform.Sequential([PackWeights(target)], name="packing")
 
 
-def fusion_pipeline(target: Target) -> tvm.transform.Pass:
-    """Packed kernel form => fused and scheduled kernels, ready for TVM's own build."""
+def fusion_pipeline() -> tvm.transform.Pass:
+    """Packed kernel form => one naive kernel for each fused group."""
     transform = relax.transform
     return tvm.transform.Sequential(
         [
@@ -49,17 +49,61 @@ def fusion_pipeline(target: Target) -> tvm.transform.Pass:
             FuseEpilogues(),
             transform.FuseTIR(),
             transform.DeadCodeElimination(["main"]),
-            # Phase 3: schedules. Last, because they dispatch on whole fused functions.
-            ScheduleKernels(target),
         ],
         name="fusion",
     )
 
 
-def kernel_pipeline(target: Target) -> tvm.transform.Pass:
-    """Graph or kernel form => scheduled kernels for `target`."""
+def memory_pipeline() -> tvm.transform.Pass:
+    """Fused kernels => kernels that write into planned storages: TVM's own passes, in its order."""
+    transform = relax.transform
     return tvm.transform.Sequential(
-        [reference_pipeline(), packing_pipeline(target), fusion_pipeline(target)],
+        [
+            relax.backend.DispatchSampling(),
+            relax.backend.DispatchSortScan(),
+            transform.LegalizeOps(),
+            NarrowIndices(),
+            transform.RewriteDataflowReshape(),
+            # The kernels of reshapes that became views would be scheduled and shipped.
+            transform.DeadCodeElimination(["main"]),
+            transform.ToNonDataflow(),
+            transform.RemovePurityChecking(),
+            transform.CallTIRRewrite(),
+            transform.StaticPlanBlockMemory(),
+        ],
+        name="memory",
+    )
+
+
+def schedule_pipeline(target: Target) -> tvm.transform.Pass:
+    """Planned memory => what `tvm.compile` hands to the code generator."""
+    transform = relax.transform
+    return tvm.transform.Sequential(
+        [
+            transform.LowerAllocTensor(),
+            transform.KillAfterLastUse(),
+            transform.LowerRuntimeBuiltin(),
+            transform.ComputePrimValue(),
+            transform.VMShapeLower(),
+            transform.AttachGlobalSymbol(),
+            # Last, because Relax's own passes look into naive kernels (to find reshapes, say) and
+            # insist on the blocks that a scheduled kernel no longer has.
+            ScheduleKernels(target),
+        ],
+        name="schedule",
+    )
+
+
+def kernel_pipeline(target: Target) -> tvm.transform.Pass:
+    """Graph or kernel form => all that `tvm.compile` needs, for `relax_pipeline=`."""
+    return tvm.transform.Sequential(
+        [
+            reference_pipeline(),
+            packing_pipeline(target),
+            fusion_pipeline(),
+            memory_pipeline(),
+            schedule_pipeline(target),
+        ],
         name="tvm_compress_kernels",
     )
 
@@ -82,8 +126,6 @@ def tvm_compress_pipeline(
         from .flow import compress_module
 
         compressed, chosen = compress_module(module, recipe, target, calibration)
-        return tvm.transform.Sequential([kernel_pipeline(chosen), default_build_pipeline()])(
-            compressed
-        )
+        return kernel_pipeline(chosen)(compressed)
 
     return run
