@@ -205,6 +205,16 @@ def bias_vector(array: np.ndarray, call: relax.Call, variable: relax.Var) -> np.
     return np.broadcast_to(full.reshape(-1), (shape[axis],))
 
 
+def spread_bias(array: np.ndarray, call: relax.Call, variable: relax.Var) -> np.ndarray:
+    """A bias constant with a number for every output channel, still broadcasting as it did."""
+    vector = bias_vector(array, call, variable)
+    assert vector is not None
+    if array.size == vector.size:
+        return array
+    shape, axis = shape_of(variable) or (), channel_axis(call)
+    return vector.reshape([side if index == axis else 1 for index, side in enumerate(shape)])
+
+
 def _float_gaps(
     graph: Graph, layers: Mapping[relax.Var, QuantizeConfig], domain: _Domain
 ) -> list[LeftFloat]:

@@ -1,9 +1,9 @@
 """First and second moments of a layer's input patches, streamed.
 
-A layer computes y = W x for every patch x of its input: K = kernel positions * input channels of the
-group. E[x] says what a change of W does to the mean output (bias correction); X·Xᵀ says what it does
-to the squared error (Hubara et al. 2021, "Accurate Post Training Quantization with Small Calibration
-Sets"; Frantar & Alistarh 2022, "Optimal Brain Compression", section 3).
+A layer computes y = W x for every patch x of its input: K = kernel positions * input channels of
+the group. E[x] says what a change of W does to the mean output (bias correction); X·Xᵀ says what it
+does to the squared error (Hubara et al. 2021, "Accurate Post Training Quantization with Small
+Calibration Sets"; Frantar & Alistarh 2022, "Optimal Brain Compression", section 3).
 """
 
 from __future__ import annotations

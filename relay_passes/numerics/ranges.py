@@ -102,6 +102,9 @@ def _search(
     used = np.flatnonzero(histogram.counts[0])
     window = slice(used[0], used[-1] + 1)
     counts, x = histogram.counts[0][window], histogram.centers()[window]
+    if measure is _divergence:
+        # Zero is exact on every grid; after ReLU its bin would outweigh all others.
+        counts = np.where(np.abs(x) <= histogram.width[0], 0, counts)
     fractions = np.linspace(0.25, 1.0, CANDIDATES)
     low, high = extremes
     if symmetric and low < 0:

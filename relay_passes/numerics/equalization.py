@@ -1,0 +1,25 @@
+"""Scales that even out the weight ranges of two layers (Nagel et al. 2019, section 4.1).
+
+Nagel, van Baalen, Blankevoort, Welling, "Data-Free Quantization Through Weight Equalization and
+Bias Correction". For f with f(s x) = s f(x), s > 0: W2 f(W1 x + b1) = (W2 S) f(S⁻¹ W1 x + S⁻¹ b1).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+LARGEST_SCALE = 2.0**16  # keeps a nearly dead channel from overflowing its partner's weights
+
+
+def equalizing_scales(
+    output_ranges: NDArray[np.float64], input_ranges: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """s with range1 / s == range2 * s for each channel shared by two layers. [C]
+
+    `output_ranges` are the largest weights of the first layer by output channel, `input_ranges`
+    those of the second by input channel (equation 11). A channel that either ignores keeps s = 1.
+    """
+    used = (output_ranges > 0) & (input_ranges > 0)
+    ratio = np.divide(output_ranges, input_ranges, out=np.ones_like(output_ranges), where=used)
+    return np.clip(np.sqrt(ratio), 1.0 / LARGEST_SCALE, LARGEST_SCALE)
