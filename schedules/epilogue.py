@@ -145,7 +145,8 @@ class Epilogue:
                     e.store(temporaries[stage.buffer], value, lane)
                     value = temporaries[stage.buffer][lane]
                 if stage in self.stored:
-                    flat = self._allocated.get(stage.buffer) or self._views[stage.buffer]
+                    flat = self._allocated.get(stage.buffer)
+                    flat = self._views[stage.buffer] if flat is None else flat
                     e.store(flat, value, position * channels + channel + lane)
 
     def emit_rest(self, e: Emitter, lanes: int) -> None:
