@@ -224,13 +224,12 @@ def _from_npz(
     if count == 0:
         raise DataError(f"{path}: holds no samples (first axis is 0)")
     adapters = {}
-    modes = set()
+    whole = {}
     for spec in inputs:
         header = headers[spec.name]
-        adapters[spec.name], whole = _adapter(
+        adapters[spec.name], whole[spec.name] = _adapter(
             f"{path}: input {spec.name!r}", header.shape[1:], header.dtype, spec, preprocessing
         )
-        modes.add(whole)
         if header.dtype.itemsize * _product(header.shape[1:]) > MAX_SAMPLE_BYTES:
             raise DataError(f"{path}: one sample of {spec.name!r} is over {MAX_SAMPLE_BYTES} bytes")
         if header.fortran and len(header.shape) > 1:
@@ -238,7 +237,7 @@ def _from_npz(
                 f"{path}: {spec.name!r} is stored column by column and cannot be streamed; "
                 "save np.ascontiguousarray(array)"
             )
-    batch = _batch(str(path), inputs, modes)
+    batch = _batch(str(path), inputs, whole)
     labels = _read_labels(path, headers.get(LABELS), count)
 
     def open_rows() -> Iterator[tuple[Rows, Any]]:
@@ -349,7 +348,7 @@ def _from_folder(
         fingerprint=listing.hexdigest(),
         inputs=inputs,
         open_rows=open_rows,
-        batch=_batch(str(folder), inputs, {False}),
+        batch=_batch(str(folder), inputs, {spec.name: False}),
     )
 
 
@@ -499,11 +498,11 @@ def _from_iterable(source: Any, inputs: tuple[TensorSpec, ...]) -> Dataset:
     if first is None:
         raise DataError("the data holds no samples")
     has_labels = isinstance(first, tuple) and len(first) == 2
-    modes = set()
+    whole = {}
     for spec in inputs:
         array = _arrays_of(first, inputs, 0)[0][spec.name]
-        _, whole = _adapter(f"data: input {spec.name!r}", array.shape, array.dtype, spec, None)
-        modes.add(whole)
+        what = f"data: input {spec.name!r}"
+        _, whole[spec.name] = _adapter(what, array.shape, array.dtype, spec, None)
 
     def open_rows() -> Iterator[tuple[Rows, Any]]:
         for index, item in enumerate(opened()):
@@ -525,7 +524,7 @@ def _from_iterable(source: Any, inputs: tuple[TensorSpec, ...]) -> Dataset:
         fingerprint=None,
         inputs=inputs,
         open_rows=open_rows,
-        batch=_batch("data", inputs, modes),
+        batch=_batch("data", inputs, whole),
     )
 
 
@@ -585,14 +584,10 @@ def _same(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _batch(what: str, inputs: tuple[TensorSpec, ...], modes: set[bool]) -> int:
-    """Samples in one run. `modes` says whether the inputs come as whole feeds."""
-    if modes == {True}:
-        return 1
-    sizes = {spec.shape[0] for spec in inputs if spec.shape}
-    if sizes == {1}:
-        return 1
-    if len(sizes) != 1 or True in modes:
+def _batch(what: str, inputs: tuple[TensorSpec, ...], whole: Mapping[str, bool]) -> int:
+    """Samples in one run. `whole` says which inputs come as whole feeds, one for each run."""
+    sizes = {1 if whole[spec.name] else spec.shape[0] for spec in inputs}
+    if len(sizes) > 1:
         listed = ", ".join(f"{spec.name!r} {list(spec.shape)}" for spec in inputs)
         raise DataError(
             f"{what}: the inputs have no common batch axis ({listed}); give every array the "
