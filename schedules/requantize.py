@@ -7,7 +7,9 @@ broadcast from the right as in NumPy: shape [C] against [N, H, W, C].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 from tvm import te, tirx
 
 from .prim import BROADCAST, make_prim_func
@@ -91,13 +93,14 @@ def requantize(
     bounds: tuple[int, int],
     dtype: str,
     rule: str,
+    wide: str | None = None,
 ) -> tirx.PrimFunc:
     """(acc, bias, multiplier[, exponent]) -> clamp(scale(acc + bias) + zero_point).
 
-    bias int32 (int64 when acc_dtype is), multiplier float32 (rule float32) or int32 with int32
-    exponent (rule tflite), all of `constant_shape`.
+    bias and sum are int32 (int64 when acc_dtype is, or when `wide` says so), multiplier float32 (rule
+    float32) or int32 with int32 exponent (rule tflite), all of `constant_shape`.
     """
-    wide = "int64" if acc_dtype == "int64" else "int32"
+    wide = wide or _wide(acc_dtype)
     acc = te.placeholder(shape, acc_dtype, name="acc")
     bias = te.placeholder(constant_shape, wide, name="bias")
     low, high = bounds
@@ -129,53 +132,76 @@ def requantize(
     return make_prim_func("requantize", inputs, out, roles, BROADCAST, {"rule": rule})
 
 
+@dataclass(frozen=True)
+class SumTerm:
+    """One term of a rescaled sum: integers of `dtype` and `shape`, constants of `constant_shape`.
+
+    `bounds` clamp the rescaled term, in units of 2^-SUM_FRACTION_BITS output steps.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    constant_shape: tuple[int, ...] = (1,)
+    bounds: tuple[int, int] = (-SUM_TERM_LIMIT, SUM_TERM_LIMIT)
+
+
 def requantize_sum(
     shape: Sequence[int],
-    term_dtypes: Sequence[str],
-    constant_shapes: Sequence[Sequence[int]],
+    terms: Sequence[SumTerm],
     zero_point: int,
     bounds: tuple[int, int],
     dtype: str,
     offset_shape: Sequence[int] = (1,),
 ) -> tirx.PrimFunc:
-    """(x0, bias0, mult0, x1, bias1, mult1, ..., offset) -> clamp(round(Σ (x+b)*m + o) + zero_point).
+    """(x0, bias0, mult0, x1, bias1, mult1, ..., offset) -> clamp(round(Σ clamp((x+b)*m) + o) + zero_point).
 
-    Rule float32. The terms are accumulators (int32) or codes (int8/int16); mult and the int32 offset
-    hold their reals times 2^SUM_FRACTION_BITS.
+    Rule float32, half to even. The terms are accumulators or codes and broadcast as in NumPy; mult and
+    the int32 offset hold their reals times 2^SUM_FRACTION_BITS. bias is int64 for int64 terms, else int32.
     """
-    terms = [
+    inputs = [
         (
-            te.placeholder(shape, term_dtype, name=f"x{k}"),
-            te.placeholder(constant_shape, "int32", name=f"bias{k}"),
-            te.placeholder(constant_shape, "float32", name=f"multiplier{k}"),
+            te.placeholder(term.shape, term.dtype, name=f"x{k}"),
+            te.placeholder(term.constant_shape, _wide(term.dtype), name=f"bias{k}"),
+            te.placeholder(term.constant_shape, "float32", name=f"multiplier{k}"),
         )
-        for k, (term_dtype, constant_shape) in enumerate(
-            zip(term_dtypes, constant_shapes, strict=True)
-        )
+        for k, term in enumerate(terms)
     ]
     offset = te.placeholder(offset_shape, "int32", name="offset")
-    limit = _const(float(SUM_TERM_LIMIT), "float32")
 
     def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
-        total = at(offset, i) + _const(1 << (SUM_FRACTION_BITS - 1), "int32")
-        for x, bias, mult in terms:
-            fixed = scale_float32(x[i].astype("int32") + at(bias, i), at(mult, i))
-            total = total + _clamp(fixed, _const(-float(SUM_TERM_LIMIT), "float32"), limit).astype(
-                "int32"
-            )
-        rounded = (total >> _const(SUM_FRACTION_BITS, "int32")) + _const(zero_point, "int32")
+        total = at(offset, i)
+        for term, (x, bias, mult) in zip(terms, inputs, strict=True):
+            fixed = scale_float32(at(x, i).astype(_wide(term.dtype)) + at(bias, i), at(mult, i))
+            low, high = (_const(float(bound), "float32") for bound in term.bounds)
+            total = total + _clamp(fixed, low, high).astype("int32")
+        rounded = round_shift(total, SUM_FRACTION_BITS) + _const(zero_point, "int32")
         return _clamp(rounded, _const(bounds[0], "int32"), _const(bounds[1], "int32")).astype(dtype)
 
     out = te.compute(shape, compute, name="requantize_sum")
-    inputs = [*(tensor for term in terms for tensor in term), offset]
     roles = [*["data", "bias", "scales"] * len(terms), "bias"]
-    return make_prim_func("requantize_sum", inputs, out, roles, BROADCAST)
+    tensors = [*(tensor for term in inputs for tensor in term), offset]
+    return make_prim_func("requantize_sum", tensors, out, roles, BROADCAST)
 
 
-def dequantize(shape: Sequence[int], dtype: str, constant_shape: Sequence[int]) -> tirx.PrimFunc:
-    """(codes or accumulator, bias int32, scale) -> float32(x + bias) * scale. bias = -zero_point for codes."""
+def _wide(dtype: str) -> str:
+    return "int64" if dtype == "int64" else "int32"
+
+
+def round_shift(x: tirx.PrimExpr, bits: int) -> tirx.PrimExpr:
+    """int32 x / 2^bits, half to even."""
+    odd = tirx.bitwise_and(x >> _const(bits, "int32"), _const(1, "int32"))
+    return (x + (odd + _const((1 << (bits - 1)) - 1, "int32"))) >> _const(bits, "int32")
+
+
+def dequantize(
+    shape: Sequence[int], dtype: str, constant_shape: Sequence[int], wide: str | None = None
+) -> tirx.PrimFunc:
+    """(codes or accumulator, bias, scale) -> float32(x + bias) * scale. bias = -zero_point for codes.
+
+    bias and sum are int32 (int64 when x is, or when `wide` says so).
+    """
     x = te.placeholder(shape, dtype, name="x")
-    wide = "int64" if dtype == "int64" else "int32"
+    wide = wide or _wide(dtype)
     bias = te.placeholder(constant_shape, wide, name="bias")
     scale = te.placeholder(constant_shape, "float32", name="scale")
     out = te.compute(
@@ -201,13 +227,8 @@ def quantize(
     """
     x = te.placeholder(shape, "float32", name="x")
     scale = te.placeholder(constant_shape, "float32", name="scale")
-    info = {
-        "int8": (-128, 127),
-        "uint8": (0, 255),
-        "int16": (-32768, 32767),
-        "int32": (-(2**31), 2**31 - 1),
-    }
-    low, high = info[dtype]
+    info = np.iinfo(dtype)
+    low, high = int(info.min), int(info.max)
     rounding = tirx.nearbyint if rule == "float32" else round_half_away
 
     def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:

@@ -17,8 +17,8 @@ from tvm import relax
 from ...errors import ModelError
 from .. import ir
 from ..numerics.requantize import RULES, Rule
-from . import anchors, elementwise, movement, normalise, pooling, quantise
-from .context import Lowering
+from . import anchors, elementwise, movement, normalise, pooling, quantise, tflite
+from .context import FORMS, Lowering
 from .values import Constant, Many, Other, Tensor, Value
 
 LEFT_FLOAT_ATTR = "tvm_compress.left_float"
@@ -33,6 +33,11 @@ HANDLERS = {
     **pooling.HANDLERS,
     **movement.HANDLERS,
     **normalise.HANDLERS,
+}
+# Handlers and forms by requantisation rule.
+TABLES: dict[Rule, tuple[dict, dict]] = {
+    "float32": (HANDLERS, FORMS),
+    "tflite": (HANDLERS | tflite.HANDLERS, FORMS | tflite.FORMS),
 }
 
 
@@ -61,7 +66,7 @@ def _lower(
 ) -> tvm.IRModule:
     rest = tvm.IRModule({gv: f for gv, f in module.functions.items() if gv.name_hint != "main"})
     builder = relax.BlockBuilder(rest)
-    ctx = Lowering(builder, rule, HANDLERS)
+    ctx = Lowering(module, builder, rule, *TABLES[rule])
     pure = all(isinstance(block, relax.DataflowBlock) for block in main.body.blocks)
     for param in main.params:
         shape = ir.shape_of(param)

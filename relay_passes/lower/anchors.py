@@ -18,10 +18,10 @@ from ...schedules import BatchMatmulSpec, Conv2dSpec, Conv2dTransposeSpec, Matmu
 from ...schedules.prim import ROLES_ATTR
 from .. import ir
 from ..encodings import GroupWise
-from .context import Lowering
+from .context import QUANTISED, Lowering
 from .values import Accumulator, Constant, Dequantised, Tensor, Value
 
-# Room left in the accumulator for the bias and the zero-point term, which are checked on their own.
+# The bias and the zero-point term are added behind the sum, and checked there.
 INT32_LIMIT = 2**31 - 1
 
 
@@ -69,13 +69,19 @@ def weight_of(ctx: Lowering, expr: tvm.ir.Expr, layout: str, wanted: str) -> Wei
         and zero_point is not None
         and str(codes.dtype) in ("int8", "uint8", "int16")
         and (scale.size == 1 or layout[constant.axis] == "O")
-        and np.all(zero_point == zero_point.flat[0])
+        and (zero_point.size == 1 or layout[constant.axis] == "O")
     )
     if not usable:
         values = to_kernel_order(constant.array.astype(np.float32), layout, wanted)
         return Weight(values, "float32")
     assert codes is not None and zero_point is not None
     ordered = to_kernel_order(codes, layout, wanted)
+    if np.any(zero_point != zero_point.flat[0]):
+        # A zero point per channel: centred codes need one bit more.
+        centred = ordered.astype(np.int64) - zero_point.astype(np.int64)  # [.., O] - [O]
+        if np.abs(centred).max() > np.iinfo(np.int16).max:
+            return Weight(to_kernel_order(constant.array.astype(np.float32), layout, wanted), "float32")
+        return Weight(centred.astype(np.int16), "int16", scale)
     return Weight(ordered, str(codes.dtype), scale, int(zero_point.flat[0]))
 
 
@@ -92,13 +98,25 @@ def _group_weight(encoding: GroupWise, layout: str, wanted: str) -> Weight | Non
     )  # fmt: skip
 
 
-def accumulator_dtype(data: Tensor, weight: Weight, extra: np.ndarray) -> str:
-    """int32 when max|x| * Σ|w| (and with the constant terms) provably fits, else int64."""
+def largest_sums(data: Tensor, weight: Weight) -> np.ndarray:
+    """max|x| * Σ|w| for each output channel: no sum can be larger."""
     info = np.iinfo(data.dtype)
     largest = max(abs(int(info.min)), int(info.max))
     axes = tuple(range(weight.values.ndim - 1))
-    bound = largest * np.abs(weight.centred()).sum(axis=axes) + np.abs(extra)
-    return "int32" if int(bound.max()) <= INT32_LIMIT else "int64"
+    return largest * np.abs(weight.centred()).sum(axis=axes)
+
+
+def accumulator_dtype(limit: np.ndarray) -> str:
+    """int32 when the sums provably fit, else int64."""
+    return "int32" if int(limit.max()) <= INT32_LIMIT else "int64"
+
+
+def _note_float(
+    ctx: Lowering, name: str, call: tvm.ir.Call, source: Value, integer: bool
+) -> None:
+    """List a layer that computes in float though its input was quantised."""
+    if not integer and isinstance(source, QUANTISED):
+        ctx.leave_float(name, call, "its weight or its input is not in integers")
 
 
 def _scale_bias(
@@ -160,6 +178,7 @@ def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
             return ctx.no("grouped transposed convolution with group-wise weights")
     source = ctx.value(call.args[0])
     integer = isinstance(source, Dequantised) and weight.is_quantised and not weight.group_size
+    _note_float(ctx, name, call, source, integer)
     data = source.codes if integer and isinstance(source, Dequantised) else ctx.as_float(call.args[0])
     perm = tuple(layout.index(letter) for letter in f"N{space}C")
     data = ctx.permuted(data, perm, f"{name}.nhwc")
@@ -189,10 +208,10 @@ def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     if integer:
         assert data.quant is not None
         scale, bias = _scale_bias(data, weight, channel_shape)
+        limit = largest_sums(data, weight).reshape(channel_shape)
         common |= dict(
-            data_dtype=data.dtype, acc_dtype=accumulator_dtype(data, weight, bias.ravel()),
-            pad_value=data.quant.zero_point,
-        )  # fmt: skip
+            data_dtype=data.dtype, acc_dtype=accumulator_dtype(limit), pad_value=data.quant.zero_point
+        )
     spec = family(**common)
     func = _with_roles(prim_func(spec), len(_arguments(data_expr, weight)))
     expr = ctx.kernel(
@@ -203,7 +222,8 @@ def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
                  "C": spec.output_shape[3]}  # fmt: skip
     logical = tuple(by_letter[letter] for letter in layout)
     if integer:
-        return Accumulator(Tensor(expr, logical, spec.acc_dtype, perm), scale, bias, layer=name)
+        sums = Tensor(expr, logical, spec.acc_dtype, perm)
+        return Accumulator(sums, scale, bias, layer=name, limit=limit)
     return _float_result(ctx, name, Tensor(expr, logical, "float32", perm), weight)
 
 
@@ -259,6 +279,7 @@ def _matmul_constant(
     assert weight is not None
     source = ctx.value(call.args[0])
     integer = isinstance(source, Dequantised) and weight.is_quantised and not weight.group_size
+    _note_float(ctx, name, call, source, integer)
     data = source.codes if integer and isinstance(source, Dequantised) else ctx.as_float(call.args[0])
     rank = len(left_shape)
     data = ctx.permuted(data, ir.renormalise_perm(rank), f"{name}.rows")
@@ -270,16 +291,16 @@ def _matmul_constant(
     if integer:
         assert data.quant is not None
         scale, bias = _scale_bias(data, weight, (1,) * (rank - 1) + (columns,))
-        fields |= dict(
-            data_dtype=data.dtype, acc_dtype=accumulator_dtype(data, weight, bias.ravel())
-        )
+        limit = largest_sums(data, weight)
+        fields |= dict(data_dtype=data.dtype, acc_dtype=accumulator_dtype(limit))
     spec = MatmulSpec(**fields)
     func = _with_roles(prim_func(spec), len(_arguments(data_expr, weight)))
     arguments = _arguments(data_expr, weight)
     expr = ctx.kernel(func, arguments, (rows, columns), spec.acc_dtype, name, "matmul")
     perm = ir.renormalise_perm(rank)
     if integer:
-        return Accumulator(Tensor(expr, logical, spec.acc_dtype, perm), scale, bias, layer=name)
+        sums = Tensor(expr, logical, spec.acc_dtype, perm)
+        return Accumulator(sums, scale, bias, layer=name, limit=limit)
     result = _float_result(ctx, name, Tensor(expr, (rows, columns), "float32", (0, 1)), weight)
     return Tensor(ctx.reshape(result.expr, logical, f"{name}.view"), logical, "float32", perm)
 
@@ -292,14 +313,17 @@ def _matmul_activations(
     batch_shape = np.broadcast_shapes(left_shape[:-2], right_shape[:-2])
     batch = int(np.prod(batch_shape))
     right_batch = int(np.prod(right_shape[:-2]))
-    if batch_shape != left_shape[:-2] or right_batch not in (1, batch):
-        return ctx.no("broadcast batch dimensions")
     if isinstance(left, Dequantised) and isinstance(right, Dequantised):
         a, b = left.codes, right.codes
     else:
         a, b = (ctx.as_float(argument) for argument in call.args)
     a = ctx.permuted(a, ir.renormalise_perm(len(left_shape)), f"{name}.a")
     b = ctx.permuted(b, ir.renormalise_perm(len(right_shape)), f"{name}.b")
+    if left_shape[:-2] != batch_shape:
+        a = _broadcast(ctx, a, (*batch_shape, *left_shape[-2:]), f"{name}.a")
+    if right_batch not in (1, batch):
+        b = _broadcast(ctx, b, (*batch_shape, *right_shape[-2:]), f"{name}.b")
+        right_batch = batch
     rows, depth, columns = left_shape[-2], left_shape[-1], right_shape[-1]
     fields: dict = dict(
         batch=batch, rows=rows, depth=depth, columns=columns, b_batch=right_batch,
@@ -329,6 +353,12 @@ def _matmul_activations(
         sums = Tensor(expr, logical, spec.acc_dtype, perm)
         return Accumulator(sums, scale, np.zeros((), np.int64), layer=name)
     return Tensor(ctx.reshape(expr, logical, f"{name}.view"), logical, "float32", perm)
+
+
+def _broadcast(ctx: Lowering, tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    """Batch dimensions repeated; the tensor is in native order."""
+    expr = ctx.emit(relax.op.broadcast_to(tensor.expr, shape), name)
+    return replace(tensor, expr=expr, shape=shape, perm=ir.renormalise_perm(len(shape)))
 
 
 HANDLERS = {f"relax.nn.{name}": conv for name in ("conv1d", "conv2d", "conv1d_transpose", "conv2d_transpose")} | {

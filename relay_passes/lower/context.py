@@ -42,17 +42,26 @@ ELEMENTWISE_OPS = frozenset(
     ).split()
 )
 
+# Values that stand for codes: a float operator that reads one interrupts the integers.
+QUANTISED = (Dequantised, Unary, Accumulator, Sum, Concat, Lazy)
+
 
 class Lowering:
     """Walks `main` once; handlers turn one call into a `Value` (None = no integer form)."""
 
     def __init__(
-        self, module: tvm.IRModule, builder: relax.BlockBuilder, rule: rules.Rule, handlers: dict
+        self,
+        module: tvm.IRModule,
+        builder: relax.BlockBuilder,
+        rule: rules.Rule,
+        handlers: dict,
+        forms: dict,
     ) -> None:
         self.module = module
         self.bb = builder
         self.rule = rule
         self.handlers: dict[str, Callable[..., Value | None]] = handlers
+        self.forms: dict[type, Callable[..., Tensor | None]] = forms
         self.env: dict[tvm.ir.Expr, Value] = {}
         self.origin: dict[tvm.ir.Expr, tvm.ir.Call] = {}
         self.floats: dict[tvm.ir.Expr, Tensor] = {}
@@ -91,6 +100,11 @@ class Lowering:
         """A handler's way out: no integer form, and why."""
         self.reason = reason
 
+    def leave_float(self, name: str, call: tvm.ir.Expr, reason: str) -> None:
+        """List an operator that computes in float behind a quantised one."""
+        operator = ir.op_name(call) or "call"
+        self.left_float.append({"name": name, "op": operator, "reason": reason})
+
     # Emission ----------------------------------------------------------------------------------
 
     def emit(self, expr: tvm.ir.Expr, name: str) -> relax.Var:
@@ -107,7 +121,7 @@ class Lowering:
     ) -> relax.Var:
         """Call a naive kernel; arrays become constants."""
         global_var = self.bb.add_func(func, hint)
-        args = [relax.const(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        args = [ir.array_const(a) if isinstance(a, np.ndarray) else a for a in arguments]
         if len(args) != len(func.attrs[ROLES_ATTR]):
             raise AssertionError(f"{hint}: {len(args)} arguments")
         out_type = relax.TensorType([int(dim) for dim in shape], dtype)
@@ -126,6 +140,15 @@ class Lowering:
             axes = [tensor.perm.index(axis) for axis in perm]
             expr = self.emit(relax.op.permute_dims(tensor.expr, axes), name)
         return replace(tensor, expr=expr, perm=perm)
+
+    def expanded(self, tensor: Tensor, rank: int, name: str) -> Tensor:
+        """The same tensor with axes of size 1 in front, as NumPy broadcasting adds them."""
+        if len(tensor.shape) == rank:
+            return tensor
+        tensor = self.permuted(tensor, ir.renormalise_perm(len(tensor.shape)), name)
+        shape = (1,) * (rank - len(tensor.shape)) + tensor.shape
+        expr = self.reshape(tensor.expr, shape, name)
+        return replace(tensor, expr=expr, shape=shape, perm=ir.renormalise_perm(rank))
 
     def reshape(self, expr: tvm.ir.Expr, shape: Sequence[int], name: str) -> tvm.ir.Expr:
         """Free: the VM makes a view."""
@@ -177,14 +200,11 @@ class Lowering:
         sums = value.sums
         physical = ir.shape_of(sums.expr)
         assert physical is not None
-        bias = self.constant_for(sums, np.asarray(value.bias, np.int64))
-        scale = self.constant_for(sums, np.asarray(value.scale, np.float64)).astype(np.float32)
-        bias, scale = _same_shape(bias, scale)
-        wide = np.int64 if sums.dtype == "int64" else np.int32
-        func = requantize_kernels.dequantize(physical, sums.dtype, scale.shape)
-        expr = self.kernel(
-            func, [sums.expr, bias.astype(wide), scale], physical, "float32", f"{name}.float", "dequantize"
-        )
+        bias, real = self.constants_for(sums, value.bias, value.scale)
+        wide = self._width(value)
+        func = requantize_kernels.dequantize(physical, sums.dtype, real.shape, wide)
+        arguments = [sums.expr, bias.astype(wide), real.astype(np.float32)]
+        expr = self.kernel(func, arguments, physical, "float32", f"{name}.float", "dequantize")
         if value.is_clamped:
             expr = self.emit(relax.op.clip(expr, *value.clamp), f"{name}.clipped")
         expr = self.reshape(expr, sums.physical_shape, f"{name}.view")
@@ -223,11 +243,10 @@ class Lowering:
         operator = ir.op_name(call)
         quantised = [
             a for a in _leaves(arguments)
-            if isinstance(self.value(a), (Dequantised, Unary, Accumulator, Sum, Concat, Lazy))
+            if isinstance(self.value(a), QUANTISED)
         ]
         if record and quantised:
-            reason = self.reason or "no integer form"
-            self.left_float.append({"name": name, "op": operator or "call", "reason": reason})
+            self.leave_float(name, call, self.reason or "no integer form")
         shape = ir.shape_of(var)
         perm = None
         if operator in ELEMENTWISE_OPS and shape is not None:
@@ -305,29 +324,15 @@ class Lowering:
             return np.ascontiguousarray(padded)
         return np.ascontiguousarray(np.broadcast_to(padded, tensor.physical_shape).reshape(physical))
 
+    def constants_for(self, tensor: Tensor, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        """`constant_for` of several constants, brought to one shape."""
+        shape = np.broadcast_shapes(*(np.shape(array) for array in arrays))
+        return tuple(self.constant_for(tensor, np.broadcast_to(array, shape)) for array in arrays)
+
     def quantised(self, value: Value, params: QuantParams, name: str) -> Tensor | None:
         """Codes of `value` at `params`; None when it has no integer form."""
-        if isinstance(value, Tensor):
-            return self._quantised_float(value, params, name) if value.quant is None else None
-        if isinstance(value, Dequantised):
-            if value.codes.quant == params:
-                return value.codes
-            return self._rescaled(value.codes, params, name)
-        if isinstance(value, Unary):
-            return self._tabulated(value, params, name)
-        if isinstance(value, Accumulator):
-            return self._requantised(value, params, name)
-        if isinstance(value, Sum):
-            return self._requantised_sum(value, params, name)
-        if isinstance(value, Concat):
-            parts = [
-                self.quantised(Dequantised(part), params, f"{name}.part{k}")
-                for k, part in enumerate(value.parts)
-            ]
-            return self.concatenated([part for part in parts if part is not None], value.axis, name)
-        if isinstance(value, Lazy):
-            return value.emit(params, name)
-        return None
+        form = self.forms.get(type(value))
+        return form(self, value, params, name) if form else None
 
     def concatenated(self, parts: Sequence[Tensor], axis: int, name: str) -> Tensor:
         """Join codes of equal parameters along a logical axis, in the first part's order."""
@@ -338,30 +343,43 @@ class Lowering:
         shape[axis] = sum(part.shape[axis] for part in parts)
         return replace(parts[0], expr=expr, shape=tuple(shape))
 
-    def _quantised_float(self, value: Tensor, params: QuantParams, name: str) -> Tensor:
+    def joined(self, value: Concat, params: QuantParams, name: str) -> Tensor:
+        """Each part at the result's parameters, then side by side."""
+        parts = [
+            self.quantised(Dequantised(part), params, f"{name}.part{k}")
+            for k, part in enumerate(value.parts)
+        ]
+        return self.concatenated([part for part in parts if part is not None], value.axis, name)
+
+    def quantised_float(self, value: Tensor, params: QuantParams, name: str) -> Tensor | None:
+        """Codes of real floats."""
+        if value.quant is not None:
+            return None
         shape = value.physical_shape
         func = requantize_kernels.quantize(shape, (1,), params.zero_point, params.dtype, self.rule)
         scale = np.array([params.scale], np.float32)
         expr = self.kernel(func, [value.expr, scale], shape, params.dtype, name, "quantize")
         return replace(value, expr=expr, dtype=params.dtype, quant=params)
 
-    def _rescaled(self, codes: Tensor, params: QuantParams, name: str) -> Tensor | None:
+    def rescaled(self, value: Dequantised, params: QuantParams, name: str) -> Tensor | None:
         """Other parameters for the same reals: a table for 8 bits, arithmetic for 16."""
+        codes = value.codes
         source = codes.quant
         assert source is not None
-        if np.iinfo(codes.dtype).bits > 8 or self.rule == "tflite":
+        if source == params:
+            return codes
+        if np.iinfo(codes.dtype).bits > 8:
             scale = np.array(np.float64(source.scale))
             accumulator = Accumulator(codes, scale, np.array(-source.zero_point, np.int64))
-            return self._requantised(accumulator, params, name)
+            return self.requantised(accumulator, params, name)
         values = code_values(codes.dtype, source)
-        return self._tabulated(Unary(codes, values), params, name)
+        return self.tabulated(Unary(codes, values), params, name)
 
-    def _tabulated(self, value: Unary, params: QuantParams, name: str) -> Tensor:
+    def tabulated(self, value: Unary, params: QuantParams, name: str) -> Tensor:
         low, high = params.bounds
         codes = value.codes
         scaled = np.asarray(value.values, np.float32) / np.float32(params.scale)
-        rounded = np.rint(scaled) if self.rule == "float32" else np.trunc(scaled + np.copysign(0.5, scaled))
-        table = np.clip(rounded + params.zero_point, low, high).astype(params.dtype)
+        table = np.clip(np.rint(scaled) + params.zero_point, low, high).astype(params.dtype)
         shape = codes.physical_shape
         clip = _clip_bounds(table, codes.dtype) if codes.dtype == params.dtype else None
         result = replace(codes, dtype=params.dtype, quant=params)
@@ -374,6 +392,16 @@ class Lowering:
             func = table_lookup(shape, codes.dtype, params.dtype)
             expr = self.kernel(func, [codes.expr, table], shape, params.dtype, name, "table")
         return replace(result, expr=expr)
+
+    def clipped(self, value: Unary, name: str) -> Tensor | None:
+        """Codes at their own parameters when the function only clips them (ReLU), else None."""
+        codes = value.codes
+        assert codes.quant is not None
+        own = code_values(codes.dtype, codes.quant)
+        low, high = float(value.values.min()), float(value.values.max())
+        if not np.array_equal(value.values, np.clip(own, low, high)) or not np.isin([low, high], own).all():
+            return None
+        return self.quantised(value, codes.quant, name)
 
     def _bounds(self, clamp: tuple[float, float], params: QuantParams) -> tuple[int, int]:
         """Code bounds of a real clamp, rounded as the values themselves would be."""
@@ -388,31 +416,36 @@ class Lowering:
                 high = max(min(high, code), low)
         return low, high
 
-    def _requantised(
+    def requantised(
         self, value: Accumulator, params: QuantParams, name: str
     ) -> Tensor | None:
         sums = value.sums
         physical = ir.shape_of(sums.expr)
         assert physical is not None
         if params.dtype == "int32":
-            return self._exact(value, params, name)
-        wide = "int64" if sums.dtype == "int64" else "int32"
-        bias = self.constant_for(sums, np.asarray(value.bias, np.int64)).astype(wide)
-        real = self.constant_for(sums, np.asarray(value.scale, np.float64)) / np.float64(np.float32(params.scale))
-        bias, real = _same_shape(bias, real)
-        rule = self.rule if wide == "int32" else "float32"
+            return self.exact(value, params, name)
+        step = np.float64(np.float32(params.scale))
+        bias, real = self.constants_for(sums, value.bias, value.scale / step)
+        wide = self._width(value)
         func = requantize_kernels.requantize(
             physical, sums.dtype, real.shape, params.zero_point, self._bounds(value.clamp, params),
-            params.dtype, rule,
+            params.dtype, "float32", wide,
         )  # fmt: skip
-        scales = (
-            [real.astype(np.float32)] if rule == "float32" else list(rules.quantize_multipliers(real))
-        )
-        expr = self.kernel(func, [sums.expr, bias, *scales], physical, params.dtype, name, "requantize")
+        arguments = [sums.expr, bias.astype(wide), real.astype(np.float32)]
+        expr = self.kernel(func, arguments, physical, params.dtype, name, "requantize")
         expr = self.reshape(expr, sums.physical_shape, f"{name}.view")
         return replace(sums, expr=expr, dtype=params.dtype, quant=params)
 
-    def _exact(self, value: Accumulator, params: QuantParams, name: str) -> Tensor | None:
+    def _width(self, value: Accumulator) -> str:
+        """dtype in which sum plus bias cannot overflow."""
+        if value.sums.dtype == "int64":
+            return "int64"
+        if value.limit is None:
+            return "int32"
+        largest = np.asarray(value.limit, np.int64) + np.abs(np.asarray(value.bias, np.int64))
+        return "int32" if int(largest.max()) < 2**31 else "int64"
+
+    def exact(self, value: Accumulator, params: QuantParams, name: str) -> Tensor | None:
         """int32 results (ConvInteger, MatMulInteger): the sums themselves, when the scale is theirs."""
         sums = value.sums
         ratio = np.asarray(value.scale, np.float64) / np.float64(np.float32(params.scale))
@@ -425,55 +458,79 @@ class Lowering:
         expr = self.reshape(expr, sums.physical_shape, f"{name}.view")
         return replace(sums, expr=expr, quant=params)
 
-    def _requantised_sum(self, value: Sum, params: QuantParams, name: str) -> Tensor | None:
-        if self.rule == "tflite":
-            from .tflite import add_tflite
-
-            return add_tflite(self, value, params, name)
-        accumulators = [term for _, term in value.terms if isinstance(term, Accumulator)]
-        lead = accumulators[0].sums if accumulators else _codes(value.terms[0][1])
-        physical = ir.shape_of(lead.expr)
+    def requantised_sum(self, value: Sum, params: QuantParams, name: str) -> Tensor | None:
+        frame = self._frame(value, name)
+        physical = ir.shape_of(frame.expr)
         assert physical is not None
+        step = np.float64(np.float32(params.scale))
         arguments: list[tvm.ir.Expr | np.ndarray] = []
-        dtypes, shapes = [], []
+        terms = []
         for sign, term in value.terms:
-            source = term.sums if isinstance(term, Accumulator) else term.codes
-            if source.shape != lead.shape or source.dtype == "int64":
-                return None
-            view = replace(
-                lead, dtype=source.dtype, quant=source.quant,
-                expr=self._shaped_like(source, lead, physical, name),
-            )  # fmt: skip
+            source = codes_of(term)
             scale, bias = affine(term)
-            real = self.constant_for(view, sign * scale) / np.float64(np.float32(params.scale))
-            shift, real = _same_shape(self.constant_for(view, bias), real)
+            if source.shape == frame.shape:
+                expr = self._shaped_like(source, frame, physical, name)
+                view = replace(frame, expr=expr, dtype=source.dtype)
+            else:
+                view = self._broadcast_term(source, frame, name)
+            shift, real = self.constants_for(view, bias, sign * scale / step)
+            wide = "int64" if source.dtype == "int64" else "int32"
             fixed = (real * 2.0**rules.SUM_FRACTION_BITS).astype(np.float32)
-            arguments += [view.expr, shift.astype(np.int32), fixed]
-            dtypes.append(source.dtype)
-            shapes.append(real.shape)
-        view = replace(lead, dtype="int32")
-        offset = self.constant_for(view, np.asarray(value.offset, np.float64))
-        fixed_offset = np.rint(offset / np.float64(np.float32(params.scale)) * 2.0**rules.SUM_FRACTION_BITS)
+            arguments += [view.expr, shift.astype(wide), fixed]
+            clamp = term.clamp if isinstance(term, Accumulator) else (-math.inf, math.inf)
+            real_clamp = sorted(sign * bound / float(step) for bound in clamp)
+            bounds = rules.sum_term_bounds((real_clamp[0], real_clamp[1]), len(value.terms))
+            shape = ir.shape_of(view.expr)
+            assert shape is not None
+            terms.append(requantize_kernels.SumTerm(source.dtype, shape, real.shape, bounds))
+        offset = self.constant_for(frame, np.asarray(value.offset, np.float64)) / step
+        fixed_offset = np.rint(offset * 2.0**rules.SUM_FRACTION_BITS)
         if np.abs(fixed_offset).max() > rules.SUM_TERM_LIMIT:
             return None
         arguments.append(fixed_offset.astype(np.int32))
         func = requantize_kernels.requantize_sum(
-            physical, dtypes, shapes, params.zero_point, self._bounds(value.clamp, params), params.dtype,
+            physical, terms, params.zero_point, self._bounds(value.clamp, params), params.dtype,
             offset.shape,
         )  # fmt: skip
         expr = self.kernel(func, arguments, physical, params.dtype, name, "requantize_sum")
-        expr = self.reshape(expr, lead.physical_shape, f"{name}.view")
-        return replace(lead, expr=expr, dtype=params.dtype, quant=params)
+        expr = self.reshape(expr, frame.physical_shape, f"{name}.view")
+        return replace(frame, expr=expr, dtype=params.dtype, quant=params)
+
+    def _frame(self, value: Sum, name: str) -> Tensor:
+        """A term of the sum's full shape, by whose physical order the others go; accumulators first.
+
+        When some terms broadcast, its physical shape is the plain one.
+        """
+        sources = [codes_of(term) for _, term in value.terms]
+        shape = np.broadcast_shapes(*(source.shape for source in sources))
+        anchors = [codes_of(t) for _, t in value.terms if isinstance(t, Accumulator)]
+        full = [source for source in [*anchors, *sources] if source.shape == shape]
+        if not full:
+            rank = len(shape)
+            longest = max(sources, key=lambda source: (len(source.shape), math.prod(source.shape)))
+            perm = longest.perm if len(longest.shape) == rank else ir.renormalise_perm(rank)
+            dummy = relax.Var("frame", relax.TensorType([shape[axis] for axis in perm], "int32"))
+            return Tensor(dummy, shape, "int32", perm)
+        frame = full[0]
+        if any(source.shape != shape for source in sources):
+            expr = self.reshape(frame.expr, frame.physical_shape, f"{name}.full")
+            return replace(frame, expr=expr)
+        return frame
+
+    def _broadcast_term(self, source: Tensor, frame: Tensor, name: str) -> Tensor:
+        """A smaller operand in the frame's rank and order, with axes of size 1 left to broadcast."""
+        rank = len(frame.shape)
+        expr = self.reshape(source.expr, source.physical_shape, f"{name}.full")
+        source = self.expanded(replace(source, expr=expr), rank, f"{name}.term")
+        return self.permuted(source, frame.perm, f"{name}.term")
 
     def _shaped_like(
-        self, source: Tensor, lead: Tensor, physical: tuple[int, ...], name: str
+        self, source: Tensor, frame: Tensor, physical: tuple[int, ...], name: str
     ) -> tvm.ir.Expr:
-        if source.expr is lead.expr:
-            return source.expr
-        if ir.shape_of(source.expr) == physical and source.perm == lead.perm:
+        if ir.shape_of(source.expr) == physical and source.perm == frame.perm:
             return source.expr
         full = replace(source, expr=self.reshape(source.expr, source.physical_shape, f"{name}.full"))
-        return self.reshape(self.permuted(full, lead.perm).expr, physical, f"{name}.term")
+        return self.reshape(self.permuted(full, frame.perm).expr, physical, f"{name}.term")
 
 
 def _leaves(arguments: Sequence[tvm.ir.Expr]) -> list[tvm.ir.Expr]:
@@ -483,7 +540,8 @@ def _leaves(arguments: Sequence[tvm.ir.Expr]) -> list[tvm.ir.Expr]:
     return leaves
 
 
-def _codes(term: Accumulator | Dequantised) -> Tensor:
+def codes_of(term: Accumulator | Dequantised) -> Tensor:
+    """The tensor of integers that a term of a sum holds."""
     return term.sums if isinstance(term, Accumulator) else term.codes
 
 
@@ -494,10 +552,6 @@ def affine(term: Accumulator | Dequantised) -> tuple[np.ndarray, np.ndarray]:
     quant = term.codes.quant
     assert quant is not None
     return np.array(np.float64(quant.scale)), np.array(-quant.zero_point, np.int64)
-
-
-def _same_shape(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-    return tuple(np.ascontiguousarray(a) for a in np.broadcast_arrays(*arrays))
 
 
 def code_values(dtype: str, params: QuantParams) -> np.ndarray:
@@ -513,3 +567,19 @@ def _clip_bounds(table: np.ndarray, dtype: str) -> tuple[int, int] | None:
     codes = np.arange(info.min, info.max + 1, dtype=np.int64)
     low, high = int(table.min()), int(table.max())
     return (low, high) if np.array_equal(table, np.clip(codes, low, high)) else None
+
+
+def _lazy(ctx: Lowering, value: Lazy, params: QuantParams, name: str) -> Tensor | None:
+    return value.emit(params, name)
+
+
+# How each kind of value becomes codes at given parameters, under the rule float32.
+FORMS: dict[type, Callable[..., Tensor | None]] = {
+    Tensor: Lowering.quantised_float,
+    Dequantised: Lowering.rescaled,
+    Unary: Lowering.tabulated,
+    Accumulator: Lowering.requantised,
+    Sum: Lowering.requantised_sum,
+    Concat: Lowering.joined,
+    Lazy: _lazy,
+}

@@ -15,8 +15,9 @@ import numpy as np
 import tvm
 
 from ...schedules.product import product
+from ...schedules.table import table_lookup
 from .. import ir
-from .context import Lowering, code_values
+from .context import Lowering, code_values, codes_of
 from .quantise import clip_codes
 from .values import Accumulator, Constant, Dequantised, Sum, Tensor, Unary, Value
 
@@ -49,7 +50,8 @@ BINARY: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }  # fmt: skip
 
 
-def _number(expr: tvm.ir.Expr) -> float:
+def number(expr: tvm.ir.Expr) -> float:
+    """A scalar constant or immediate."""
     array = ir.constant(expr)
     return float(array.reshape(())) if array is not None else float(expr.value)  # type: ignore[attr-defined]
 
@@ -62,7 +64,7 @@ def _evaluate(call: tvm.ir.Call, operands: Sequence[np.ndarray]) -> np.ndarray |
     if name in BINARY:
         return BINARY[name](*operands)
     if name == "clip":
-        return np.clip(operands[0], _number(call.args[1]), _number(call.args[2]))
+        return np.clip(operands[0], number(call.args[1]), number(call.args[2]))
     if name == "nn.leakyrelu":
         return np.where(operands[0] > 0, operands[0], operands[0] * float(call.attrs.alpha))
     if name == "nn.softplus":
@@ -126,10 +128,10 @@ def unary(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
         if operator == "relax.nn.relu6":
             return _clamped(value, 0.0, 6.0)
         if operator == "relax.clip":
-            return _clamped(value, _number(call.args[1]), _number(call.args[2]))
+            return _clamped(value, number(call.args[1]), number(call.args[2]))
         return None
     if operator == "relax.clip" and isinstance(value, Tensor) and value.quant is not None:
-        return clip_codes(ctx, name, value, _number(call.args[1]), _number(call.args[2]))
+        return clip_codes(ctx, name, value, number(call.args[1]), number(call.args[2]))
     return _tabulate(ctx, call, [value])
 
 
@@ -171,43 +173,71 @@ def add(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     if isinstance(left, Constant) and sign > 0:
         left, right = right, left
     if isinstance(right, Constant):
-        return _add_constant(ctx, left, right, sign)
+        return _add_constant(ctx, name, left, right, sign)
     terms: list[tuple[float, Accumulator | Dequantised]] = []
     offset = np.zeros(())
     for factor, value in ((1.0, left), (sign, right)):
         if isinstance(value, Sum) and not value.is_clamped:
             terms += [(factor * s, term) for s, term in value.terms]
             offset = offset + factor * value.offset
-        elif isinstance(value, Dequantised) or (isinstance(value, Accumulator) and not value.is_clamped):
-            terms.append((factor, value))
-        else:
+            continue
+        term = _term(ctx, name, value)
+        if term is None:
             return None
-    shapes = {_shape(term) for _, term in terms}
-    if len(shapes) != 1:
-        return ctx.no("integer addition needs operands of one shape")
-    if any(np.iinfo((t.sums if isinstance(t, Accumulator) else t.codes).dtype).bits > 32 for _, t in terms):
-        return ctx.no("addition of 64-bit accumulators")
+        terms.append((factor, term))
     return Sum(tuple(terms), offset)
 
 
+def _term(ctx: Lowering, name: str, value: Value) -> Accumulator | Dequantised | None:
+    """What a sum can take: a function of codes becomes their clip, or a table of 24-bit integers."""
+    if isinstance(value, (Accumulator, Dequantised)):
+        return value
+    if not isinstance(value, Unary):
+        return None
+    codes = value.codes
+    assert codes.quant is not None
+    own = ctx.clipped(value, f"{name}.clip")
+    if own is not None:
+        return Dequantised(own)
+    step = float(np.abs(value.values).max()) / 2**23 or 1.0
+    table = np.rint(value.values.astype(np.float64) / step).astype(np.int32)
+    shape = codes.physical_shape
+    func = table_lookup(shape, codes.dtype, "int32")
+    expr = ctx.kernel(func, [codes.expr, table], shape, "int32", f"{name}.table", "table")
+    sums = replace(codes, expr=expr, dtype="int32", quant=None)
+    return Accumulator(sums, np.array(step), np.zeros((), np.int64), limit=np.array(2**23))
+
+
 def _shape(term: Accumulator | Dequantised) -> tuple[int, ...]:
-    return term.sums.shape if isinstance(term, Accumulator) else term.codes.shape
+    return codes_of(term).shape
 
 
-def _add_constant(ctx: Lowering, left: Value, right: Constant, sign: float) -> Value | None:
-    if isinstance(left, (Accumulator, Dequantised)):
-        rank = len(_shape(left))
-        if right.array.ndim > rank or np.broadcast_shapes(_shape(left), right.array.shape) != _shape(left):
+def _fits(array: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether a constant broadcasts against `shape` without enlarging it."""
+    try:
+        return array.ndim <= len(shape) and np.broadcast_shapes(shape, array.shape) == shape
+    except ValueError:
+        return False
+
+
+def _add_constant(
+    ctx: Lowering, name: str, left: Value, right: Constant, sign: float
+) -> Value | None:
+    if isinstance(left, Sum):
+        shape = np.broadcast_shapes(*(_shape(term) for _, term in left.terms))
+        if left.is_clamped or not _fits(right.array, shape):
             return None
-        if isinstance(left, Accumulator) and not left.is_clamped:
-            bias = _bias_codes(right, np.asarray(left.scale), rank)
-            if bias is not None:
-                return replace(left, bias=left.bias + int(sign) * _aligned(bias, rank))
-        if isinstance(left, Dequantised) or not left.is_clamped:
-            return Sum(((1.0, left),), sign * _aligned(right.array.astype(np.float64), rank))
-    if isinstance(left, Sum) and not left.is_clamped:
-        return replace(left, offset=left.offset + sign * right.array.astype(np.float64))
-    return None
+        offset = left.offset + sign * right.array.astype(np.float64)
+        return replace(left, offset=offset)
+    term = _term(ctx, name, left)
+    if term is None or not _fits(right.array, _shape(term)):
+        return None
+    rank = len(_shape(term))
+    if isinstance(term, Accumulator) and not term.is_clamped:
+        bias = _bias_codes(right, np.asarray(term.scale), rank)
+        if bias is not None:
+            return replace(term, bias=term.bias + int(sign) * _aligned(bias, rank))
+    return Sum(((1.0, term),), sign * _aligned(right.array.astype(np.float64), rank))
 
 
 def multiply(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
@@ -221,8 +251,8 @@ def multiply(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     if isinstance(right, Constant) and isinstance(left, (Accumulator, Dequantised)):
         shape = _shape(left)
         factor = right.array.astype(np.float64)
-        if factor.ndim > len(shape) or np.broadcast_shapes(shape, factor.shape) != shape:
-            return None
+        if not _fits(factor, shape):
+            return ctx.no("its constant operand is larger than the tensor")
         factor = _aligned(factor, len(shape))
         if ir.op_name(call) == "relax.divide":
             if not factor.all():
@@ -234,28 +264,36 @@ def multiply(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
             left = Accumulator(left.codes, np.array(np.float64(left.codes.quant.scale)), zero_point)
         return None if left.is_clamped else replace(left, scale=left.scale * factor)
     if ir.op_name(call) == "relax.multiply" and isinstance(left, Dequantised) and isinstance(right, Dequantised):
-        return _product(ctx, name, left.codes, right.codes)
+        return product_of(ctx, name, left.codes, right.codes)
     return None
 
 
-def _product(ctx: Lowering, name: str, a: Tensor, b: Tensor) -> Accumulator | None:
+def product_of(ctx: Lowering, name: str, a: Tensor, b: Tensor) -> Accumulator | None:
     assert a.quant is not None and b.quant is not None
-    if len(a.shape) != len(b.shape) or max(np.iinfo(t.dtype).bits for t in (a, b)) > 16:
-        return ctx.no("integer product needs operands of one rank and at most 16 bits")
+    if max(np.iinfo(t.dtype).bits for t in (a, b)) > 16:
+        return ctx.no("integer product needs operands of at most 16 bits")
     shape = np.broadcast_shapes(a.shape, b.shape)
+    rank = len(shape)
     lead, other = (a, b) if a.shape == shape else (b, a)
-    other = ctx.permuted(other, lead.perm)
-    pair = (lead, other)
+    lead, other = (ctx.expanded(t, rank, f"{name}.operand") for t in (lead, other))
+    other = ctx.permuted(other, lead.perm, f"{name}.operand")
+    assert lead.quant is not None and other.quant is not None
+    limit = math.prod(
+        max(abs(bound - t.quant.zero_point) for bound in t.quant.bounds) for t in (a, b)
+    )
+    dtype = "int32" if limit < 2**31 else "int64"
     physical = tuple(shape[axis] for axis in lead.perm)
     func = product(
         (lead.physical_shape, other.physical_shape),
         (lead.dtype, other.dtype),
-        (pair[0].quant.zero_point, pair[1].quant.zero_point),  # type: ignore[union-attr]
+        (lead.quant.zero_point, other.quant.zero_point),
         physical,
+        dtype,
     )
-    expr = ctx.kernel(func, [lead.expr, other.expr], physical, "int32", f"{name}.product", "product")
+    expr = ctx.kernel(func, [lead.expr, other.expr], physical, dtype, f"{name}.product", "product")
     scale = np.array(np.float64(a.quant.scale) * np.float64(b.quant.scale))
-    return Accumulator(Tensor(expr, shape, "int32", lead.perm), scale, np.zeros((), np.int64))
+    sums = Tensor(expr, shape, dtype, lead.perm)
+    return Accumulator(sums, scale, np.zeros((), np.int64), limit=np.array(limit))
 
 
 HANDLERS = {f"relax.{name}": unary for name in [*UNARY, "clip", "nn.leakyrelu", "nn.softplus"]} | {

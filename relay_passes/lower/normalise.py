@@ -33,10 +33,6 @@ def softmax(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
 
     def emit(params: QuantParams, out_name: str) -> Tensor | None:
         assert codes.quant is not None
-        if ctx.rule == "tflite":
-            from .tflite import softmax_tflite
-
-            return softmax_tflite(ctx, codes, axis, params, out_name)
         shape = codes.physical_shape
         table = exponential_table(codes.quant.scale, codes.dtype, codes.shape[axis])
         reciprocal = int(np.rint(2.0**softmax_kernel.RECIPROCAL_BITS / np.float64(params.scale)))

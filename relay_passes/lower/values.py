@@ -64,22 +64,27 @@ class Dequantised:
 
 @dataclass(frozen=True)
 class Unary:
-    """A function of one tensor of codes: `values[code - min]` is its float value."""
+    """A function of one tensor of codes: `values[code - min]` is its float value.
+
+    `call` is the operator when it is a single one.
+    """
 
     codes: Tensor
     values: np.ndarray
+    call: tvm.ir.Call | None = None
 
 
 @dataclass(frozen=True)
 class Accumulator:
     """real = clip((sums + bias) * scale, *clamp); `bias` (int64) and `scale` (float64) broadcast
-    against the logical shape."""
+    against the logical shape. `limit`, as broadcastable, is a proven bound of |sums|."""
 
     sums: Tensor
     scale: np.ndarray
     bias: np.ndarray
     clamp: tuple[float, float] = (-np.inf, np.inf)
     layer: str | None = None
+    limit: np.ndarray | None = None
 
     @property
     def is_clamped(self) -> bool:
@@ -88,7 +93,7 @@ class Accumulator:
 
 @dataclass(frozen=True)
 class Sum:
-    """real = clip(Σ sign_k * term_k + offset, *clamp); `offset` broadcasts like a bias."""
+    """real = clip(Σ sign_k * term_k + offset, *clamp); terms and `offset` broadcast as in NumPy."""
 
     terms: tuple[tuple[float, Accumulator | Dequantised], ...]
     offset: np.ndarray

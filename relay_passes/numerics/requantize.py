@@ -17,6 +17,7 @@ kernels execute it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ RULES: tuple[Rule, ...] = ("float32", "tflite")
 # Fraction bits that the terms of a rescaled sum keep before the one rounding of the sum. int8 results
 # need 8 integer bits; 2^8 * 2^12 stays far inside float32's exact integers (2^24).
 SUM_FRACTION_BITS = 12
-# The terms of a sum are clamped to this magnitude, so that adding two of them fits int32.
+# The terms of a sum are clamped to this magnitude, so that adding two of them and an offset fits int32.
 SUM_TERM_LIMIT = 2**29
 
 
@@ -123,19 +124,35 @@ def requantize(
 
 
 def requantize_sum(
-    terms: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    terms: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
     zero_point: int,
     bounds: tuple[int, int],
     dtype: str,
+    offset: np.ndarray | float = 0.0,
+    clamps: Sequence[tuple[float, float]] | None = None,
 ) -> np.ndarray:
-    """clamp(((Σ rint((x+b)*m*2^F)) + half) >> F + zero_point) for terms (x, b, m), rule float32.
+    """clamp(round(Σ clamp(rint((x+b)*m*2^F)) + rint(o*2^F)) / 2^F) + zero_point) for terms (x, b, m).
 
-    Residual addition without a float add: each term is rounded to F = SUM_FRACTION_BITS fraction bits,
-    the sum and its final rounding (half up) are integer.
+    Rule float32. Residual addition without a float add: each term is rounded to F = SUM_FRACTION_BITS
+    fraction bits, the sum and its final rounding (half to even) are integer. `offset` and the terms'
+    `clamps` are real, in output steps.
     """
-    total: np.ndarray | int = 0
-    for x, bias, multiplier in terms:
-        fixed = scale_float32(x + bias, np.asarray(multiplier) * 2.0**SUM_FRACTION_BITS)
-        total = total + np.clip(fixed, -float(SUM_TERM_LIMIT), float(SUM_TERM_LIMIT)).astype(np.int32)
-    rounded = (np.asarray(total) + (1 << (SUM_FRACTION_BITS - 1))) >> SUM_FRACTION_BITS
+    unit = 2.0**SUM_FRACTION_BITS
+    total = np.rint(np.asarray(offset, np.float64) * unit).astype(np.int32)
+    limits = clamps or [(-math.inf, math.inf)] * len(terms)
+    for (x, bias, multiplier), clamp in zip(terms, limits, strict=True):
+        fixed = scale_float32(x + bias, np.asarray(multiplier) * unit)
+        total = total + np.clip(fixed, *sum_term_bounds(clamp, len(terms))).astype(np.int32)
+    odd = (total >> SUM_FRACTION_BITS) & 1
+    rounded = (total + odd + (1 << (SUM_FRACTION_BITS - 1)) - 1) >> SUM_FRACTION_BITS
     return np.clip(rounded + zero_point, *bounds).astype(dtype)
+
+
+def sum_term_bounds(clamp: tuple[float, float], terms: int) -> tuple[int, int]:
+    """A term's real clamp in units of 2^-SUM_FRACTION_BITS, such that a sum of `terms` and an offset
+    cannot leave int32."""
+    limit = SUM_TERM_LIMIT
+    while limit * (terms + 1) >= 2**31:
+        limit //= 2
+    low, high = (max(-limit, min(limit, b * 2.0**SUM_FRACTION_BITS)) for b in clamp)
+    return int(np.rint(low)), int(np.rint(high))
