@@ -112,7 +112,7 @@ class Dataset:
         for spec in self.inputs:
             parts = [row[spec.name] for row in rows]
             joined = parts[0] if self.batch == 1 else np.stack(parts)
-            feed[spec.name] = np.ascontiguousarray(joined.reshape(spec.shape))
+            feed[spec.name] = np.asarray(joined.reshape(spec.shape), order="C")
         known = np.asarray(labels, np.int64) if self.has_labels else None
         return Run(feed, count, known)
 

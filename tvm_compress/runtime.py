@@ -73,7 +73,8 @@ class Session:
                     f"input {spec.name!r} is {array.dtype}{list(array.shape)}; the model takes "
                     f"{spec.dtype}{list(spec.shape)}"
                 )
-            values.append(tvm.runtime.tensor(np.ascontiguousarray(array)))
+            # Not ascontiguousarray, which turns a scalar into [1].
+            values.append(tvm.runtime.tensor(np.asarray(array, order="C")))
         return values
 
     def observe(self, hook: KernelHook | None) -> None:
