@@ -6,7 +6,7 @@ broadcast from the right as in NumPy: shape [C] against [N, H, W, C].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,16 +56,12 @@ def round_half_away(x: tirx.PrimExpr) -> tirx.PrimExpr:
 
 
 def rounding_doubling_high_mul(x: tirx.PrimExpr, mantissa: tirx.PrimExpr) -> tirx.PrimExpr:
-    """gemmlowp SaturatingRoundingDoublingHighMul; mantissa is never INT32_MIN, so no saturation."""
+    """gemmlowp SaturatingRoundingDoublingHighMul; mantissa is never INT32_MIN, so no saturation.
+
+    Its nudge and truncating division amount to rounding half up.
+    """
     product = x.astype("int64") * mantissa.astype("int64")
-    nudge = tirx.Select(
-        product >= _const(0, "int64"), _const(1 << 30, "int64"), _const(1 - (1 << 30), "int64")
-    )
-    # C's division truncates; it is a shift when the dividend is not negative.
-    total = product + nudge
-    negative = total < _const(0, "int64")
-    magnitude = tirx.Select(negative, _const(0, "int64") - total, total) >> _const(31, "int64")
-    return tirx.Select(negative, _const(0, "int64") - magnitude, magnitude).astype("int32")
+    return ((product + _const(1 << 30, "int64")) >> _const(31, "int64")).astype("int32")
 
 
 def rounding_divide_by_pot(x: tirx.PrimExpr, exponent: tirx.PrimExpr) -> tirx.PrimExpr:
@@ -85,6 +81,37 @@ def multiply_by_quantized_multiplier(
     return rounding_divide_by_pot(rounding_doubling_high_mul(x << left, mantissa), right)
 
 
+def multiply_wide(
+    x: tirx.PrimExpr, mantissa: tirx.PrimExpr, exponent: tirx.PrimExpr
+) -> tirx.PrimExpr:
+    """TFLite's multiplication of an int64 accumulator: Q15 mantissa, one rounding, half up."""
+    shift = (_const(15, "int32") - exponent).astype("int64")
+    half = _const(1, "int64") << (shift - _const(1, "int64"))
+    return ((x * mantissa.astype("int64") + half) >> shift).astype("int32")
+
+
+def multiply_float64(x: tirx.PrimExpr, multiplier: tirx.PrimExpr) -> tirx.PrimExpr:
+    """round(float64(x) * multiplier), half away from zero.
+
+    Without a float addition, which a back end could contract: twice the product, truncated, is halved
+    in integers.
+    """
+    twice = x.astype("float64") * (multiplier * _const(2.0, "float64"))
+    limit = _const(float(1 << 30), "float64")
+    whole = _clamp(twice, _const(-float(1 << 30), "float64"), limit).astype("int32")
+    positive = (whole >= _const(0, "int32")).astype("int32")
+    return (whole + positive) >> _const(1, "int32")
+
+
+# Rules that scale to an integer: the constants that they multiply by, and how.
+_Q31 = (("mantissa", "int32"), ("exponent", "int32"))
+INTEGER_RULES: dict[str, tuple[tuple[tuple[str, str], ...], Callable[..., tirx.PrimExpr]]] = {
+    "tflite": (_Q31, lambda x, *q31: multiply_by_quantized_multiplier(x.astype("int32"), *q31)),
+    "tflite_wide": (_Q31, lambda x, *q15: multiply_wide(x.astype("int64"), *q15)),
+    "float64": ((("multiplier", "float64"),), multiply_float64),
+}
+
+
 def requantize(
     shape: Sequence[int],
     acc_dtype: str,
@@ -97,52 +124,55 @@ def requantize(
 ) -> tirx.PrimFunc:
     """(acc, bias, multiplier[, exponent]) -> clamp(scale(acc + bias) + zero_point).
 
-    bias and sum are int32 (int64 when acc_dtype is, or when `wide` says so), multiplier float32 (rule
-    float32) or int32 with int32 exponent (rule tflite), all of `constant_shape`.
+    bias and sum are int32 (int64 when acc_dtype is, or when `wide` says so). The multiplier is float32
+    (rule float32), float64 (rule float64) or an int32 mantissa with an int32 exponent (rules tflite and
+    tflite_wide); all constants are of `constant_shape`.
     """
     wide = wide or _wide(acc_dtype)
     acc = te.placeholder(shape, acc_dtype, name="acc")
     bias = te.placeholder(constant_shape, wide, name="bias")
     low, high = bounds
     if rule == "float32":
-        mult = te.placeholder(constant_shape, "float32", name="multiplier")
+        factors = [te.placeholder(constant_shape, "float32", name="multiplier")]
 
         def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
-            scaled = scale_float32(acc[i].astype(wide) + at(bias, i), at(mult, i))
+            scaled = scale_float32(acc[i].astype(wide) + at(bias, i), at(factors[0], i))
             scaled = _clamp(
                 scaled, _const(low - zero_point, "float32"), _const(high - zero_point, "float32")
             )
             return (scaled.astype("int32") + _const(zero_point, "int32")).astype(dtype)
 
-        inputs, roles = [acc, bias, mult], ["data", "bias", "scales"]
-    elif rule == "tflite":
-        mult = te.placeholder(constant_shape, "int32", name="mantissa")
-        exponent = te.placeholder(constant_shape, "int32", name="exponent")
+    elif rule in INTEGER_RULES:
+        constants, scale = INTEGER_RULES[rule]
+        factors = [te.placeholder(constant_shape, kind, name=name) for name, kind in constants]
 
         def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
             total = acc[i].astype(wide) + at(bias, i)
-            scaled = multiply_by_quantized_multiplier(total, at(mult, i), at(exponent, i))
+            scaled = scale(total, *(at(factor, i) for factor in factors))
             scaled = scaled + _const(zero_point, "int32")
             return _clamp(scaled, _const(low, "int32"), _const(high, "int32")).astype(dtype)
 
-        inputs, roles = [acc, bias, mult, exponent], ["data", "bias", "scales", "scales"]
     else:
-        raise ValueError(f"unknown requantisation rule {rule!r}; known: float32, tflite")
+        known = ", ".join(["float32", *INTEGER_RULES])
+        raise ValueError(f"unknown requantisation rule {rule!r}; known: {known}")
     out = te.compute(shape, compute, name="requantize")
-    return make_prim_func("requantize", inputs, out, roles, BROADCAST, {"rule": rule})
+    roles = ["data", "bias", *["scales"] * len(factors)]
+    return make_prim_func("requantize", [acc, bias, *factors], out, roles, BROADCAST, {"rule": rule})
 
 
 @dataclass(frozen=True)
 class SumTerm:
     """One term of a rescaled sum: integers of `dtype` and `shape`, constants of `constant_shape`.
 
-    `bounds` clamp the rescaled term, in units of 2^-SUM_FRACTION_BITS output steps.
+    `bounds` clamp the rescaled term, in units of 2^-SUM_FRACTION_BITS output steps; `wide` is the
+    dtype in which integer plus bias fits.
     """
 
     dtype: str
     shape: tuple[int, ...]
     constant_shape: tuple[int, ...] = (1,)
     bounds: tuple[int, int] = (-SUM_TERM_LIMIT, SUM_TERM_LIMIT)
+    wide: str = "int32"
 
 
 def requantize_sum(
@@ -156,12 +186,12 @@ def requantize_sum(
     """(x0, bias0, mult0, x1, bias1, mult1, ..., offset) -> clamp(round(Σ clamp((x+b)*m) + o) + zero_point).
 
     Rule float32, half to even. The terms are accumulators or codes and broadcast as in NumPy; mult and
-    the int32 offset hold their reals times 2^SUM_FRACTION_BITS. bias is int64 for int64 terms, else int32.
+    the int32 offset hold their reals times 2^SUM_FRACTION_BITS. bias has the term's `wide` dtype.
     """
     inputs = [
         (
             te.placeholder(term.shape, term.dtype, name=f"x{k}"),
-            te.placeholder(term.constant_shape, _wide(term.dtype), name=f"bias{k}"),
+            te.placeholder(term.constant_shape, term.wide, name=f"bias{k}"),
             te.placeholder(term.constant_shape, "float32", name=f"multiplier{k}"),
         )
         for k, term in enumerate(terms)
@@ -171,7 +201,7 @@ def requantize_sum(
     def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
         total = at(offset, i)
         for term, (x, bias, mult) in zip(terms, inputs, strict=True):
-            fixed = scale_float32(at(x, i).astype(_wide(term.dtype)) + at(bias, i), at(mult, i))
+            fixed = scale_float32(at(x, i).astype(term.wide) + at(bias, i), at(mult, i))
             low, high = (_const(float(bound), "float32") for bound in term.bounds)
             total = total + _clamp(fixed, low, high).astype("int32")
         rounded = round_shift(total, SUM_FRACTION_BITS) + _const(zero_point, "int32")

@@ -53,41 +53,66 @@ def avg_pool2d(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     layout = str(attrs.layout)
     if set(layout) != set("NCHW"):
         return ctx.no(f"layout {layout}")
+    data, quantised = _source(ctx, call)
+    if not quantised:
+        data = ctx.permuted(data, _nhwc(layout), f"{name}.nhwc")
+        averaged = _average(call, data.expr)
+        shape = _logical(ir.shape_of(ctx.bb.normalize(averaged)), layout)
+        return replace(data, expr=ctx.emit(averaged, name), shape=shape)
+    assert data.quant is not None
+    sums, counts = window_sums(ctx, name, call, data, data.quant.zero_point)
+    # Every window sums pool positions; those outside hold the zero point, whose real value is 0.
+    positions = int(np.prod(ir.ints(attrs.pool_size)))
+    bias = np.array(-data.quant.zero_point * positions, np.int64)
+    return Accumulator(sums, np.float64(data.quant.scale) / counts, bias)
+
+
+def window_sums(
+    ctx: Lowering, name: str, call: tvm.ir.Call, data: Tensor, pad_value: int
+) -> tuple[Tensor, np.ndarray]:
+    """(int32 sums of codes over the windows of an avg_pool2d, positions that each averages).
+
+    Positions outside the data count as `pad_value`; the counts broadcast against the logical shape.
+    """
+    attrs = call.attrs
+    layout = str(attrs.layout)
     pool, strides = ir.ints(attrs.pool_size), ir.ints(attrs.strides)
     padding, dilation = ir.ints(attrs.padding), ir.ints(attrs.dilation)
-    data, quantised = _source(ctx, call)
     data = ctx.permuted(data, _nhwc(layout), f"{name}.nhwc")
-    averaged = relax.op.nn.avg_pool2d(
-        data.expr, pool, strides, padding, dilation, bool(attrs.ceil_mode),
-        bool(attrs.count_include_pad), "NHWC",
-    )  # fmt: skip
-    physical = ir.shape_of(ctx.bb.normalize(averaged))
+    physical = ir.shape_of(ctx.bb.normalize(_average(call, data.expr)))
     assert physical is not None
-    shape = tuple(physical["NHWC".index(letter)] for letter in layout)
-    if not quantised:
-        return replace(data, expr=ctx.emit(averaged, name), shape=shape)
     height, width = data.physical_shape[1:3]
     include = bool(attrs.count_include_pad)
-    rows = _counts(height, pool[0], strides[0], padding[0], padding[2], dilation[0], physical[1], include)
-    columns = _counts(width, pool[1], strides[1], padding[1], padding[3], dilation[1], physical[2], include)
-    counts = np.outer(rows, columns)  # [OH, OW]
+    rows = _counts(
+        height, pool[0], strides[0], padding[0], padding[2], dilation[0], physical[1], include
+    )
+    columns = _counts(
+        width, pool[1], strides[1], padding[1], padding[3], dilation[1], physical[2], include
+    )
+    counts = np.outer(rows, columns).astype(np.float64)  # [OH, OW]
     if np.all(counts == counts[0, 0]):
-        divisor = np.array(float(counts[0, 0]))
-    else:
-        axes = {"N": 1, "H": physical[1], "W": physical[2], "C": 1}
-        divisor = counts.astype(np.float64).reshape([axes[x] for x in "NHWC"])
-        divisor = divisor.transpose(["NHWC".index(letter) for letter in layout])
-    assert data.quant is not None
+        counts = counts[:1, :1]
+    counts = counts.reshape(1, *counts.shape, 1).transpose(["NHWC".index(x) for x in layout])
     func = sum_pool2d(
         data.physical_shape, data.dtype, pool, strides, padding, dilation,  # type: ignore[arg-type]
-        physical[1:3], data.quant.zero_point,  # type: ignore[arg-type]
+        physical[1:3], pad_value,  # type: ignore[arg-type]
     )  # fmt: skip
     expr = ctx.kernel(func, [data.expr], physical, "int32", f"{name}.sum", "sum_pool2d")
-    # Every window sums pool positions; those outside hold the zero point, whose real value is 0.
-    bias = np.array(-data.quant.zero_point * pool[0] * pool[1], np.int64)
-    return Accumulator(
-        Tensor(expr, shape, "int32", data.perm), np.float64(data.quant.scale) / divisor, bias
-    )
+    return Tensor(expr, _logical(physical, layout), "int32", data.perm), counts
+
+
+def _average(call: tvm.ir.Call, data: tvm.ir.Expr) -> tvm.ir.Call:
+    """The pooling on channels-last data."""
+    attrs = call.attrs
+    return relax.op.nn.avg_pool2d(
+        data, ir.ints(attrs.pool_size), ir.ints(attrs.strides), ir.ints(attrs.padding),
+        ir.ints(attrs.dilation), bool(attrs.ceil_mode), bool(attrs.count_include_pad), "NHWC",
+    )  # fmt: skip
+
+
+def _logical(physical: tuple[int, ...] | None, layout: str) -> tuple[int, ...]:
+    assert physical is not None
+    return tuple(physical["NHWC".index(letter)] for letter in layout)
 
 
 def _counts(

@@ -1,0 +1,50 @@
+"""ADD and SUB of two tensors of codes under the TFLite rule; numerics in relay_passes/numerics/tflite.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tvm import te, tirx
+
+from .prim import BROADCAST, make_prim_func
+from .requantize import at, multiply_by_quantized_multiplier
+
+Multiplier = tuple[int, int]  # Q31 mantissa, exponent
+
+
+def tflite_add(
+    shapes: tuple[Sequence[int], Sequence[int]],
+    dtype: str,
+    zero_points: tuple[int, int, int],
+    multipliers: tuple[Multiplier, Multiplier, Multiplier],
+    left_shift: int,
+    sign: int,
+    bounds: tuple[int, int],
+    out_shape: Sequence[int],
+    out_dtype: str,
+) -> tirx.PrimFunc:
+    """(a, b) -> clamp(scale_y(scale_a((a - z_a) << s) + sign * scale_b((b - z_b) << s)) + z_y).
+
+    `zero_points` and `multipliers` are those of a, b and the result; operands broadcast as in NumPy.
+    """
+    a = te.placeholder(shapes[0], dtype, name="a")
+    b = te.placeholder(shapes[1], dtype, name="b")
+
+    def const(value: int) -> tirx.PrimExpr:
+        return tirx.const(value, "int32")
+
+    def scaled(x: tirx.PrimExpr, multiplier: Multiplier) -> tirx.PrimExpr:
+        return multiply_by_quantized_multiplier(x, const(multiplier[0]), const(multiplier[1]))
+
+    def term(operand: te.Tensor, i: Sequence[tirx.Var], which: int) -> tirx.PrimExpr:
+        centred = at(operand, i).astype("int32") - const(zero_points[which])
+        return scaled(centred << const(left_shift), multipliers[which])
+
+    def compute(*i: tirx.Var) -> tirx.PrimExpr:
+        left, right = term(a, i, 0), term(b, i, 1)
+        total = left + right if sign > 0 else left - right
+        result = scaled(total, multipliers[2]) + const(zero_points[2])
+        return te.max(te.min(result, const(bounds[1])), const(bounds[0])).astype(out_dtype)
+
+    out = te.compute(out_shape, compute, name="tflite_add")
+    return make_prim_func("tflite_add", [a, b], out, ["data", "data"], BROADCAST, {"sign": sign})
