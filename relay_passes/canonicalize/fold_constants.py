@@ -47,6 +47,8 @@ class _FoldConstants(Rewriter):
         name = op_name(value)
         if name is None:
             return None
+        if name == "relax.shape_of" and shape_of(value.args[0]) is not None:
+            return relax.ShapeExpr(list(shape_of(value.args[0]) or ()))
         fold = FOLDS.get(name)
         if fold is not None:
             arguments = [_argument(argument) for argument in value.args]
@@ -69,9 +71,7 @@ class _FoldConstants(Rewriter):
             earlier.append((call, result))
         return result
 
-    def _fold(
-        self, value: Expr, fold: Callable[..., Any], arguments: Sequence[Any]
-    ) -> Expr | None:
+    def _fold(self, value: Expr, fold: Callable[..., Any], arguments: Sequence[Any]) -> Expr | None:
         if isinstance(value.ty, relax.TupleType):
             pieces = fold(value.attrs, *arguments)
             return relax.Tuple([array_const(np.asarray(piece)) for piece in pieces])
@@ -115,9 +115,7 @@ class _FoldConstants(Rewriter):
         )
 
 
-def _moved_axis(
-    shape: tuple[int, ...], axis: int, new_shape: tuple[int, ...]
-) -> int | None:
+def _moved_axis(shape: tuple[int, ...], axis: int, new_shape: tuple[int, ...]) -> int | None:
     """Where a whole axis is after a reshape, `None` when it was cut or merged."""
     before = math.prod(shape[:axis])
     for candidate, size in enumerate(new_shape):
@@ -239,6 +237,7 @@ FOLDS: dict[str, Callable[..., Any]] = {
     for name, fold in {
         # shape and layout
         "reshape": lambda attrs, x, shape: x.reshape(shape),
+        "shape_to_tensor": lambda attrs, shape: np.array(shape, "int64"),
         "permute_dims": _permute,
         "squeeze": lambda attrs, x: np.squeeze(x, _axes(attrs)),
         "expand_dims": _expand_dims,

@@ -7,7 +7,7 @@ import math
 import tvm
 from tvm import relax
 
-from ..ir import ints, op_name, shape_of
+from ..ir import constant, ints, op_name, shape_of
 from .anchors import CONVOLUTIONS, with_data_and_padding
 from .rewrite import Expr, Rewriter, Var, rewrite_module
 
@@ -16,7 +16,7 @@ from .rewrite import Expr, Rewriter, Var, rewrite_module
 class FoldPad:
     """conv(pad(x), w) => conv with (asymmetric) padding; average and maximum pooling alike.
 
-    A convolution takes zero padding of its spatial axes. An average pool without padding of its own then
+    A convolution takes zero padding of its spatial axes, also as `conv(dequantize(pad(q, zero point)))`. An average pool without padding of its own then
     counts the padding; a maximum pool takes `-inf`, or zero where its input is never negative.
     """
 
@@ -32,6 +32,9 @@ class _FoldPad(Rewriter):
         if name not in CONVOLUTIONS and name not in ("relax.nn.avg_pool2d", "relax.nn.max_pool2d"):
             return None
         pad = self.value(value.args[0])
+        quantised = None
+        if op_name(pad) == "relax.dequantize":
+            quantised, pad = pad, self.value(pad.args[0])
         if op_name(pad) != "relax.nn.pad" or str(pad.attrs.pad_mode) != "constant":
             return None
         layout = str(value.attrs.data_layout if name in CONVOLUTIONS else value.attrs.layout)
@@ -41,6 +44,17 @@ class _FoldPad(Rewriter):
         before, after = widths
         fill = float(pad.attrs.pad_value)
         data = pad.args[0]
+        if quantised is not None:
+            # Integers padded with their zero point are reals padded with zero.
+            zero_point = constant(quantised.args[2])
+            if name == "relax.nn.max_pool2d" or zero_point is None or zero_point.size != 1:
+                return None
+            if constant(quantised.args[1]) is None or fill != int(zero_point.reshape(())):
+                return None
+            fill = 0.0
+            data = relax.Call(
+                quantised.op, [data, *quantised.args[1:]], quantised.attrs, quantised.ty_args
+            )
         rank = len(before)
         own = _expand(ints(value.attrs.padding), rank)
         if name in CONVOLUTIONS:

@@ -99,12 +99,24 @@ class _RemoveIdentities(Rewriter):
         return x if shape_of(x) is not None and shape_of(x) == shape_of(value) else None
 
     def strided_slice(self, value: Expr) -> Expr | None:
-        steps = value.args[4] if len(value.args) > 4 else None
-        if isinstance(steps, relax.Tuple) and any(
-            getattr(step, "value", None) != 1 for step in steps.fields
-        ):
+        """Bounds inside the axis; slices of different axes in one."""
+        x = value.args[0]
+        shape = shape_of(x)
+        slices = None if shape is None else _slices(value, shape)
+        if shape is None or slices is None:
             return None
-        return self.same_shape(value)
+        if all(part == (0, shape[axis], 1) for axis, part in slices.items()):
+            return x
+        inner = self.value(x)
+        if op_name(inner) == "relax.strided_slice" and self.uses(x) == 1:
+            inner_shape = shape_of(inner.args[0])
+            earlier = None if inner_shape is None else _slices(inner, inner_shape)
+            if earlier is not None and not set(earlier) & set(slices):
+                return _slice(inner.args[0], {**earlier, **slices})
+        given = [_number(bound) for bound in value.args[3].fields]
+        if given != [float(end) for _, end, _ in slices.values()]:
+            return _slice(x, slices)
+        return None
 
     def pad(self, value: Expr) -> Expr | None:
         return None if any(ints(value.attrs.pad_width)) else value.args[0]
@@ -208,6 +220,32 @@ _RULES: dict[str, Callable[[_RemoveIdentities, Expr], Expr | None]] = {
     "relax.minimum": _RemoveIdentities.minimum,
     "relax.nn.relu6": _RemoveIdentities.relu6,
 }
+
+
+def _slices(call: Expr, shape: tuple[int, ...]) -> dict[int, tuple[int, int, int]] | None:
+    """Axis => (begin, end, step) of a constant forward slice, bounds inside the axis."""
+    fields = [
+        None if not isinstance(a, relax.Tuple) else [_number(v) for v in a.fields]
+        for a in call.args[1:]
+    ]
+    if any(field is None or None in field for field in fields):
+        return None
+    axes, begins, ends = ([int(v) for v in field or []] for field in fields[:3])
+    steps = [int(v) for v in fields[3] or []] if len(fields) > 3 else [1] * len(axes)
+    slices = {}
+    for axis, begin, end, step in zip(axes, begins, ends, steps, strict=True):
+        if step < 1:
+            return None
+        axis %= len(shape)
+        begin, end, _ = slice(begin, end, step).indices(shape[axis])
+        slices[axis] = (begin, max(end, begin), step)
+    return slices
+
+
+def _slice(x: Expr, slices: dict[int, tuple[int, int, int]]) -> Expr:
+    axes = sorted(slices)
+    begin, end, step = ([slices[axis][i] for axis in axes] for i in range(3))
+    return relax.op.strided_slice(x, axes, begin, end, step)
 
 
 def _permutation(call: Expr, rank: int) -> list[int]:

@@ -30,7 +30,9 @@ class Rewriter:
         self._values: dict[Var, Expr] = {}
         self._uses: dict[Var, int] = {}
         self._replaced: dict[Var, Expr] = {}  # variable => what stands for it from now on
-        self._sequence: list[tuple[Var, Expr | None]] = []  # (variable, MatchCast marker) emitted so far
+        self._sequence: list[
+            tuple[Var, Expr | None]
+        ] = []  # (variable, MatchCast marker) emitted so far
         self._in_dataflow = False
 
     # ---- what a rule may use -------------------------------------------------------------------
@@ -177,9 +179,7 @@ class Rewriter:
             arguments = [self._substitute(argument) for argument in expr.args]
             if all(new is old for new, old in zip(arguments, expr.args, strict=True)):
                 return expr
-            return self._builder.normalize(
-                relax.Call(expr.op, arguments, expr.attrs, expr.ty_args)
-            )
+            return self._builder.normalize(relax.Call(expr.op, arguments, expr.attrs, expr.ty_args))
         if isinstance(expr, relax.Tuple):
             return self._builder.normalize(
                 relax.Tuple([self._substitute(field) for field in expr.fields])
@@ -238,7 +238,9 @@ def rewrite_module(module: tvm.IRModule, rewriter: type[Rewriter]) -> tvm.IRModu
         symbol = (function.attrs or {}).get("global_symbol")
         if global_var.name_hint == "main":  # always callable from outside
             symbol = "main"
-        new = new.with_attr("global_symbol", symbol) if symbol else new.without_attr("global_symbol")
+        new = (
+            new.with_attr("global_symbol", symbol) if symbol else new.without_attr("global_symbol")
+        )
         result.update_func(global_var, new)
     return result
 

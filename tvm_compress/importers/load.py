@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from ..model import Model, model_from_module
+from .messages import first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,11 +35,21 @@ def load_model(
     from ..relay_passes.canonicalize import canonicalize
 
     kind, source = _kind(source)
-    module = _import(kind, source, shapes, input_values)
-    module = canonicalize()(module)
+    where = f"{source}: " if isinstance(source, Path) else ""
     if name is None:
         name = source.stem if isinstance(source, Path) else "model"
-    return model_from_module(module, name, kind)
+    try:
+        module = _import(kind, source, shapes, input_values)
+        return model_from_module(canonicalize()(module), name, kind)
+    except ModelError as error:
+        if str(error).startswith(where):
+            raise
+        raise ModelError(f"{where}{error}") from error.__cause__
+    except Exception as error:  # noqa: BLE001 - a damaged file may fail anywhere in the front ends
+        raise ModelError(
+            f"{where}the model is damaged or uses something that is not supported "
+            f"({first_line(error)})"
+        ) from error
 
 
 def _kind(source: Any) -> tuple[str, Any]:
@@ -61,7 +72,9 @@ def _kind(source: Any) -> tuple[str, Any]:
         ("relax", "tvm.ir", "IRModule"),
     ):
         for base in type(source).__mro__:
-            if base.__name__ == class_name and base.__module__.startswith(module_name.split(".")[0]):
+            if base.__name__ == class_name and base.__module__.startswith(
+                module_name.split(".")[0]
+            ):
                 return kind, source
     raise ModelError(
         f"cannot import a {type(source).__name__}; pass a path, an onnx.ModelProto, "
@@ -75,24 +88,18 @@ def _import(
     shapes: Mapping[str, tuple[int, ...]] | None,
     input_values: Mapping[str, float | np.ndarray] | None,
 ) -> tvm.IRModule:
-    try:
-        if kind == "onnx":
-            from .onnx import import_onnx
+    if kind == "onnx":
+        from .onnx import import_onnx
 
-            return import_onnx(source, shapes, input_values)
-        if kind == "tflite":
-            from .tflite import import_tflite
+        return import_onnx(source, shapes, input_values)
+    if kind == "tflite":
+        from .tflite import import_tflite
 
-            return import_tflite(source, shapes, input_values)
-        if kind == "torch":
-            from .torch import import_torch
+        return import_tflite(source, shapes, input_values)
+    if kind == "torch":
+        from .torch import import_torch
 
-            return import_torch(source, shapes, input_values)
-        from .relax import import_relax
+        return import_torch(source, shapes, input_values)
+    from .relax import import_relax
 
-        return import_relax(source, shapes, input_values)
-    except ModelError as error:
-        message = str(error)
-        if isinstance(source, Path) and not message.startswith(str(source)):
-            raise ModelError(f"{source}: {message}") from error.__cause__
-        raise
+    return import_relax(source, shapes, input_values)

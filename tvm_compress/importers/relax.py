@@ -64,7 +64,9 @@ def _read(path: Path) -> tvm.IRModule:
         module = tvm.ir.load_json(path.read_text(encoding="utf-8"))
     except Exception as error:
         line = (str(error).strip().splitlines() or ["unreadable"])[0]
-        raise ModelError(f"{path}: not a Relax module saved with tvm.ir.save_json ({line})") from None
+        raise ModelError(
+            f"{path}: not a Relax module saved with tvm.ir.save_json ({line})"
+        ) from None
     if not isinstance(module, tvm.IRModule):
         raise ModelError(f"{path}: holds a {type(module).__name__}, not a Relax module")
     return module

@@ -55,9 +55,7 @@ def unknown_input(name: str, known: Mapping[str, object]) -> str:
     return f"the model has no input {name!r}{hint} (inputs: {', '.join(known) or 'none'})"
 
 
-def _match(
-    name: str, dims: Sequence[Dim], shape: tuple[int, ...], symbols: dict[str, int]
-) -> None:
+def _match(name: str, dims: Sequence[Dim], shape: tuple[int, ...], symbols: dict[str, int]) -> None:
     fits = len(dims) == len(shape)
     for dim, size in zip(dims, shape, strict=False):
         if isinstance(dim, str):

@@ -17,6 +17,7 @@ from ..model import INPUT_NAMES_ATTR, OUTPUT_NAMES_ATTR, REQUANTIZE_ATTR
 from ..relay_passes.ir import op_name
 from . import names
 from .freeze import freeze_inputs
+from .messages import first_line
 from .shapes import Dim, resolve_shapes, unknown_input
 
 try:
@@ -25,7 +26,7 @@ try:
     from tvm.relax.frontend.tflite.tflite_frontend import OperatorConverter, get_tensor_name
 except ImportError as error:
     raise ModelError(
-        f"reading TFLite needs the package {error.name!r}: pip install 'tvm-compress[tflite]'"
+        f"reading TFLite needs the package {error.name!r}: pip install tflite"
     ) from error
 
 MAX_FILE_BYTES = 2**31 - 1  # flatbuffers cannot address more
@@ -51,7 +52,7 @@ def import_tflite(
         declared = _inputs(graph)
         output_names = [_name(graph.Tensors(int(i))) for i in graph.OutputsAsNumpy()]
     except Exception as error:
-        raise ModelError(f"{path}: damaged TFLite file ({_first_line(error)})") from error
+        raise ModelError(f"{path}: damaged TFLite file ({first_line(error)})") from error
     for name in input_values or {}:
         if name not in declared:
             raise ModelError(unknown_input(name, declared))
@@ -67,7 +68,7 @@ def import_tflite(
         raise
     except Exception as error:
         where = f" at operator {Converter.current}" if Converter.current else ""
-        raise ModelError(f"{path}: cannot import{where}: {_first_line(error)}") from error
+        raise ModelError(f"{path}: cannot import{where}: {first_line(error)}") from error
     main = module["main"].without_attr("params").without_attr("num_input")
     main = main.with_attr(INPUT_NAMES_ATTR, list(declared))
     main = main.with_attr(OUTPUT_NAMES_ATTR, output_names)
@@ -96,7 +97,7 @@ def _read(path: Path) -> Any:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"{path}: damaged TFLite file ({_first_line(error)})") from error
+        raise ModelError(f"{path}: damaged TFLite file ({first_line(error)})") from error
     return model
 
 
@@ -136,9 +137,9 @@ def _name(tensor: Any) -> str:
 class _Converter(OperatorConverter):
     """TVM's converter, with layer names and the quantised operators it refuses or rounds otherwise."""
 
-    _SUPPORTED_QUANTIZED_OPS = OperatorConverter._SUPPORTED_QUANTIZED_OPS | _MOVEMENT | _INDEX | {
-        "BATCH_MATMUL"
-    }
+    _SUPPORTED_QUANTIZED_OPS = (
+        OperatorConverter._SUPPORTED_QUANTIZED_OPS | _MOVEMENT | _INDEX | {"BATCH_MATMUL"}
+    )
     layer_labels: dict[tvm.ir.Var, str] = {}
     current = ""
 
@@ -271,9 +272,13 @@ def layer_name(outputs: list[str], weights: list[str], kind: str) -> str:
     for joined in [*outputs, *weights]:
         for name in joined.split(";"):
             path = re.sub(r"/(ReadVariableOp|resource)\d*", "", name)
-            layer = names.layer_name(re.sub(r"(Conv2D|MatMul|BiasAdd|depthwise)\d+$", r"\1", path), "")
+            layer = names.layer_name(
+                re.sub(r"(Conv2D|MatMul|BiasAdd|depthwise)\d+$", r"\1", path), ""
+            )
             layer = re.sub(r"^(functional|model|sequential)_(\d+_)?(?=[A-Za-z])", "", layer)
-            if re.search(r"activation|batch_norm|Identity|weights|_Const$|^Const|shape|^arg\d", layer):
+            if re.search(
+                r"activation|batch_norm|Identity|weights|_Const$|^Const|shape|^arg\d", layer
+            ):
                 fallback = fallback or layer
             elif layer:
                 votes[layer] += 1
@@ -290,10 +295,3 @@ def _rename(function: relax.Function, labels: Mapping[tvm.ir.Var, str]) -> relax
     from ..relay_passes.canonicalize.name_layers import rename
 
     return rename(function, labels)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-

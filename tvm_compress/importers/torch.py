@@ -20,6 +20,7 @@ from ..relay_passes.canonicalize.name_layers import rename
 from ..relay_passes.ir import array_const, op_name
 from . import names
 from .freeze import freeze_inputs
+from .messages import first_line
 from .pt2 import vetted_bytes
 from .shapes import Dim, resolve_shapes
 
@@ -45,7 +46,7 @@ def import_torch(
             warnings.simplefilter("ignore")
             program = program.run_decompositions()
     except Exception as error:
-        raise ModelError(f"torch cannot decompose the program: {_first_line(error)}") from error
+        raise ModelError(f"torch cannot decompose the program: {first_line(error)}") from error
     _check_values(program)
     importer = ExportedProgramImporter()
     importer.update_convert_map(_QUANTISED_OPS)
@@ -55,7 +56,7 @@ def import_torch(
             warnings.simplefilter("ignore")
             module = importer.from_exported_program(program, False, True, False, _QUANTISED_OPS)
     except Exception as error:
-        raise ModelError(f"cannot import the program: {_first_line(error)}") from error
+        raise ModelError(f"cannot import the program: {first_line(error)}") from error
     main = rename(module["main"], _labels(program, importer, module["main"]))
     main = _static(main, program, shapes)
     results = main.ret_ty.fields if isinstance(main.ret_ty, relax.TupleType) else [main.ret_ty]
@@ -82,7 +83,7 @@ def _load(path: Path) -> torch.export.ExportedProgram:
         return torch.export.load(io.BytesIO(content))
     except Exception as error:
         raise ModelError(
-            f"{path}: torch {torch.__version__} cannot load this program ({_first_line(error)}); "
+            f"{path}: torch {torch.__version__} cannot load this program ({first_line(error)}); "
             "save it again with this version's torch.export.save"
         ) from error
     finally:
@@ -239,8 +240,14 @@ def _quantize(node: Any, importer: ExportedProgramImporter) -> tvm.ir.Var:
     x = importer.env[node.args[0]]
     low, high, dtype = node.args[3], node.args[4], _dtype(node.args[5])
     return _quantized(
-        importer, x, _scalar(node, importer, 1, "float32"), _zero(node, importer, 2), -1,
-        low, high, dtype,
+        importer,
+        x,
+        _scalar(node, importer, 1, "float32"),
+        _zero(node, importer, 2),
+        -1,
+        low,
+        high,
+        dtype,
     )
 
 
@@ -315,8 +322,3 @@ _QUANTISED_OPS = {
     "quantize_per_channel.default": _quantize_channels,
     "dequantize_per_channel.default": _dequantize_channels,
 }
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

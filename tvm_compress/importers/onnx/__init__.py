@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import tvm
+from onnx import inliner
 
 from ...errors import ModelError
 from ...model import INPUT_NAMES_ATTR, OUTPUT_NAMES_ATTR, REQUANTIZE_ATTR
@@ -26,7 +27,7 @@ def import_onnx(
     """Relax module in graph form, not yet canonical. Raises `ModelError`."""
     model = read(source) if isinstance(source, Path) else source
     if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+        model = inliner.inline_local_functions(model)
     graph = model.graph
     check_values(graph)
     declared = _inputs(graph)
@@ -35,8 +36,12 @@ def import_onnx(
         if name not in declared:
             raise ModelError(unknown_input(name, declared))
     static = resolve_shapes(
-        {name: [None if d is None and values[name].ndim == 0 else d for d in dims]
-         if name in values else dims for name, dims in declared.items()},
+        {
+            name: [None if d is None and values[name].ndim == 0 else d for d in dims]
+            if name in values
+            else dims
+            for name, dims in declared.items()
+        },
         {**{n: v.shape for n, v in values.items() if v.ndim}, **(shapes or {})},
     )
     with quiet():

@@ -11,8 +11,9 @@ from . import integer, recurrent, standard
 Converter = Callable[[Any, list[Any], dict[str, Any], int], Any]
 
 CONVERTERS: dict[str, Converter] = {
-    # TVM turns these into raw TIR functions, which no pass can read
+    # TVM turns these into raw TIR functions, which no pass can read, or into unchecked reads
     "Clip": standard.clip,
+    "Gather": standard.gather,
     "Pad": standard.pad,
     "Tile": standard.tile,
     # quantised operators, kept in integers

@@ -27,6 +27,7 @@ from tvm.relax.frontend.onnx.onnx_frontend import (
 from ...errors import ModelError
 from ...relay_passes.ir import array_const, constant, op_name, shape_of
 from .. import names
+from ..messages import first_line
 from .fold import evaluate
 from .read import tensor_array
 
@@ -51,7 +52,8 @@ class GraphImporter(ONNXGraphImporter):
         super().__init__(dict(shapes), {}, keep_params_in_input=False, sanitize=True)
         self._input_values = dict(input_values)
         self._unique = names.UniqueNames()
-        self._node_name = ""
+        self._base = names.UniqueNames()  # before the step's suffix
+        self._bases: dict[tuple[str, str], str] = {}
         self._suffix = ""  # `_t3` inside the fourth pass of an unrolled loop
         self._converted_nodes = 0
         self._in_branch = False
@@ -68,16 +70,20 @@ class GraphImporter(ONNXGraphImporter):
         self._add_constants(graph)
         self._add_inputs(graph)
         inputs = [v for v in self._inputs.values() if isinstance(v, tvm.ir.Var)]
-        with self.bb.function("main", params=inputs):
-            with contextlib.ExitStack() as stack:
-                dataflow = not _has_subgraph(graph)
-                if dataflow:
-                    stack.enter_context(self.bb.dataflow())
-                self._construct_nodes(graph)
-                outputs = [self._output(value) for value in graph.output]
-                result = outputs[0] if len(outputs) == 1 else relax.Tuple(outputs)
-                result = self.bb.emit_output(result) if dataflow else self.bb.emit(result)
-            self.bb.emit_func_output(result)
+        try:
+            with self.bb.function("main", params=inputs):
+                with contextlib.ExitStack() as stack:
+                    dataflow = not _has_subgraph(graph)
+                    if dataflow:
+                        stack.enter_context(self.bb.dataflow())
+                    self._construct_nodes(graph)
+                    outputs = [self._output(value) for value in graph.output]
+                    result = outputs[0] if len(outputs) == 1 else relax.Tuple(outputs)
+                    result = self.bb.emit_output(result) if dataflow else self.bb.emit(result)
+                self.bb.emit_func_output(result)
+        except BaseException:
+            _close(self.bb)
+            raise
         return self.bb.get()
 
     def _output(self, value: onnx.ValueInfoProto) -> tvm.ir.Expr:
@@ -141,7 +147,7 @@ class GraphImporter(ONNXGraphImporter):
             except Exception as error:
                 raise ModelError(
                     f"cannot import operator {_qualified(node)} of node {_label(node)}: "
-                    f"{_first_line(error)}"
+                    f"{first_line(error)}"
                 ) from error
 
     def _node(self, node: onnx.NodeProto) -> None:
@@ -191,7 +197,6 @@ class GraphImporter(ONNXGraphImporter):
     def _convert(self, node: onnx.NodeProto, inputs: list[Any]) -> list[tvm.ir.Expr]:
         attributes = self._parse_attr(node.attribute)
         attributes["tvm_custom"] = {"name": node.name, "num_outputs": len(node.output)}
-        self._node_name = node.name
         weight = node.input[1] if len(node.input) > 1 else ""
         converter = self._converters.get(node.op_type)
         if converter is not None:
@@ -204,9 +209,7 @@ class GraphImporter(ONNXGraphImporter):
             result = implementation(self.bb, inputs, attributes, [self._nodes, self._params])
         return self._named_results(node, weight, result)
 
-    def _named_results(
-        self, node: onnx.NodeProto, weight: str, result: Any
-    ) -> list[tvm.ir.Expr]:
+    def _named_results(self, node: onnx.NodeProto, weight: str, result: Any) -> list[tvm.ir.Expr]:
         if isinstance(result, list | tuple) or isinstance(result, relax.Tuple):
             return [self._emit(node, weight, value) for value in result]
         result = self._emit(node, weight, result)
@@ -237,7 +240,10 @@ class GraphImporter(ONNXGraphImporter):
         else:
             short = (operator or node.op_type).split(".")[-1]
             hint = names.value_name(node.name, node.op_type, short)
-        return self.bb.emit(expr, self._unique(hint + self._suffix))
+        key = (node.output[0], hint)
+        if key not in self._bases:  # an unrolled node keeps its base in every step
+            self._bases[key] = self._base(hint)
+        return self.bb.emit(expr, self._unique(self._bases[key] + self._suffix))
 
     # ---- branches and loops ------------------------------------------------------------------
 
@@ -275,9 +281,7 @@ class GraphImporter(ONNXGraphImporter):
         if len(node.output) == 1:
             results = [result]
         else:
-            results = [
-                self.bb.emit(relax.TupleGetItem(result, i)) for i in range(len(node.output))
-            ]
+            results = [self.bb.emit(relax.TupleGetItem(result, i)) for i in range(len(node.output))]
         for name, value in zip(node.output, results, strict=True):
             if shape_of(value) is None:
                 raise ModelError(
@@ -344,13 +348,9 @@ class GraphImporter(ONNXGraphImporter):
         limit = None if inputs[0] is None else constant(inputs[0])
         if inputs[0] is not None and limit is None:
             raise refusal
-        proceed = (
-            np.array(True) if len(inputs) < 2 or inputs[1] is None else constant(inputs[1])
-        )
+        proceed = np.array(True) if len(inputs) < 2 or inputs[1] is None else constant(inputs[1])
         state = list(inputs[2:])
-        collected: list[list[tvm.ir.Expr]] = [
-            [] for _ in range(len(body.output) - 1 - len(state))
-        ]
+        collected: list[list[tvm.ir.Expr]] = [[] for _ in range(len(body.output) - 1 - len(state))]
         step = 0
         with self._scope():
             self._add_constants(body)
@@ -400,6 +400,13 @@ class GraphImporter(ONNXGraphImporter):
 # ---- small helpers ---------------------------------------------------------------------------
 
 
+def _close(builder: relax.BlockBuilder) -> None:
+    """End the blocks that an error left open; TVM would print a warning for them."""
+    with contextlib.suppress(Exception):
+        for _ in range(64):
+            builder._end_block()
+
+
 def _has_subgraph(graph: onnx.GraphProto) -> bool:
     return any(node.op_type == "If" for node in graph.node) or any(
         a.HasField("g") and _has_subgraph(a.g) for node in graph.node for a in node.attribute
@@ -441,10 +448,6 @@ def _qualified(node: onnx.NodeProto) -> str:
 def _label(node: onnx.NodeProto) -> str:
     return repr(node.name or (node.output[0] if node.output else "?"))
 
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 The operators of the QOperator format mean exactly that composition (onnx operator specification,
 onnxruntime's contrib operators), so one form serves both formats and later passes see only one.
 ConvInteger and MatMulInteger have an int32 result: with constant zero points they become the same
-composition with every scale 1 (exact while the sums stay below 2^24 in float32; the integer kernels
-that replace it later are exact always); with run-time zero points they stay integer arithmetic.
+composition with every scale 1, cast to int32 (exact while the sums stay below 2^24 in float32; the
+integer kernels that replace it later are exact always); with run-time zero points they stay integer
+arithmetic.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ def _parameters(
     if array is None or zeros is None:
         return scale, array_const(zeros) if zero_point is None else zero_point, axis
     if array.size == 1 and zeros.size == 1:
-        return array_const(array.reshape(())), array_const(zeros.reshape(())), axis
+        return array_const(array.reshape(())), array_const(zeros.reshape(())), -1
     size = max(array.size, zeros.size)
     array = np.broadcast_to(array.reshape(-1), (size,))
     zeros = np.broadcast_to(zeros.reshape(-1), (size,))
-    return array_const(array.copy()), array_const(zeros.copy()), axis % max(rank, 1)
+    return array_const(array.copy()), array_const(zeros.copy()), axis % rank if rank else axis
 
 
 def _dequantize(x: Expr, scale: Expr, zero_point: Expr | None, axis: int = -1) -> Expr:
@@ -52,10 +53,9 @@ def _dequantize(x: Expr, scale: Expr, zero_point: Expr | None, axis: int = -1) -
     return relax.op.dequantize(x, scale, zero_point, axis, dtype_of(scale))
 
 
-def _quantize(bb: Any, x: Expr, scale: Expr, zero_point: Expr | None, dtype: str = "uint8") -> Expr:
-    x = bb.normalize(x)
+def _quantize(x: Expr, scale: Expr, zero_point: Expr | None, dtype: str = "uint8") -> Expr:
     dtype = _like(zero_point, dtype)
-    scale, zero_point, axis = _parameters(scale, zero_point, dtype, -1, _rank(x))
+    scale, zero_point, axis = _parameters(scale, zero_point, dtype, -1, 0)
     return relax.op.quantize(x, scale, zero_point, axis, dtype)
 
 
@@ -115,7 +115,7 @@ def qlinear_conv(bb: Any, inputs: list[Any], attributes: dict[str, Any], opset: 
     if bias is not None:
         bias = bb.emit(_bias(bias, x_scale, w_scale))
     result = Conv.get_converter(opset)(bb, onnx_input([data, weight, bias]), attributes, None)
-    return _quantize(bb, result, y_scale, y_zero)
+    return _quantize(result, y_scale, y_zero)
 
 
 def _bias(bias: Expr, x_scale: Expr, w_scale: Expr) -> Expr:
@@ -132,7 +132,7 @@ def qlinear_matmul(bb: Any, inputs: list[Any], attributes: dict[str, Any], opset
     a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero = (inputs[i] for i in range(8))
     left = bb.emit(_dequantize(a, a_scale, a_zero, axis=_rank(a) - 2))
     right = bb.emit(_dequantize(b, b_scale, b_zero, axis=_rank(b) - 1))
-    return _quantize(bb, relax.op.matmul(left, right), y_scale, y_zero)
+    return _quantize(relax.op.matmul(left, right), y_scale, y_zero)
 
 
 def qgemm(bb: Any, inputs: list[Any], attributes: dict[str, Any], opset: int) -> Expr:
@@ -151,7 +151,7 @@ def qgemm(bb: Any, inputs: list[Any], attributes: dict[str, Any], opset: int) ->
     if c is not None:
         scale = array_const(np.float32(alpha) * np.asarray(constant(a_scale), "float32"))
         result = relax.op.add(result, bb.emit(_bias(c, scale, b_scale)))
-    return result if y_scale is None else _quantize(bb, result, y_scale, y_zero)
+    return result if y_scale is None else _quantize(result, y_scale, y_zero)
 
 
 def _binary(operator: Callable[[Expr, Expr], Expr]) -> Callable[..., Expr]:
@@ -159,7 +159,7 @@ def _binary(operator: Callable[[Expr, Expr], Expr]) -> Callable[..., Expr]:
         a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero = (inputs[i] for i in range(8))
         left = bb.emit(_dequantize(a, a_scale, a_zero))
         right = bb.emit(_dequantize(b, b_scale, b_zero))
-        return _quantize(bb, operator(left, right), y_scale, y_zero, dtype_of(a))
+        return _quantize(operator(left, right), y_scale, y_zero, dtype_of(a))
 
     return convert
 
@@ -174,14 +174,14 @@ def qlinear_concat(bb: Any, inputs: list[Any], attributes: dict[str, Any], opset
         bb.emit(_dequantize(inputs[i], inputs[i + 1], inputs[i + 2]))
         for i in range(2, len(inputs), 3)
     ]
-    return _quantize(bb, relax.op.concat(pieces, attributes["axis"]), inputs[0], inputs[1])
+    return _quantize(relax.op.concat(pieces, attributes["axis"]), inputs[0], inputs[1])
 
 
 def _unary(operator: Callable[[Any, Expr, dict[str, Any], int], Expr]) -> Callable[..., Expr]:
     def convert(bb: Any, inputs: list[Any], attributes: dict[str, Any], opset: int) -> Expr:
         x, x_scale, x_zero, y_scale, y_zero = (inputs[i] for i in range(5))
         result = operator(bb, bb.emit(_dequantize(x, x_scale, x_zero)), attributes, opset)
-        return _quantize(bb, result, y_scale, y_zero, dtype_of(x))
+        return _quantize(result, y_scale, y_zero, dtype_of(x))
 
     return convert
 
@@ -244,8 +244,7 @@ def _integer(
         one = array_const(np.float32(1.0))
         left = bb.emit(_dequantize(a, one, a_zero, axis=max(_rank(a) - 2, 0)))
         right = bb.emit(_dequantize(b, one, b_zero, axis=weight_axis))
-        result = operator(left, right)
-        return _quantize(bb, result, one, array_const(np.int32(0)))
+        return relax.op.astype(operator(left, right), "int32")
     return operator(
         bb.emit(_centred(bb, a, a_zero, max(_rank(a) - 2, 0))),
         bb.emit(_centred(bb, b, b_zero, weight_axis)),

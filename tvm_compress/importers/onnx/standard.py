@@ -1,4 +1,7 @@
-"""Clip, Pad and Tile as Relax operators (TVM's own converters emit raw TIR for them)."""
+"""Clip, Gather, Pad and Tile as Relax operators.
+
+TVM's own converters emit raw TIR for some of them, and a gather that reads outside its table.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from ...relay_passes.ir import constant, dtype_of, shape_of
+from ...relay_passes.ir import array_const, constant, dtype_of, shape_of
 
 
 def clip(bb: Any, inputs: list[Any], attributes: dict[str, Any], opset: int) -> tvm.ir.Expr:
@@ -24,7 +27,9 @@ def clip(bb: Any, inputs: list[Any], attributes: dict[str, Any], opset: int) -> 
     if isinstance(low, tvm.ir.Expr) or isinstance(high, tvm.ir.Expr):
         for bound, operator in ((low, relax.op.maximum), (high, relax.op.minimum)):
             if bound is not None:
-                x = operator(x, bound if isinstance(bound, tvm.ir.Expr) else relax.const(bound, dtype))
+                x = operator(
+                    x, bound if isinstance(bound, tvm.ir.Expr) else relax.const(bound, dtype)
+                )
         return x
     low = None if low is None or math.isnan(low) or low == -math.inf else low
     high = None if high is None or math.isnan(high) or high == math.inf else high
@@ -89,6 +94,31 @@ def pad(bb: Any, inputs: list[Any], attributes: dict[str, Any], opset: int) -> t
         before, after = ([max(w, 0) for w in side] for side in (before, after))
     flat = [int(w) for pair in zip(before, after, strict=True) for w in pair]
     return relax.op.nn.pad(x, flat, _PAD_MODES[mode], value)
+
+
+def gather(bb: Any, inputs: list[Any], attributes: dict[str, Any], opset: int) -> tvm.ir.Expr:
+    """Gather => `R.take` that stays inside the table; one constant position => a slice."""
+    x, indices = inputs[0], inputs[1]
+    shape = shape_of(x)
+    if shape is None:
+        raise ValueError("the input's shape is not known")
+    axis = attributes.get("axis", 0) % len(shape)
+    known = constant(indices)
+    if known is not None:
+        if known.size and (known.min() < -shape[axis] or known.max() >= shape[axis]):
+            raise ValueError(f"an index lies outside the axis of size {shape[axis]}")
+        known = np.where(known < 0, known + shape[axis], known).astype(known.dtype)
+        if known.ndim == 0:
+            position = int(known)
+            piece = relax.op.strided_slice(x, [axis], [position], [position + 1])
+            return relax.op.reshape(piece, shape[:axis] + shape[axis + 1 :])
+        return relax.op.take(x, array_const(known), axis, mode="clip")
+    if dtype_of(indices).startswith("int"):  # negative ones count from the end
+        limit = array_const(np.array(shape[axis], dtype_of(indices)))
+        zero = array_const(np.array(0, dtype_of(indices)))
+        from_end = relax.op.add(indices, limit)
+        indices = relax.op.where(relax.op.less(indices, zero), from_end, indices)
+    return relax.op.take(x, indices, axis, mode="clip")
 
 
 def tile(bb: Any, inputs: list[Any], attributes: dict[str, Any], opset: int) -> tvm.ir.Expr:
