@@ -1,0 +1,143 @@
+"""Register-tiled kernels: exact over ragged shapes, every dtype, and the values that would saturate."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from tvm_compress.schedules import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec
+from tvm_compress.targets import Target, get_target
+
+from .kernels import FLOAT, INT8, INT16, UINT8, check
+
+FORM = "x86.matrix"
+DTYPES = {
+    "float": FLOAT,
+    "int8": INT8,
+    "uint8": {**UINT8, "weight_zero_point": 128},
+    "uint8-wide": {**UINT8, "weight_zero_point": 3},
+    "int16": INT16,
+    "weight-only": {"weight_dtype": "int8"},
+}
+CHANNELS = [(1, 8), (3, 16), (7, 3), (8, 33), (15, 24), (16, 17), (17, 1), (33, 40)]
+
+
+def conv(ci: int, co: int, **fields: Any) -> Conv2dSpec:
+    base: dict[str, Any] = {"batch": 1, "height": 9, "width": 11, "kernel": (3, 3)}
+    return Conv2dSpec(**{**base, "in_channels": ci, "out_channels": co, **fields})
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+def test_every_dtype_on_every_target(target: Target, dtypes: dict[str, Any]) -> None:
+    pad_value = {"int8": -7, "uint8": 200}.get(dtypes.get("data_dtype", ""), 0)
+    check(conv(6, 20, **dtypes, padding=(1, 1, 1, 1), pad_value=pad_value), target, FORM)
+
+
+@pytest.mark.parametrize(("ci", "co"), CHANNELS)
+@pytest.mark.parametrize("dtypes", [FLOAT, INT8], ids=["float", "int8"])
+def test_ragged_channels(main_target: Target, ci: int, co: int, dtypes: dict[str, Any]) -> None:
+    check(conv(ci, co, **dtypes, padding=(0, 1, 2, 1), strides=(2, 1)), main_target, FORM)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"batch": 2, "kernel": (1, 1)},
+        {"kernel": (1, 1), "strides": (2, 2)},
+        {"kernel": (1, 1), "padding": (1, 1, 1, 1), "pad_value": 11},
+        {"dilation": (2, 1)},
+        {"dilation": (1, 2), "padding": (0, 2, 0, 2), "pad_value": -128},
+        {"groups": 2, "padding": (1, 1, 1, 1)},
+        {"groups": 2, "kernel": (1, 1), "batch": 2},
+        {"height": 1, "kernel": (1, 5), "padding": (0, 2, 0, 2)},
+        {"height": 3, "width": 3},
+        {"kernel": (9, 11)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtypes", [FLOAT, INT8], ids=["float", "int8"])
+def test_geometry(main_target: Target, fields: dict[str, Any], dtypes: dict[str, Any]) -> None:
+    if not dtypes:
+        fields = {k: v for k, v in fields.items() if k != "pad_value"}
+    check(conv(10, 18, **fields, **dtypes), main_target, FORM)
+
+
+@pytest.mark.parametrize("name", ["int8", "uint8", "uint8-wide", "int16"])
+def test_extreme_values_do_not_saturate(target: Target, name: str) -> None:
+    check(
+        conv(64, 16, **DTYPES[name], kernel=(3, 3), padding=(1, 1, 1, 1)),
+        target,
+        FORM,
+        extreme=True,
+    )
+
+
+def test_int16_long_reduction_exceeds_int32(main_target: Target) -> None:
+    spec = MatmulSpec(rows=2, in_features=4100, out_features=9, **INT16)
+    check(spec, main_target, FORM, extreme=True)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 13, 14, 15, 50])
+@pytest.mark.parametrize("features", [(1, 10), (33, 64), (640, 9)])
+def test_linear(rows: int, features: tuple[int, int]) -> None:
+    spec = MatmulSpec(rows=rows, in_features=features[0], out_features=features[1])
+    check(spec, get_target("host"), FORM)
+    check(spec.replace(**INT8), get_target("host"), FORM)
+
+
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("group_size", [8, 32, 64])
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_group_wise_codes(
+    main_target: Target, weight_dtype: str, group_size: int, zero_points: bool
+) -> None:
+    spec = MatmulSpec(
+        rows=3,
+        in_features=75,
+        out_features=21,
+        weight_dtype=weight_dtype,
+        group_size=group_size,
+        group_zero_points=zero_points,
+    )
+    check(spec, main_target, FORM)
+
+
+@pytest.mark.parametrize("in_features", [32, 33])
+def test_int4_without_groups(main_target: Target, in_features: int) -> None:
+    check(
+        MatmulSpec(rows=3, in_features=in_features, out_features=21, weight_dtype="int4"),
+        main_target,
+        FORM,
+    )
+
+
+@pytest.mark.parametrize("dtypes", [FLOAT, INT8], ids=["float", "int8"])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 2)], ids=str)
+def test_transposed(main_target: Target, dtypes: dict[str, Any], strides: tuple[int, int]) -> None:
+    spec = Conv2dTransposeSpec(
+        batch=2,
+        height=4,
+        width=5,
+        in_channels=6,
+        out_channels=10,
+        kernel=(3, 4),
+        strides=strides,
+        padding=(1, 0, 0, 1),
+        output_padding=(1, 0) if strides != (1, 1) else (0, 0),
+        groups=2,
+        pad_value=5 if dtypes else 0,
+        **dtypes,
+    )
+    check(spec, main_target, FORM)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_large_layers_in_parallel(threads: int) -> None:
+    """Bands, channel groups as tasks, tiles moved back inside: every element is written all the same."""
+    target = dataclasses.replace(get_target("host"), threads=threads)
+    for shape in [(32, 64, 3), (5, 200, 3), (50, 96, 1)]:
+        size, channels, kernel = shape
+        spec = conv(channels, channels, height=size, width=size, kernel=(kernel, kernel), **INT8)
+        check(spec, target, FORM)
