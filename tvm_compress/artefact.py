@@ -1,12 +1,12 @@
 """The output folder of `compress`: what runs on the target, and the evidence.
 
-    recipe.yaml      resolved: alone (with the model and data) it reproduces the artefact
-    deploy/          what goes to the target: the shared library
-    reference/       what the artefact is checked against: the float original built by the same
-                     compiler for the same target, the executable reference graph, kernel lists
-    report.json      report.html
-    manifest.json    versions, target, inputs and outputs, SHA-256 of every file above
-    .work/           caches of the last run; may be deleted
+recipe.yaml      resolved: alone (with the model and data) it reproduces the artefact
+deploy/          what goes to the target: the shared library
+reference/       what the artefact is checked against: the float original built by the same
+                 compiler for the same target, the executable reference graph, kernel lists
+report.json      report.html
+manifest.json    versions, target, inputs and outputs, SHA-256 of every file above
+.work/           caches of the last run; may be deleted
 """
 
 from __future__ import annotations

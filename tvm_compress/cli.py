@@ -372,9 +372,7 @@ def verify(
     result.require()
 
 
-@cli.command(
-    epilog=_example("tvm-compress benchmark out --against onnxruntime --model model.onnx")
-)
+@cli.command(epilog=_example("tvm-compress benchmark out --against onnxruntime --model model.onnx"))
 @click.argument("artefact", type=click.Path(path_type=Path))
 @click.option(
     "--against",

@@ -71,9 +71,7 @@ class LibraryInfo:
     def from_json(cls, value: Mapping[str, Any]) -> LibraryInfo:
         """Inverse of `to_json`."""
         return cls(
-            calls=tuple(
-                Call(c["symbol"], tuple(c["layers"]), c["output"]) for c in value["calls"]
-            ),
+            calls=tuple(Call(c["symbol"], tuple(c["layers"]), c["output"]) for c in value["calls"]),
             tensors={
                 name: TensorInfo(
                     tuple(t["shape"]), tuple(t["perm"]), t["source"], t["scale"], t["zero_point"]
@@ -93,9 +91,7 @@ class Observer:
     wrote. Calls of a branch that was not taken are skipped.
     """
 
-    def __init__(
-        self, info: LibraryInfo, on_call: Callable[[int, Any, float], None]
-    ) -> None:
+    def __init__(self, info: LibraryInfo, on_call: Callable[[int, Any, float], None]) -> None:
         self._symbols = [call.symbol for call in info.calls]
         self._on_call = on_call
         self._next = 0

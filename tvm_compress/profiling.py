@@ -271,9 +271,9 @@ def _type_name(name: str, call: tvm.ir.Call) -> str:
 
         weight = call.args[1]
         is_constant = isinstance(weight, tvm.ir.GenericConst)
-        return "fully connected" if is_constant or isinstance(weight, relax.Var) and len(
+        return "fully connected" if is_constant or (isinstance(weight, relax.Var) and len(
             _shape(weight.ty)
-        ) == 2 else "matmul"  # fmt: skip
+        ) == 2) else "matmul"  # fmt: skip
     return "embedding" if kind == "take" and _constant_weight(call) else kind
 
 
@@ -302,7 +302,9 @@ def _peak(function: relax.Function) -> tuple[int, str]:
         inner = _peak_of_branches(value) if isinstance(value, relax.If) else 0
         root[binding.var] = binding.var
         sizes[binding.var] = _bytes(binding.var.ty)
-        uses.append((binding.var.name, binding.var, used, inner, name.removeprefix("relax.") in ELEMENTWISE))
+        uses.append(
+            (binding.var.name, binding.var, used, inner, name.removeprefix("relax.") in ELEMENTWISE)
+        )
     results = [root[var] for var in _variables(function.body.body) if var in root]
     last = {var: index for index, (_, _, used, _, _) in enumerate(uses) for var in used}
     last.update(dict.fromkeys(results, len(uses)))

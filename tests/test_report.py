@@ -1,0 +1,227 @@
+"""The report: its schema, the page, the terminal, and the numbers as people read them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from tvm_compress.report.html import render_html
+from tvm_compress.report.rows import (
+    Accuracy,
+    Bytes,
+    Check,
+    Device,
+    Exactness,
+    FloatRow,
+    Latency,
+    LayerRow,
+    OtherKernelRow,
+    OutputRow,
+    Report,
+    Side,
+    StepTime,
+    report_schema,
+)
+from tvm_compress.report.terminal import print_report, print_summary
+from tvm_compress.report.text import bytes_text, count_text, ratio_text, three_digits, time_text
+
+NASTY = "conv[/bold]<script>&\"'"
+
+
+def layer(name: str, after: int = 250, sqnr: float | None = 31.0) -> LayerRow:
+    return LayerRow(
+        name=name,
+        type="conv2d",
+        scheme="int8/channel × int8",
+        macs=10_000,
+        parameters=250,
+        bytes_before=1000,
+        bytes_after=after,
+        time_before_us=20.0,
+        time_after_us=5.0,
+        time_share=0.4,
+        sqnr_db=sqnr,
+        cosine=0.999,
+        max_abs_error=0.01,
+        kernels=("fused_conv2d",),
+    )
+
+
+def make_report(**changes: Any) -> Report:
+    latency = Latency(100.0, 90.0, 130.0, 85.0, 500)
+    report = Report(
+        model="net",
+        source_format="onnx",
+        recipe="int8",
+        recipe_yaml="version: 1\n",
+        target="host",
+        target_description="this machine",
+        created="2026-01-02T03:04:05+00:00",
+        device=Device("cpu <x>", 2, 2, "Linux 6"),
+        macs=20_000,
+        parameters=500,
+        before=Side(Bytes(4000, 2000, 0, 0, 0, 0, 1500, 500), 900, latency),
+        after=Side(
+            Bytes(2500, 500, 20, 30, 256, 0, 1300, 394),
+            300,
+            replace(latency, median_us=40.0, min_us=38.0),
+        ),
+        layers=(layer("conv1"), layer(NASTY, sqnr=12.0), layer("fc", sqnr=None)),
+        other_kernels=(OtherKernelRow("pool_q", "avg_pool", 1.5, 0.1, None),),
+        stayed_float=(FloatRow("softmax", "softmax", "no integer form"),),
+        outputs=(OutputRow("logits", 33.0, 0.999, 0.2, 32),),
+        worst_layer=NASTY,
+        accuracy=Accuracy(500, 0.9, 0.87, 0.92, 0.89, 0.86, 0.91, 0.01, -0.002, 0.02, 9, 4, 0.27),
+        exactness=Exactness(8, 12, 1000, (), 0.0),
+        checks=(Check("exact integers", True, "equal"), Check("accuracy", False, "too low")),
+        steps=(StepTime("import", 1.0, False), StepTime("build original", 2.0, True)),
+        versions={"tvm_compress": "0.1.0"},
+    )
+    return replace(report, **changes)
+
+
+BARE = {
+    "before": Side(Bytes(4000, 2000, 0, 0, 0, 0, 1500, 500), 900, None),
+    "after": Side(Bytes(2500, 500, 20, 30, 0, 0, 1300, 650), 300, None),
+    "layers": (),
+    "other_kernels": (),
+    "stayed_float": (),
+    "outputs": (),
+    "worst_layer": None,
+    "accuracy": None,
+    "exactness": None,
+    "checks": (),
+}
+
+
+def errors(report: Any) -> list[str]:
+    validator = jsonschema.Draft202012Validator(report_schema())
+    return [error.message for error in validator.iter_errors(report)]
+
+
+def as_json(report: Report) -> Any:
+    return json.loads(json.dumps(report.to_json(), allow_nan=False))
+
+
+def test_schema_accepts_reports_and_describes_every_row() -> None:
+    jsonschema.Draft202012Validator.check_schema(report_schema())
+    assert errors(as_json(make_report())) == []
+    assert errors(as_json(make_report(**BARE))) == []
+    described = json.dumps(report_schema())
+    assert "McNemar" in described and "95 % Wilson" in described
+
+
+def test_schema_refuses_what_is_missing_wrong_or_unknown() -> None:
+    good = as_json(make_report())
+    assert errors({key: value for key, value in good.items() if key != "before"})
+    assert errors({**good, "extra": 1})
+    assert errors({**good, "macs": "many"})
+    assert errors({**good, "layers": good["layers"][0]})
+
+
+def test_shipped_schema_file_is_the_one_of_the_rows() -> None:
+    shipped = Path(__file__).parent.parent / "tvm_compress" / "report" / "report.schema.json"
+    assert json.loads(shipped.read_text()) == report_schema()
+
+
+class Page(HTMLParser):
+    """Collects tags and checks that they nest."""
+
+    void = frozenset(("meta", "br", "rect", "line", "circle"))
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+@pytest.mark.parametrize("changes", [{}, BARE])
+def test_page_is_whole_and_needs_nothing_from_elsewhere(changes: dict[str, Any]) -> None:
+    text = render_html(make_report(**changes))
+    page = Page(text)
+    assert page.open == []
+    assert not re.search(r"https?://|url\(|@import|src=|href=", text)
+    assert "default-src 'none'" in text
+    assert sum(tag == "script" for tag, _ in page.tags) == 1
+
+
+def test_page_says_what_was_measured() -> None:
+    words = Page(render_html(make_report())).words
+    for part in ("1.60x", "2.50x", "89.00 %", "-1.00 pt", "n = 500", "too low", "softmax",
+                 "no integer form", "12.0", "cpu <x>", NASTY):  # fmt: skip
+        assert part in words
+
+
+def test_page_has_a_bar_for_each_side_and_a_dot_for_each_error() -> None:
+    tags = Page(render_html(make_report())).tags
+    bars = [a for tag, a in tags if tag == "rect" and a.get("class") in ("float", "compressed")]
+    dots = [a for tag, a in tags if tag == "circle"]
+    assert len(bars) == 3 * 2 * 2  # layers, panels, sides
+    assert [dot["class"] for dot in dots] == ["good", "poor"]
+    assert float(bars[0]["width"] or 0) == pytest.approx(4 * float(bars[1]["width"] or 0), abs=0.2)
+
+
+def test_page_is_the_same_from_json() -> None:
+    report = make_report()
+    assert render_html(as_json(report)) == render_html(report)
+
+
+def test_terminal_shows_totals_layers_and_checks(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(as_json(make_report()), Path("out"))
+    text = capsys.readouterr().out
+    for part in ("4.00 kB", "2.50 kB", "1.60x", "100 µs", "2.50x", "n = 500", "conv1", "[/bold]",
+                 "softmax", "FAILED", "accuracy: too low", "report.html"):  # fmt: skip
+        assert part in text
+
+
+def test_terminal_without_measurements(capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary(as_json(make_report(**BARE)), Path("out"))
+    print_report(as_json(make_report(**BARE)), Path("out"))
+    assert "latency" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (bytes_text(0), "0 B"),
+        (bytes_text(999), "999 B"),
+        (bytes_text(1000), "1.00 kB"),
+        (bytes_text(999_499), "999 kB"),
+        (bytes_text(999_500), "1.00 MB"),
+        (bytes_text(12_345_678), "12.3 MB"),
+        (time_text(None), "-"),
+        (time_text(0.5), "0.50 µs"),
+        (time_text(12_340), "12.3 ms"),
+        (time_text(2.5e6), "2.50 s"),
+        (count_text(640), "640"),
+        (count_text(40_551_040), "40.6 M"),
+        (three_digits(9.996), "10.0"),
+        (ratio_text(4, 1), "4.00x"),
+        (ratio_text(4, 0), "-"),
+    ],
+)
+def test_numbers_as_people_read_them(found: str, expected: str) -> None:
+    assert found == expected
