@@ -154,8 +154,10 @@ def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def export(net: nn.Module, path: Path) -> None:
     """Write static-batch ONNX; the exporter folds batch-norm into the convolutions."""
+    net.eval()
+    net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     torch.onnx.export(
-        net.eval().to(memory_format=torch.contiguous_format),
+        net,
         (torch.zeros(1, 1, 28, 28),),
         str(path),
         input_names=["image"],
@@ -183,7 +185,8 @@ def main() -> None:
 
     train_images, train_labels = read_split(args.data, "train")
     test_images, test_labels = read_split(args.data, "t10k")
-    net = FashionNet().to(memory_format=torch.channels_last)
+    net = FashionNet()
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     print(f"{sum(p.numel() for p in net.parameters()):,} parameters")
     train(
         net,

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import tvm
-from tvm_ffi import structural_equal
 from tvm import relax
+from tvm.ir import Expr
+from tvm_ffi import structural_equal
 
 from ..ir import op_name
 
-Expr = tvm.ir.Expr
 Var = tvm.ir.Var
 
 # A function with one of these is a kernel, a fused group or a decoding, not a graph of layers.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import relax
+from tvm.ir import Expr
 
 from tvm_compress.pipeline import fusion_pipeline, packing_pipeline
 from tvm_compress.relay_passes import ir
@@ -18,7 +19,6 @@ from tvm_compress.relay_passes.lower import LEFT_FLOAT_ATTR, LowerToKernels
 from tvm_compress.schedules.spec import KERNEL_ATTR
 from tvm_compress.targets import get_target
 
-Expr = tvm.ir.Expr
 PLAIN = tvm.target.Target("llvm")
 
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import tvm
 from tvm import relax
+from tvm.ir import Expr
 from tvm.relax.frontend.onnx.onnx_frontend import (
     AveragePool,
     Conv,
@@ -23,8 +23,6 @@ from tvm.relax.frontend.onnx.onnx_frontend import (
 )
 
 from ...relay_passes.ir import array_const, constant, dtype_of, shape_of
-
-Expr = tvm.ir.Expr
 
 
 def _like(zero_point: Expr | None, default: str) -> str:

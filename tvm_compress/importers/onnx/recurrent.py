@@ -10,13 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import tvm
 from tvm import relax
+from tvm.ir import Expr
 
 from ...relay_passes.ir import array_const, constant, dtype_of, shape_of
 from .. import names
 
-Expr = tvm.ir.Expr
 Cell = Callable[[Expr, list[Expr], str], list[Expr]]  # projected x_t, state, step name => new state
 
 _ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
