@@ -376,10 +376,8 @@ class Lowering:
         return self.tabulated(Unary(codes, values), params, name)
 
     def tabulated(self, value: Unary, params: QuantParams, name: str) -> Tensor:
-        low, high = params.bounds
         codes = value.codes
-        scaled = np.asarray(value.values, np.float32) / np.float32(params.scale)
-        table = np.clip(np.rint(scaled) + params.zero_point, low, high).astype(params.dtype)
+        table = code_table(value.values, params)
         shape = codes.physical_shape
         clip = _clip_bounds(table, codes.dtype) if codes.dtype == params.dtype else None
         result = replace(codes, dtype=params.dtype, quant=params)
@@ -474,7 +472,7 @@ class Lowering:
             else:
                 view = self._broadcast_term(source, frame, name)
             shift, real = self.constants_for(view, bias, sign * scale / step)
-            wide = "int64" if source.dtype == "int64" else "int32"
+            wide = self._width(term) if isinstance(term, Accumulator) else "int32"
             fixed = (real * 2.0**rules.SUM_FRACTION_BITS).astype(np.float32)
             arguments += [view.expr, shift.astype(wide), fixed]
             clamp = term.clamp if isinstance(term, Accumulator) else (-math.inf, math.inf)
@@ -482,7 +480,9 @@ class Lowering:
             bounds = rules.sum_term_bounds((real_clamp[0], real_clamp[1]), len(value.terms))
             shape = ir.shape_of(view.expr)
             assert shape is not None
-            terms.append(requantize_kernels.SumTerm(source.dtype, shape, real.shape, bounds))
+            terms.append(
+                requantize_kernels.SumTerm(source.dtype, shape, real.shape, bounds, wide)
+            )
         offset = self.constant_for(frame, np.asarray(value.offset, np.float64)) / step
         fixed_offset = np.rint(offset * 2.0**rules.SUM_FRACTION_BITS)
         if np.abs(fixed_offset).max() > rules.SUM_TERM_LIMIT:
@@ -559,6 +559,12 @@ def code_values(dtype: str, params: QuantParams) -> np.ndarray:
     info = np.iinfo(dtype)
     codes = np.arange(info.min, info.max + 1, dtype=np.int64)
     return (codes - params.zero_point).astype(np.float32) * np.float32(params.scale)
+
+
+def code_table(values: np.ndarray, params: QuantParams) -> np.ndarray:
+    """Codes of reals, rounded as R.quantize does."""
+    scaled = np.asarray(values, np.float32) / np.float32(params.scale)
+    return np.clip(np.rint(scaled) + params.zero_point, *params.bounds).astype(params.dtype)
 
 
 def _clip_bounds(table: np.ndarray, dtype: str) -> tuple[int, int] | None:

@@ -15,11 +15,21 @@ import numpy as np
 import tvm
 
 from ...schedules.product import product
-from ...schedules.table import table_lookup
+from ...schedules.table import channel_table_lookup, table_lookup
 from .. import ir
-from .context import Lowering, code_values, codes_of
+from .context import Lowering, code_table, code_values, codes_of
 from .quantise import clip_codes
-from .values import Accumulator, Constant, Dequantised, Sum, Tensor, Unary, Value
+from .values import (
+    Accumulator,
+    Constant,
+    Dequantised,
+    Lazy,
+    QuantParams,
+    Sum,
+    Tensor,
+    Unary,
+    Value,
+)
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -100,7 +110,8 @@ def _tabulate(ctx: Lowering, call: tvm.ir.Call, values: Sequence[Value]) -> Unar
     if result is None or not np.isfinite(result).all():
         return None
     entries = 1 << np.iinfo(codes.dtype).bits
-    return Unary(codes, np.broadcast_to(result, (entries,)).astype(np.float32))
+    single = None if any(isinstance(value, Unary) for value in values) else call
+    return Unary(codes, np.broadcast_to(result, (entries,)).astype(np.float32), single)
 
 
 def _clamped(value: Accumulator | Sum, low: float, high: float) -> Accumulator | Sum:
@@ -233,7 +244,8 @@ def _add_constant(
     if term is None or not _fits(right.array, _shape(term)):
         return None
     rank = len(_shape(term))
-    if isinstance(term, Accumulator) and not term.is_clamped:
+    # Only sums of products are fine enough for a constant in their units; other integers get an offset.
+    if isinstance(term, Accumulator) and not term.is_clamped and term.layer is not None:
         bias = _bias_codes(right, np.asarray(term.scale), rank)
         if bias is not None:
             return replace(term, bias=term.bias + int(sign) * _aligned(bias, rank))
@@ -268,7 +280,44 @@ def multiply(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     return None
 
 
+def astype(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
+    """int32(sums) of scale 1 (ConvInteger) => the sums; float32(such sums) => integers of scale 1."""
+    value, dtype = ctx.value(call.args[0]), str(call.attrs.dtype)
+    if isinstance(value, Accumulator) and dtype == "int32":
+        return ctx.quantised(value, QuantParams(1.0, 0, "int32"), name)
+    if isinstance(value, Tensor) and value.dtype == "int32" and dtype == "float32" and value.quant:
+        scale, bias = np.array(value.quant.scale), np.array(-value.quant.zero_point, np.int64)
+        return Accumulator(replace(value, quant=None), scale, bias)
+    return None
+
+
+def prelu(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
+    """A slope per channel => a table per channel; one slope => one table."""
+    value, slope = ctx.value(call.args[0]), ctx.value(call.args[1])
+    if not isinstance(value, Dequantised) or not isinstance(slope, Constant):
+        return ctx.no("the operand is not quantised, or the slopes are computed at run time")
+    codes = value.codes
+    if codes.quant is None or np.iinfo(codes.dtype).bits > 16:
+        return ctx.no(f"no table for {codes.dtype} codes")
+    reals = code_values(codes.dtype, codes.quant).astype(np.float64)
+    slopes = slope.array.astype(np.float64).ravel()
+    if slopes.size == 1:
+        return Unary(codes, np.where(reals > 0, reals, reals * slopes[0]).astype(np.float32))
+    axis = int(call.attrs.axis) % len(codes.shape)
+
+    def emit(params: QuantParams, out_name: str) -> Tensor | None:
+        rows = np.where(reals > 0, reals, reals * slopes[:, None]).astype(np.float32)  # [C, codes]
+        table = code_table(rows, params)
+        shape = codes.physical_shape
+        func = channel_table_lookup(shape, codes.perm.index(axis), codes.dtype, params.dtype)
+        expr = ctx.kernel(func, [codes.expr, table], shape, params.dtype, out_name, "channel_table")
+        return replace(codes, expr=expr, dtype=params.dtype, quant=params)
+
+    return Lazy(emit)
+
+
 def product_of(ctx: Lowering, name: str, a: Tensor, b: Tensor) -> Accumulator | None:
+    """(a - z_a) * (b - z_b), exact."""
     assert a.quant is not None and b.quant is not None
     if max(np.iinfo(t.dtype).bits for t in (a, b)) > 16:
         return ctx.no("integer product needs operands of at most 16 bits")
@@ -303,5 +352,7 @@ HANDLERS = {f"relax.{name}": unary for name in [*UNARY, "clip", "nn.leakyrelu", 
     "relax.divide": multiply,
     "relax.maximum": bound,
     "relax.minimum": bound,
+    "relax.astype": astype,
+    "relax.nn.prelu": prelu,
     "relax.power": lambda ctx, name, call: _tabulate(ctx, call, [ctx.value(a) for a in call.args]),
 }

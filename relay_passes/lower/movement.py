@@ -161,10 +161,11 @@ def pad(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     data, wrap = _source(ctx, call.args[0])
     code: float = value
     if data.quant is not None:
-        code = round(value / data.quant.scale) + data.quant.zero_point
         low, high = data.quant.bounds
-        if not low <= code <= high:
-            return ctx.no(f"padding value {value} is outside the quantised range")
+        exact = value / data.quant.scale + data.quant.zero_point
+        if not low <= exact <= high or exact != round(exact):
+            return ctx.no(f"padding value {value} has no code")
+        code = round(exact)
     pairs = [widths[2 * axis : 2 * axis + 2] for axis in data.perm]
     flat = [width for pair in pairs for width in pair]
     expr = ctx.emit(relax.op.nn.pad(data.expr, flat, "constant", float(code)), name)
