@@ -25,6 +25,10 @@ _PARALLEL_MACS = 200_000
 _UNROLLED_TAPS = 30
 # Products of 16-bit data and 8-bit codes below 2**23 each: as many as fit int32.
 _SAFE_TAPS = 255
+# Neighbouring outputs computed together: for small kernels, for large ones, and for the last few
+# channels (measured; more only makes the code longer).
+_OUTPUTS, _OUTPUTS_LARGE, _OUTPUTS_TAIL = 8, 4, 2
+_SMALL_TAPS = 9
 
 
 def schedule_depthwise(fused: FusedFunction, target: Target) -> tirx.PrimFunc | None:
@@ -69,11 +73,7 @@ class _DepthwiseKernel:
         self.compute = "float32" if not spec.is_integer else "int32"
         self.lanes = min(target.lanes(32), 16)
         self.parallel = target.threads > 1 and spec.macs >= _PARALLEL_MACS
-        copied = (
-            any(spec.padding)
-            or spec.columns > 1
-            or operands.data in fused.producers
-        )
+        copied = any(spec.padding) or spec.columns > 1 or operands.data in fused.producers
         self.band = Band(
             self.window,
             copied,
@@ -85,9 +85,8 @@ class _DepthwiseKernel:
             repeat=spec.columns,
         )
         self.rows = self.band.choose_rows(1, self.parallel, target, target.l2_bytes // 4)
-        # Outputs at a time: accumulators and the weights of a kernel row share the registers.
-        spare = target.vector_registers - 2 - min(spec.reduction_size, target.vector_registers // 2)
-        self.columns = min(self.window.columns, max(1, min(8, spare)))
+        outputs = _OUTPUTS if spec.reduction_size <= _SMALL_TAPS else _OUTPUTS_LARGE
+        self.columns = min(self.window.columns, outputs, target.vector_registers // 3)
         self.e = Emitter()
 
     def build(self) -> tirx.PrimFunc:
@@ -96,58 +95,68 @@ class _DepthwiseKernel:
         reader = BandReader(e, self.band, self.fused, self.operands, self.target)
         self.epilogue.declare(e)
         bands = ceil_div(window.rows, self.rows)
-        with e.loop("task", window.batch * bands, "parallel" if self.parallel else "serial") as task:
+        with e.loop(
+            "task", window.batch * bands, "parallel" if self.parallel else "serial"
+        ) as task:
             b = task // bands
             y = e.bind("y", tirx.min(task % bands * self.rows, window.rows - self.rows))
             source = reader.source(b, y, self.rows, 0)
             for channel, lanes in e.chunks(self.spec.out_channels, self.lanes):
-                with e.loop("row", self.rows) as row:
-                    with e.loop("tile", ceil_div(window.columns, self.columns)) as tile:
-                        x = e.bind(
-                            "x", tirx.min(tile * self.columns, window.columns - self.columns)
-                        )
-                        self._tile(source, b, y, row, x, channel, lanes)
+                count = self.columns if lanes == self.lanes else min(self.columns, _OUTPUTS_TAIL)
+                tiles = ceil_div(window.columns, count)
+                with e.loop("row", self.rows) as row, e.loop("tile", tiles) as tile:
+                    x = e.bind("x", tirx.min(tile * count, window.columns - count))
+                    self._tile(source, b, y, row, x, channel, lanes, count)
         self.epilogue.emit_rest(e, self.lanes)
         return e.function(list(self.fused.func.params), {})
 
     def _tile(
-        self, source: Source, b: Any, y: Any, row: Any, x: Any, channel: Any, lanes: int
+        self,
+        source: Source,
+        b: Any,
+        y: Any,
+        row: Any,
+        x: Any,
+        channel: Any,
+        lanes: int,
+        count: int,
     ) -> None:
-        """`columns` neighbouring outputs of `lanes` channels."""
+        """`count` neighbouring outputs of `lanes` channels."""
         e, spec, window = self.e, self.spec, self.window
-        count = self.columns
-        result = e.alloc(count * lanes, spec.acc_dtype, "tile", registers=True)
         acc = e.alloc(count * lanes, self.compute, "acc", registers=True)
         zero = tirx.const(0, self.compute)
         for c in range(count):
-            e.store_vector(acc, zero if lanes == 1 else tirx.Broadcast(zero, lanes), c * lanes, lanes)
-        start = e.bind(
-            "start", source.base + row * source.step[0] + x * source.step[1] + channel
-        )
+            e.store_vector(
+                acc, zero if lanes == 1 else tirx.Broadcast(zero, lanes), c * lanes, lanes
+            )
+        start = e.bind("start", source.base + row * source.step[0] + x * source.step[1] + channel)
         kh = spec.kernel[0]
         if spec.reduction_size <= _UNROLLED_TAPS:
             for ky in range(kh):
-                self._kernel_row(acc, source, start, ky, channel, lanes)
+                self._kernel_row(acc, source, start, ky, channel, lanes, count)
         else:
             with e.loop("ky", kh) as ky:
-                self._kernel_row(acc, source, start, ky, channel, lanes)
+                self._kernel_row(acc, source, start, ky, channel, lanes, count)
+        # Written out for every output, so that the accumulators never leave the registers.
         for c in range(count):
-            value = vector(acc, c * lanes, lanes)
-            if spec.acc_dtype != self.compute:
-                value = value.astype(_vector_type(spec.acc_dtype, lanes))
-            e.store_vector(result, value, c * lanes, lanes)
-        with e.loop("c", count) as c:
             self.epilogue.emit(
                 e,
-                lambda channel: window.indices(b, y + row, x + c, channel),
+                lambda channel, c=c: window.indices(b, y + row, x + c, channel),
                 (b * window.rows + y + row) * window.columns + x + c,
                 channel,
                 lanes,
-                lambda lane: result[c * lanes + lane],
+                lambda lane, c=c: acc[c * lanes + lane].astype(spec.acc_dtype),
             )
 
     def _kernel_row(
-        self, acc: tirx.Buffer, source: Source, start: Any, ky: Any, channel: Any, lanes: int
+        self,
+        acc: tirx.Buffer,
+        source: Source,
+        start: Any,
+        ky: Any,
+        channel: Any,
+        lanes: int,
+        count: int,
     ) -> None:
         """The taps of one kernel row for all outputs of the tile; shared inputs are loaded once."""
         e, spec = self.e, self.spec
@@ -160,7 +169,7 @@ class _DepthwiseKernel:
                 zero_point = tirx.const(spec.weight_zero_point, self.compute)
                 weight = weight - (zero_point if lanes == 1 else tirx.Broadcast(zero_point, lanes))
             weight = e.bind("w", weight)
-            for c in range(self.columns):
+            for c in range(count):
                 offset = c * source.column_stride + kx * dx
                 if offset not in loaded:
                     at = start + ky * (dy * source.row_pitch) + offset * source.column_pitch
