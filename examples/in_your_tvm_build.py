@@ -2,8 +2,8 @@
 
     python examples/in_your_tvm_build.py
 
-The model, the calibration samples and the way you compile stay yours; the five marked lines are all that
-tvm-compress adds. The compiled module is an ordinary TVM library: it runs without tvm-compress.
+The model, the calibration samples and the way you compile stay yours; the five marked lines are all
+that tvm-compress adds. The compiled module is an ordinary TVM library: it runs without tvm-compress.
 """
 
 from pathlib import Path
@@ -40,4 +40,6 @@ pipeline = relax.get_pipeline("tvm_compress", recipe="int8", calibration=calibra
 int8_executable = tvm.compile(module, get_target("host").tvm_target(), relax_pipeline=pipeline)  # 5
 
 int8_executable.export_library("model_int8.so")
-print(f"accuracy of float32 {accuracy(float_executable):.3f}, of int8 {accuracy(int8_executable):.3f}")
+print(
+    f"accuracy of float32 {accuracy(float_executable):.3f}, of int8 {accuracy(int8_executable):.3f}"
+)
