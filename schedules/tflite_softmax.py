@@ -68,8 +68,9 @@ class _Rows:
     def total(self, term: Callable[[tirx.PrimExpr], tirx.PrimExpr]) -> te.Tensor:
         """Sum of a function of the exponentials."""
         position = te.reduce_axis((0, self.shape[self.axis]), "k_sum")
+        exps = self.exponentials
         return self.each(
-            lambda *i: te.sum(term(self.exponentials[self.full(i, position)]), axis=position), "total"
+            lambda *i: te.sum(term(exps[self.full(i, position)]), axis=position), "total"
         )
 
     def bit_length(self, total: te.Tensor) -> te.Tensor:
@@ -81,6 +82,22 @@ class _Rows:
         )
 
 
+def _newton_start(half: tirx.PrimExpr) -> tirx.PrimExpr:
+    return _const(NEWTON_OFFSET) + rounding_doubling_high_mul(half, _const(NEWTON_SLOPE))
+
+
+def _newton_step(rows: _Rows, half: te.Tensor, x: te.Tensor, step: int) -> te.Tensor:
+    """x + x (1 - half * x)."""
+    one = _const(1 << NEWTON_FRACTION_BITS)
+    rest = rows.each(
+        lambda *i: one - rounding_doubling_high_mul(half[i], x[i]), f"newton_rest_{step}"
+    )
+    return rows.each(
+        lambda *i: x[i] + _shift_left_saturating(rounding_doubling_high_mul(x[i], rest[i]), 2),
+        f"newton_{step}",
+    )
+
+
 def tflite_softmax_8(shape: Sequence[int], axis: int, dtype: str, out_dtype: str) -> tirx.PrimFunc:
     """(codes, exponentials int32 [256]) -> codes of `out_dtype` along `axis`; scale 1/2^bits."""
     rows = _Rows(shape, axis, dtype, "int32")
@@ -90,23 +107,9 @@ def tflite_softmax_8(shape: Sequence[int], axis: int, dtype: str, out_dtype: str
     length = rows.bit_length(total)
     # The sum scaled to [1/2, 1), 31 fraction bits.
     half = rows.each(lambda *i: total[i] << (_const(31) - length[i]), "half")
-    x = rows.each(
-        lambda *i: _const(NEWTON_OFFSET) + rounding_doubling_high_mul(half[i], _const(NEWTON_SLOPE)),
-        "newton",
-    )
+    x = rows.each(lambda *i: _newton_start(half[i]), "newton")
     for step in range(NEWTON_STEPS):
-        rest = rows.each(
-            lambda *i, x=x: (
-                _const(1 << NEWTON_FRACTION_BITS) - rounding_doubling_high_mul(half[i], x[i])
-            ),
-            f"rest_{step}",
-        )
-        x = rows.each(
-            lambda *i, x=x, rest=rest: (
-                x[i] + _shift_left_saturating(rounding_doubling_high_mul(x[i], rest[i]), 2)
-            ),
-            f"newton_{step}",
-        )
+        x = _newton_step(rows, half, x, step)
     inverse = rows.each(lambda *i: _shift_left_saturating(x[i], 1), "inverse")
 
     def scale(*i: tirx.Var) -> tirx.PrimExpr:
@@ -123,9 +126,9 @@ def tflite_softmax_8(shape: Sequence[int], axis: int, dtype: str, out_dtype: str
 
 
 def tflite_softmax_16(shape: Sequence[int], axis: int) -> tirx.PrimFunc:
-    """(int16 codes, exponentials int16 [65536], reciprocals int16 [65536]) -> int16 codes, scale 2^-15.
+    """(int16 codes, exponentials, reciprocals) -> int16 codes at scale 2^-15.
 
-    reciprocals[k] = 1 / (1 + k / 65535), 15 fraction bits.
+    Both tables are int16 [65536]; reciprocals[k] = 1 / (1 + k / 65535), 15 fraction bits.
     """
     rows = _Rows(shape, axis, "int16", "int16")
     reciprocals = te.placeholder((65536,), "int16", name="reciprocals")

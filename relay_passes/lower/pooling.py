@@ -147,12 +147,28 @@ def adaptive_avg_pool2d(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | 
 
 def mean(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     """mean(dq(q), axes) => (Σq - z*n) * s/n."""
+    axes = _axes(call)
+    return None if axes is None else _mean(ctx, name, call, axes, bool(call.attrs.keepdims))
+
+
+def total(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
+    """sum(dq(q), axes) => (Σq - z*n) * s."""
+    axes, shape = _axes(call), ir.shape_of(call.args[0])
+    if axes is None or shape is None or not isinstance(ctx.value(call.args[0]), Dequantised):
+        return None
+    value = _mean(ctx, name, call, axes, bool(call.attrs.keepdims))
+    if not isinstance(value, Accumulator):
+        return None
+    count = float(np.prod([shape[axis] for axis in axes]))
+    return replace(value, scale=value.scale * count)
+
+
+def _axes(call: tvm.ir.Call) -> list[int] | None:
     shape = ir.shape_of(call.args[0])
     if shape is None:
         return None
     axis = call.attrs.axis
-    axes = [int(a) % len(shape) for a in axis] if axis is not None else list(range(len(shape)))
-    return _mean(ctx, name, call, axes, bool(call.attrs.keepdims))
+    return [int(a) % len(shape) for a in axis] if axis is not None else list(range(len(shape)))
 
 
 def _mean(
@@ -187,4 +203,5 @@ HANDLERS = {
     "relax.nn.avg_pool2d": avg_pool2d,
     "relax.nn.adaptive_avg_pool2d": adaptive_avg_pool2d,
     "relax.mean": mean,
+    "relax.sum": total,
 }

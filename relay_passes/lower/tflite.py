@@ -8,7 +8,7 @@ operator, whose own way of forming multipliers and of rounding applies:
     add, sub   both terms with 20 (16 bits: 15) more fraction bits, three Q31 multiplications
     mul        Q31 multiplier from float32 scales
     avg_pool   raw codes, integer division, half away from zero
-    mean       Q31 multiplier divided by the count
+    mean, sum  Q31 multiplier, divided by the count
     softmax    fixed-point exponentials and reciprocal
     f(x)       a table, computed as the operator computes (numerics/tflite_tables.py)
 
@@ -56,9 +56,7 @@ POOL_SCALE_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Convolution(Accumulator):
-    """Sums of a convolution; TFLite keeps them in 64 bits for 16-bit data unless the bias is int32."""
-
-    bias_dtype: str | None = None
+    """Sums of a convolution."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class BatchProduct(Accumulator):
 
 @dataclass(frozen=True)
 class Mean(Accumulator):
-    """Sums of `count` codes each, of scale `unit`."""
+    """Sums of codes of scale `unit`, to be divided by `count`."""
 
     count: int = 1
     unit: float = 1.0
@@ -123,6 +121,14 @@ def mean(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     assert source.codes.quant is not None
     count = math.prod(shape) // math.prod(value.sums.shape)
     return _typed(value, Mean, count=count, unit=source.codes.quant.scale)
+
+
+def total(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
+    """SUM."""
+    value = pooling.total(ctx, name, call)
+    if not isinstance(value, Accumulator):
+        return value
+    return _typed(value, Mean, count=1, unit=float(value.scale))
 
 
 def avg_pool2d(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
@@ -223,12 +229,7 @@ def add(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
         sign = -1.0 if ir.op_name(call) == "relax.subtract" else 1.0
         terms = ((1.0, Dequantised(operands[0])), (sign, Dequantised(operands[1])))
         return CodeSum(terms, np.zeros(()))
-    value = elementwise.add(ctx, name, call)
-    if isinstance(value, Convolution):
-        constants = [v for a in call.args if isinstance(v := ctx.value(a), Constant)]
-        codes = constants[0].codes if constants else None
-        return value if codes is None else replace(value, bias_dtype=str(codes.dtype))
-    return value
+    return elementwise.add(ctx, name, call)
 
 
 def multiply(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
@@ -295,11 +296,18 @@ def convolution(
         else numerics.convolution_multiplier
     )
     real = multiplier(value.scale, params.scale)
-    if params.dtype == "int16" and getattr(value, "bias_dtype", None) != "int32":
-        mantissa, exponent = rules.quantize_multipliers(real)
-        constants = [numerics.reduce_mantissa(mantissa), exponent]
-        return _rescaled_sums(ctx, value, params, name, "tflite_wide", constants)
+    if params.dtype == "int16":
+        return _wide(ctx, value, params, name, real)
     return _fixed_point(ctx, value, params, name, real)
+
+
+def _wide(
+    ctx: Lowering, value: Accumulator, params: QuantParams, name: str, real: np.ndarray
+) -> Tensor:
+    """16-bit activations: sums of 64 bits."""
+    mantissa, exponent = rules.quantize_multipliers(real)
+    constants = [numerics.reduce_mantissa(mantissa), exponent]
+    return _rescaled_sums(ctx, value, params, name, "tflite_wide", constants)
 
 
 def fully_connected(
@@ -317,6 +325,8 @@ def batch_product(
 ) -> Tensor | None:
     """BATCH_MATMUL."""
     real = numerics.rounded_product_multiplier(value.scale, params.scale)
+    if params.dtype == "int16":
+        return _wide(ctx, value, params, name, real)
     return _fixed_point(ctx, value, params, name, real)
 
 
@@ -459,6 +469,7 @@ HANDLERS = {
     **{f"relax.nn.{name}": conv for name in ("conv1d", "conv2d", "conv1d_transpose", "conv2d_transpose")},
     "relax.matmul": matmul,
     "relax.mean": mean,
+    "relax.sum": total,
     "relax.nn.avg_pool2d": avg_pool2d,
     "relax.nn.softmax": softmax,
     "relax.add": add,

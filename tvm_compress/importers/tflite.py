@@ -15,6 +15,7 @@ from tvm import relax
 from ..errors import ModelError
 from ..model import INPUT_NAMES_ATTR, OUTPUT_NAMES_ATTR, REQUANTIZE_ATTR
 from ..relay_passes.ir import op_name
+from ..relay_passes.numerics.tflite_tables import Codes
 from . import names
 from .freeze import freeze_inputs
 from .messages import first_line
@@ -221,6 +222,34 @@ class _Converter(OperatorConverter):
                     pending.append(value)
 
     # ---- quantised operators that TVM's converter rounds otherwise, or has not -------------------
+
+    def dequantize(self, expr: Any, tensor: Any) -> Any:
+        """64-bit biases (16-bit activations) become 32-bit ones: Relax has no other integers here."""
+        if tensor.tensor.Type() == tflite.TensorType.INT64:
+            values = self.get_tensor_value(tensor)
+            if np.abs(values).max(initial=0) >= 2**31:
+                raise ModelError(f"bias {_name(tensor.tensor)!r} does not fit 32 bits")
+            expr = relax.const(values.astype(np.int32))
+        return super().dequantize(expr, tensor)
+
+    def convert_qnn_fused_activation_function(
+        self, expr: Any, fused_activation_fn: int, scale: float, zero_point: int, dtype: str
+    ) -> Any:
+        """Bounds as TFLite computes them: float32 division, half away from zero."""
+        kinds = tflite.ActivationFunctionType
+        bounds = {
+            kinds.RELU: (0.0, np.inf), kinds.RELU6: (0.0, 6.0), kinds.RELU_N1_TO_1: (-1.0, 1.0)
+        }.get(fused_activation_fn)  # fmt: skip
+        if bounds is None:
+            return super().convert_qnn_fused_activation_function(
+                expr, fused_activation_fn, scale, zero_point, dtype
+            )
+        codes = Codes(float(scale), int(zero_point), dtype)
+        info = np.iinfo(dtype)
+        low, high = codes.bound(bounds[0]), codes.bound(bounds[1])
+        lowest = info.min if low is None else max(low, info.min)
+        highest = info.max if high is None else min(high, info.max)
+        return relax.op.clip(expr, float(lowest), float(highest))
 
     def _average_pool(self, op: Any) -> Any:
         """On integers: `quantize(avg_pool2d(dequantize(x)))`, so that the model's rounding rule applies."""
