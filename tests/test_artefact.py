@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from tvm_compress import workspace as workspace_module
 from tvm_compress.artefact import FORMAT, MANIFEST, Artefact, describe_files
 from tvm_compress.errors import ArtefactError
 from tvm_compress.workspace import Workspace
@@ -187,7 +186,7 @@ def test_file_system_without_exchange(tmp_path: Path, monkeypatch: pytest.Monkey
         def __init__(self, *_: object, **__: object) -> None:
             pass
 
-    monkeypatch.setattr(workspace_module.ctypes, "CDLL", NoExchange)
+    monkeypatch.setattr("tvm_compress.workspace.ctypes.CDLL", NoExchange)
     publish(tmp_path / "out", "one")
     publish(tmp_path / "out", "two")
     assert content(tmp_path / "out") == "two"

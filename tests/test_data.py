@@ -241,9 +241,7 @@ def test_resize_shorter_side_then_crop_the_middle(tmp_path: Path) -> None:
     assert feed["x"][0, 0, 0, 0] < 50
 
 
-@pytest.mark.parametrize(
-    ("names", "labels"), [(("cat", "ant"), [0, 1]), (("10", "9"), [10, 9])]
-)
+@pytest.mark.parametrize(("names", "labels"), [(("cat", "ant"), [0, 1]), (("10", "9"), [10, 9])])
 def test_subfolders_are_classes(tmp_path: Path, names: tuple[str, ...], labels: list[int]) -> None:
     for name in names:
         draw(tmp_path / name / "a.png")

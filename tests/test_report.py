@@ -30,7 +30,14 @@ from tvm_compress.report.rows import (
     report_schema,
 )
 from tvm_compress.report.terminal import print_report, print_summary
-from tvm_compress.report.text import bytes_text, count_text, ratio_text, three_digits, time_text
+from tvm_compress.report.text import (
+    bytes_text,
+    count_text,
+    points,
+    ratio_text,
+    three_digits,
+    time_text,
+)
 
 NASTY = "conv[/bold]<script>&\"'"
 
@@ -221,6 +228,8 @@ def test_terminal_without_measurements(capsys: pytest.CaptureFixture[str]) -> No
         (three_digits(9.996), "10.0"),
         (ratio_text(4, 1), "4.00x"),
         (ratio_text(4, 0), "-"),
+        (points(0.004), "+0.40"),
+        (points(-0.00001), "0.00"),
     ],
 )
 def test_numbers_as_people_read_them(found: str, expected: str) -> None:

@@ -89,20 +89,19 @@ def time_interleaved(
     programs: Mapping[str, Callable[[], Any]], seconds: float, progress: Progress
 ) -> dict[str, Latency]:
     """Run every program in turn until each had about `seconds`. Times are of single calls."""
-    slowest = 0.0
+    times: dict[str, list[float]] = {name: [] for name in programs}
     for program in programs.values():
         for _ in range(WARM_UP_RUNS):
-            started = time.perf_counter()
             program()
-            once = time.perf_counter() - started
-        slowest = max(slowest, once)
-    rounds = min(MAX_RUNS, max(MIN_RUNS, int(seconds / max(slowest, 1e-6))))
-    times: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in progress.track(range(rounds), "timing", rounds):
-        for name, program in programs.items():
-            started = time.perf_counter()
-            program()
-            times[name].append((time.perf_counter() - started) * 1e6)
+    with progress.step("timing"):
+        end = time.perf_counter() + seconds * len(programs)
+        rounds = 0
+        while rounds < MIN_RUNS or (rounds < MAX_RUNS and time.perf_counter() < end):
+            rounds += 1
+            for name, program in programs.items():
+                started = time.perf_counter()
+                program()
+                times[name].append((time.perf_counter() - started) * 1e6)
     return {name: _latency(values) for name, values in times.items()}
 
 

@@ -7,16 +7,16 @@ anything is allocated; nothing is unpickled.
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .artefact import sha256_of
 from .errors import DataError
 from .typed_yaml import nearest
 
@@ -36,7 +36,8 @@ HASHED_BYTES = 1 << 28  # files up to this size are hashed whole, larger ones by
 Rows = dict[str, np.ndarray]
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """What one inference takes: `feed` has the model's own shapes; its first `count` samples are
     real (the last batch is filled up by repetition); `labels` belong to those."""
 
@@ -611,12 +612,7 @@ def _product(shape: Iterable[int]) -> int:
 
 def file_fingerprint(path: Path) -> str:
     """Identifies the content: a SHA-256, or size and time for files too large to read twice."""
-    status = os.stat(path)
-    digest = hashlib.sha256()
+    status = path.stat()
     if status.st_size > HASHED_BYTES:
-        digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-        return digest.hexdigest()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return f"{status.st_size} bytes of {status.st_mtime_ns}"
+    return sha256_of(path)

@@ -1,7 +1,7 @@
 """Where a model's work and bytes are: MACs, parameters and activations of every layer.
 
-A layer is one operator with multiplications and its weight (conv, matmul, embedding); a bias that is
-added to its result counts with it. Everything else (pooling, activations, adds) is counted by
+A layer is one operator with multiplications and its weight (conv, matmul, embedding); a bias that
+is added to its result counts with it. Everything else (pooling, activations, adds) is counted by
 operator type. Sizes are those of one inference with the model's own batch.
 """
 

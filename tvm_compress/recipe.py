@@ -208,6 +208,8 @@ def _parse_steps(node: yaml.Node, source: Source) -> tuple[Step, ...]:
         raise source.error(node, "steps must be a list with at least one `- name: {...}`")
     steps = []
     for item in node.value:
+        name_node: yaml.Node
+        body: yaml.Node | None
         if isinstance(item, yaml.ScalarNode):  # `- equalize`
             name, name_node, body = item.value, item, None
         else:

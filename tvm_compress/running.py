@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +49,7 @@ def run_file(
     try:
         with half_done.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
-        os.replace(half_done, out)
+        half_done.replace(out)
     except OSError as error:
         half_done.unlink(missing_ok=True)
         raise DataError(f"{out}: cannot be written: {error.strerror}") from None

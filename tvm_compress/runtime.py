@@ -51,7 +51,7 @@ class Session:
         }
 
     def bind(self, arrays: Mapping[str, np.ndarray]) -> Callable[[], object]:
-        """A function that runs one inference on `arrays`, for timing: nothing is copied in or out."""
+        """A function that runs one inference on `arrays`, for timing: it copies nothing."""
         tensors = self._tensors(arrays)
         return lambda: self._main(*tensors)
 

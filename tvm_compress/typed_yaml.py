@@ -88,7 +88,7 @@ def pairs(node: yaml.Node, source: Source, what: str) -> list[tuple[str, yaml.No
     """The entries of a mapping node as (key, key node, value node); keys are unique strings."""
     if not isinstance(node, yaml.MappingNode):
         raise source.error(node, f"{what} must be a mapping `key: value`, not {_shown(node)}")
-    entries = []
+    entries: list[tuple[str, yaml.Node, yaml.Node]] = []
     seen: set[str] = set()
     for key_node, value_node in node.value:
         if not isinstance(key_node, yaml.ScalarNode):
@@ -197,7 +197,9 @@ def _parse_union(arguments: tuple[Any, ...], node: yaml.Node, source: Source, wh
     rest = [hint for hint in arguments if hint is not type(None)]
     if len(rest) == 1:
         return parse(rest[0], node, source, what)
-    tagged = {_tag(hint): hint for hint in rest if dataclasses.is_dataclass(hint)}
+    tagged = {
+        _tag(typing.cast(type, hint)): hint for hint in rest if dataclasses.is_dataclass(hint)
+    }
     if tagged:
         return _parse_tagged(tagged, node, source, what)
     matching = [hint for hint in rest if (typing.get_origin(hint) is tuple) != is_scalar]
@@ -371,18 +373,24 @@ def _tagged_schema(cls: type) -> list[dict[str, Any]]:
 
 
 def dataclass_schema(cls: type, skip: tuple[str, ...] = (), strict: bool = False) -> dict[str, Any]:
-    """Object schema of one dataclass: every init field not in `skip`, and no other key."""
-    hints = typing.get_type_hints(cls)
+    """Object schema of one dataclass: every init field not in `skip`, and no other key.
+
+    A description comes from `Annotated[X, "text"]` or from the field's metadata `help`.
+    """
+    hints = typing.get_type_hints(cls, include_extras=True)
     properties: dict[str, Any] = {}
     required = []
     for field in dataclasses.fields(cls):
         if not field.init or field.name in skip:
             continue
-        schema = json_schema(hints[field.name], strict)
-        if "help" in field.metadata:
-            schema["description"] = field.metadata["help"]
+        hint, description = hints[field.name], field.metadata.get("help")
+        if typing.get_origin(hint) is typing.Annotated:
+            hint, description = typing.get_args(hint)
+        schema = json_schema(hint, strict)
+        if description:
+            schema["description"] = description
         if field.default is not dataclasses.MISSING:
-            schema["default"] = dump(field.default, hints[field.name])
+            schema["default"] = dump(field.default, hint)
         if strict or _is_required(field):
             required.append(field.name)
         properties[field.name] = schema
@@ -393,7 +401,7 @@ def dataclass_schema(cls: type, skip: tuple[str, ...] = (), strict: bool = False
     }
     if required:
         result["required"] = required
-    description = (cls.__doc__ or "").strip().splitlines()
-    if description and not description[0].startswith(f"{cls.__name__}("):
-        result["description"] = description[0]
+    summary = (cls.__doc__ or "").strip().splitlines()
+    if summary and not summary[0].startswith(f"{cls.__name__}("):
+        result["description"] = summary[0]
     return result

@@ -98,11 +98,11 @@ def _rows(
     kernels_after = benchmark.kernels["compressed"] if benchmark else ()
     time_before, time_after = _layer_times(kernels_before), _layer_times(kernels_after)
     total = sum(kernel.time_us for kernel in kernels_after)
-    errors = {layer: error for error in tensors for layer in error.layers}
+    errors = {name: error for error in tensors for name in error.layers}
     symbols: dict[str, list[str]] = {}
     for call in after.calls:
-        for layer in call.layers:
-            symbols.setdefault(layer, []).append(call.symbol)
+        for name in call.layers:
+            symbols.setdefault(name, []).append(call.symbol)
     layers = []
     for layer in profile.layers:
         error = errors.get(layer.name)

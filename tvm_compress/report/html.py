@@ -1,7 +1,7 @@
 """The report as one HTML page: no script, no font and no picture from elsewhere.
 
-Plots are SVG written here, a few rectangles each; colours are CSS variables, so that the page follows
-the reader's light or dark theme.
+Plots are SVG written here, a few rectangles each; colours are CSS variables, so that the page
+follows the reader's light or dark theme.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .text import (
     count_text,
     db_text,
     percent_text,
+    points,
     ratio_text,
     three_digits,
     time_text,
@@ -179,10 +180,10 @@ def _accuracy_card(data: Mapping[str, Any]) -> str:
     )
     return (
         f'<article class="card"><h2>Top-1 accuracy</h2><p class="figure">'
-        f"{percent_text(accuracy['after'], 2)}<small> {-accuracy['drop'] * 100:+.2f} pt"
+        f"{percent_text(accuracy['after'], 2)}<small> {points(-accuracy['drop'])} pt"
         f"</small></p>{rows}"
         f'<p class="note">n = {accuracy["samples"]}, 95 % intervals; paired difference '
-        f"{-accuracy['drop_high'] * 100:+.2f} to {-accuracy['drop_low'] * 100:+.2f} points, "
+        f"{points(-accuracy['drop_high'])} to {points(-accuracy['drop_low'])} points, "
         f"McNemar p = {accuracy['p_value']:.2g}</p></article>"
     )
 
@@ -253,9 +254,9 @@ def _layer_plot(data: Mapping[str, Any]) -> str:
     layers = data["layers"]
     if not layers:
         return ""
-    panels = [("bytes", "Size", "bytes_before", "bytes_after", bytes_text)]
+    panels: list[tuple[str, str, str, Any]] = [("Size", "bytes_before", "bytes_after", bytes_text)]
     if any(row["time_after_us"] is not None for row in layers):
-        panels.append(("time", "Time", "time_before_us", "time_after_us", time_text))
+        panels.append(("Time", "time_before_us", "time_after_us", time_text))
     height = ROW * len(layers) + 46
     width = LABEL + (PANEL + GAP) * (len(panels) + 1) - GAP + MARGIN
     parts = []
@@ -268,7 +269,7 @@ def _layer_plot(data: Mapping[str, Any]) -> str:
             f"{escape(_short(row['name']))}<title>{escape(row['name'])}</title></text>"
         )
     x = LABEL
-    for _, title, key_before, key_after, text in panels:
+    for title, key_before, key_after, text in panels:
         parts.append(_bar_panel(layers, x, title, key_before, key_after, text))
         x += PANEL + GAP
     parts.append(_error_panel(data, x))

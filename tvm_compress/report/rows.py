@@ -6,28 +6,24 @@ Units live in the names. `None` means not applicable or not measured, never zero
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 FORMAT = 1
-
-
-def _row(help_text: str, **options: Any) -> Any:
-    return field(metadata={"help": help_text}, **options)
 
 
 @dataclass(frozen=True)
 class Bytes:
     """Bytes of one emitted library, by what they hold."""
 
-    total: int = _row("size of the library file")
-    weights: int = _row("encoded weights as stored, packed for the kernels")
-    scales: int = _row("scales, zero points, multipliers and shifts")
-    biases: int = _row("biases")
-    tables: int = _row("look-up tables")
-    indices: int = _row("indices of sparse or shared weights")
-    code: int = _row("machine code of the kernels")
-    other: int = _row("the rest: other constants, virtual machine, symbols, padding")
+    total: Annotated[int, "size of the library file"]
+    weights: Annotated[int, "encoded weights as stored, packed for the kernels"]
+    scales: Annotated[int, "scales, zero points, multipliers and shifts"]
+    biases: Annotated[int, "biases"]
+    tables: Annotated[int, "look-up tables"]
+    indices: Annotated[int, "indices of sparse or shared weights"]
+    code: Annotated[int, "machine code of the kernels"]
+    other: Annotated[int, "the rest: other constants, virtual machine, symbols, padding"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +42,8 @@ class Side:
     """One of the two programs that are compared: the float original or the compressed artefact."""
 
     bytes: Bytes
-    plan_bytes: int = _row("memory for activations and temporaries in the compiled plan")
-    latency: Latency | None = _row("on the machine named in `device`")
+    plan_bytes: Annotated[int, "memory for activations and temporaries in the compiled plan"]
+    latency: Annotated[Latency | None, "on the machine named in `device`"]
 
 
 @dataclass(frozen=True)
@@ -56,18 +52,24 @@ class LayerRow:
 
     name: str
     type: str
-    scheme: str = _row("weights x activations, e.g. `int8/channel x int8`; `float` when nothing was done")
+    scheme: Annotated[
+        str, "weights x activations, e.g. `int8/channel x int8`; `float` when nothing was done"
+    ]
     macs: int
     parameters: int
     bytes_before: int
     bytes_after: int
-    time_before_us: float | None = _row("its kernels in the float original, least of the observed runs")
-    time_after_us: float | None = _row("its kernels in the artefact, least of the observed runs")
-    time_share: float | None = _row("part of the artefact's kernel time, 0 to 1")
-    sqnr_db: float | None = _row("signal to noise of its output against the float original")
+    time_before_us: Annotated[
+        float | None, "its kernels in the float original, least of the observed runs"
+    ]
+    time_after_us: Annotated[
+        float | None, "its kernels in the artefact, least of the observed runs"
+    ]
+    time_share: Annotated[float | None, "part of the artefact's kernel time, 0 to 1"]
+    sqnr_db: Annotated[float | None, "signal to noise of its output against the float original"]
     cosine: float | None
     max_abs_error: float | None
-    kernels: tuple[str, ...] = _row("symbols of the kernels that compute it")
+    kernels: Annotated[tuple[str, ...], "symbols of the kernels that compute it"]
 
 
 @dataclass(frozen=True)
@@ -107,17 +109,17 @@ class Accuracy:
 
     samples: int
     before: float
-    before_low: float = _row("lower end of the 95 % Wilson interval")
+    before_low: Annotated[float, "lower end of the 95 % Wilson interval"]
     before_high: float
     after: float
     after_low: float
     after_high: float
-    drop: float = _row("before minus after")
-    drop_low: float = _row("lower end of the paired 95 % interval")
+    drop: Annotated[float, "before minus after"]
+    drop_low: Annotated[float, "lower end of the paired 95 % interval"]
     drop_high: float
     only_before_right: int
     only_after_right: int
-    p_value: float = _row("McNemar's exact test")
+    p_value: Annotated[float, "McNemar's exact test"]
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,11 @@ class Exactness:
     inputs: int
     tensors: int
     elements: int
-    differing: tuple[str, ...] = _row("names of integer tensors that differ; empty when exact")
-    float_max_abs_difference: float | None = _row("largest difference of float outputs")
+    differing: Annotated[tuple[str, ...], "names of integer tensors that differ; empty when exact"]
+    float_difference: Annotated[
+        float | None,
+        "largest difference of float outputs, relative to the largest value of the output",
+    ]
 
 
 @dataclass(frozen=True)
@@ -165,11 +170,11 @@ class Report:
 
     model: str
     source_format: str
-    recipe: str = _row("the recipe's name or file name")
-    recipe_yaml: str = _row("the resolved recipe")
+    recipe: Annotated[str, "the recipe's name or file name"]
+    recipe_yaml: Annotated[str, "the resolved recipe"]
     target: str
     target_description: str
-    created: str = _row("UTC, ISO 8601")
+    created: Annotated[str, "UTC, ISO 8601"]
     device: Device
     macs: int
     parameters: int
@@ -179,7 +184,7 @@ class Report:
     other_kernels: tuple[OtherKernelRow, ...]
     stayed_float: tuple[FloatRow, ...]
     outputs: tuple[OutputRow, ...]
-    worst_layer: str | None = _row("the layer whose output has the lowest signal to noise")
+    worst_layer: Annotated[str | None, "the layer whose output has the lowest signal to noise"]
     accuracy: Accuracy | None
     exactness: Exactness | None
     checks: tuple[Check, ...]

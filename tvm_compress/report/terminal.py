@@ -16,6 +16,7 @@ from .text import (
     count_text,
     db_text,
     percent_text,
+    points,
     ratio_text,
     three_digits,
     time_text,
@@ -172,20 +173,22 @@ def _print_totals(console: Console, report: Mapping[str, Any]) -> None:
             style="bold",
         )
         table.add_row("  10 % .. 90 %", _spread(x), _spread(y), "")
+        least = (x["min_us"], y["min_us"])
+        table.add_row("  least", *map(time_text, least), ratio_text(*least))
     accuracy = report["accuracy"]
     if accuracy:
         table.add_row(
             f"top-1 accuracy (n = {accuracy['samples']})",
             percent_text(accuracy["before"], 2),
             percent_text(accuracy["after"], 2),
-            f"{-accuracy['drop'] * 100:+.2f} points",
+            f"{points(-accuracy['drop'])} points",
             style="bold",
         )
         table.add_row(
             "  95 % interval",
             _interval(accuracy["before_low"], accuracy["before_high"]),
             _interval(accuracy["after_low"], accuracy["after_high"]),
-            f"{-accuracy['drop_high'] * 100:+.2f} .. {-accuracy['drop_low'] * 100:+.2f}",
+            f"{points(-accuracy['drop_high'])} .. {points(-accuracy['drop_low'])}",
         )
     for output in report["outputs"]:
         table.add_row(
@@ -299,8 +302,8 @@ def print_verification(result: Verification, per_layer: bool) -> None:
             f"({_interval(accuracy.after_low, accuracy.after_high)}), n = {accuracy.samples}"
         )
         console.print(
-            f"paired difference: {-accuracy.drop * 100:+.2f} points "
-            f"({-accuracy.drop_high * 100:+.2f} .. {-accuracy.drop_low * 100:+.2f}); only float "
+            f"paired difference: {points(-accuracy.drop)} points "
+            f"({points(-accuracy.drop_high)} .. {points(-accuracy.drop_low)}); only float "
             f"right {accuracy.only_before_right}, only compressed right "
             f"{accuracy.only_after_right}, McNemar p = {accuracy.p_value:.3g}"
         )

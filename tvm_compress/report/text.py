@@ -48,5 +48,11 @@ def percent_text(fraction: float | None, digits: int = 1) -> str:
     return "-" if fraction is None else f"{fraction * 100:.{digits}f} %"
 
 
+def points(fraction: float) -> str:
+    """A difference of accuracies in percentage points, with its sign: `+0.40`, `0.00`."""
+    text = f"{fraction * 100:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text
+
+
 def db_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
