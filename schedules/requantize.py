@@ -25,7 +25,8 @@ def at(tensor: te.Tensor, indices: Sequence[tirx.PrimExpr]) -> tirx.PrimExpr:
     rank = len(tensor.shape)
     if rank == 0:
         return tensor()
-    tail = list(indices)[len(indices) - rank :]
+    # A scalar's constants have one axis of size 1 and the scalar itself none.
+    tail = [0] * max(rank - len(indices), 0) + list(indices)[max(len(indices) - rank, 0) :]
     return tensor[
         tuple(0 if int(dim) == 1 else index for dim, index in zip(tensor.shape, tail, strict=True))
     ]

@@ -7,7 +7,7 @@ Permutations cost nothing: only the record of the physical order changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from tvm import relax
 
 from .. import ir
 from .context import Lowering
-from .values import Concat, Constant, Dequantised, Many, Tensor, Value
+from .values import Concat, Constant, Dequantised, Many, QuantParams, Tensor, Value
 
 
 def _source(ctx: Lowering, expr: tvm.ir.Expr) -> tuple[Tensor, Callable[[Tensor], Value]]:
@@ -203,9 +203,51 @@ def as_it_is(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     return Dequantised(replace(data, expr=expr, shape=shape, perm=ir.renormalise_perm(len(shape))))
 
 
-def tuple_field(values: Sequence[Value], index: int) -> Value:
-    """TupleGetItem of known fields."""
-    return values[index]
+def take(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
+    """Rows of a quantised table (an embedding): take(dq(w), i) => dq(take(w, i)); else as any copy."""
+    table, axis, shape = ctx.value(call.args[0]), call.attrs.axis, _shape(call)
+    if not isinstance(table, Constant) or table.codes is None or axis is None or shape is None:
+        return as_it_is(ctx, name, call)
+    assert table.scale is not None and table.zero_point is not None
+    rank = table.codes.ndim
+    axis = int(axis) % rank
+    indices = ctx.native(call.args[1])
+
+    def picked(array: np.ndarray, hint: str) -> tvm.ir.Expr:
+        source = ir.array_const(array)
+        if array.shape[axis] == 1:
+            return source
+        return ctx.emit(relax.op.take(source, indices, axis, str(call.attrs.mode)), hint)
+
+    codes = picked(table.codes, f"{name}.codes")
+    if table.scale.size == table.zero_point.size == 1:
+        params = QuantParams(float(table.scale[0]), int(table.zero_point[0]), str(table.codes.dtype))
+        identity = ir.renormalise_perm(len(shape))
+        return Dequantised(Tensor(codes, shape, str(table.codes.dtype), identity, params))
+    # A scale per row or per column: the picked rows become floats, the table stays codes.
+    aligned = [1] * rank
+    aligned[table.axis] = -1
+    value: tvm.ir.Expr = ctx.emit(relax.op.astype(codes, "float32"), f"{name}.values")
+    if table.zero_point.any():
+        zeros = np.broadcast_to(table.zero_point, table.scale.shape).astype(np.float32)
+        shift = _like(ctx, picked(zeros.reshape(aligned), f"{name}.zeros"), axis, rank, shape, name)
+        value = ctx.emit(relax.op.subtract(value, shift), f"{name}.centred")
+    scales = _like(ctx, picked(table.scale.reshape(aligned), f"{name}.scales"), axis, rank, shape, name)
+    expr = ctx.emit(relax.op.multiply(value, scales), name)
+    return Tensor(expr, shape, "float32", ir.renormalise_perm(len(shape)))
+
+
+def _like(
+    ctx: Lowering, expr: tvm.ir.Expr, axis: int, rank: int, shape: tuple[int, ...], name: str
+) -> tvm.ir.Expr:
+    """Parameters of a table that has no picked axis yet get the axes that the indices have."""
+    own = ir.shape_of(expr)
+    assert own is not None
+    extra = len(shape) - len(own)
+    if not extra:
+        return expr
+    wanted = (*own[:axis], *(1,) * (extra + 1), *own[axis + 1 :])
+    return ctx.reshape(expr, wanted, f"{name}.aligned")
 
 
 HANDLERS = {
@@ -215,6 +257,7 @@ HANDLERS = {
     "relax.split": split,
     "relax.strided_slice": strided_slice,
     "relax.nn.pad": pad,
+    "relax.take": take,
     "relax.image.resize2d": resize2d,
-    **{f"relax.{name}": as_it_is for name in ("tile", "repeat", "take", "flip", "broadcast_to", "gather_nd")},
+    **{f"relax.{name}": as_it_is for name in ("tile", "repeat", "flip", "broadcast_to", "gather_nd")},
 }

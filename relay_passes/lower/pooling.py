@@ -125,6 +125,48 @@ def _counts(
     return ((taps >= low) & (taps < high)).sum(axis=1)
 
 
+def pool1d(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
+    """A 2-D pool of height 1."""
+    attrs, shape = call.attrs, ir.shape_of(call.args[0])
+    layout = str(attrs.layout)
+    if shape is None or set(layout) != set("NCW"):
+        return ctx.no(f"layout {layout}")
+    is_max = ir.op_name(call) == "relax.nn.max_pool1d"
+    data, quantised = _source(ctx, call)
+    data = ctx.permuted(data, tuple(layout.index(x) for x in "NWC"), f"{name}.nwc")
+    n, width, channels = data.physical_shape
+    rows = ctx.reshape(data.expr, (n, 1, width, channels), f"{name}.rows")
+    wide = replace(data, expr=rows, shape=(n, 1, width, channels), perm=(0, 1, 2, 3))
+    image = relax.Var(f"{name}.image", relax.TensorType(list(wide.shape), wide.dtype))
+    ctx.env[image] = Dequantised(wide) if quantised else wide
+    pool = relax.op.nn.max_pool2d if is_max else relax.op.nn.avg_pool2d
+    before, after = ir.ints(attrs.padding)
+    plane = pool(
+        image, (1, *ir.ints(attrs.pool_size)), (1, *ir.ints(attrs.strides)), (0, before, 0, after),
+        (1, *ir.ints(attrs.dilation)), bool(attrs.ceil_mode), bool(attrs.count_include_pad), "NHWC",
+    )  # fmt: skip
+    value = (max_pool2d if is_max else avg_pool2d)(ctx, name, plane)
+
+    def row(tensor: Tensor) -> Tensor:
+        n, _, width, channels = tensor.physical_shape
+        out = tuple({"N": n, "W": width, "C": channels}[letter] for letter in layout)
+        expr = ctx.reshape(tensor.expr, (n, width, channels), f"{name}.row")
+        return replace(tensor, expr=expr, shape=out, perm=data.perm)
+
+    def constant(array: np.ndarray) -> np.ndarray:
+        if np.ndim(array) < 4:
+            return array
+        return array[:, 0].transpose(np.argsort(data.perm))  # NHWC -> NWC -> the layout
+
+    if isinstance(value, Accumulator):
+        return replace(
+            value, sums=row(value.sums), scale=constant(value.scale), bias=constant(value.bias)
+        )
+    if isinstance(value, Dequantised):
+        return Dequantised(row(value.codes))
+    return row(value) if isinstance(value, Tensor) else None
+
+
 def adaptive_avg_pool2d(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     """Global average pooling; other sizes when they divide the input."""
     layout = str(call.attrs.layout)
@@ -201,6 +243,8 @@ def _mean(
 HANDLERS = {
     "relax.nn.max_pool2d": max_pool2d,
     "relax.nn.avg_pool2d": avg_pool2d,
+    "relax.nn.max_pool1d": pool1d,
+    "relax.nn.avg_pool1d": pool1d,
     "relax.nn.adaptive_avg_pool2d": adaptive_avg_pool2d,
     "relax.mean": mean,
     "relax.sum": total,

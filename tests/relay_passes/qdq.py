@@ -19,7 +19,8 @@ from tvm_compress.relay_passes.lower import LEFT_FLOAT_ATTR, LowerToKernels
 from tvm_compress.schedules.spec import KERNEL_ATTR
 from tvm_compress.targets import get_target
 
-PLAIN = tvm.target.Target("llvm")
+# Without optimisation: compiling is most of a test's time.
+PLAIN = tvm.target.Target({"kind": "llvm", "opt-level": 0})
 
 
 class Graph:
@@ -125,7 +126,7 @@ def compile_module(
     machine = relax.VirtualMachine(tvm.compile(module, target=target), tvm.cpu())
 
     def run(*arrays: np.ndarray) -> Any:
-        result = machine["main"](*[tvm.runtime.tensor(np.ascontiguousarray(a)) for a in arrays])
+        result = machine["main"](*[tvm.runtime.tensor(np.array(a, order="C")) for a in arrays])
         return result.numpy() if hasattr(result, "numpy") else [t.numpy() for t in result]
 
     return run
