@@ -35,5 +35,5 @@ def test_int8_of_the_shipped_network(fashion_mnist: Path, tmp_path: Path) -> Non
     session = tvm_compress.Artefact.open(tmp_path / "out").session()
     found = [session.run({"image": image[None]})["logits"].argmax() for image in images]
     correct = int((np.array(found) == labels).sum())
-    # The float network is right on 190 of these 200.
-    assert 186 <= correct <= 194
+    # The float network is right on 189 of these 200.
+    assert 185 <= correct <= 193
