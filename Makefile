@@ -7,6 +7,7 @@ EXAMPLE := examples/fashion_mnist
 
 demo:
 	@tools/setup demo
+	@mkdir -p build
 	.venv/bin/tvm-compress compress $(EXAMPLE)/model.onnx --recipe int8 --target host \
 	    --calib $(EXAMPLE)/calibration.npz --eval $(EXAMPLE)/test.npz -o build/demo
 	.venv/bin/tvm-compress verify build/demo --eval $(EXAMPLE)/test.npz
