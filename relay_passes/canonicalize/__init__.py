@@ -9,6 +9,7 @@ from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
 from .fold_pad import FoldPad
 from .name_layers import NameLayers
+from .outline_branches import OutlineBranches
 from .remove_identities import RemoveIdentities
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "FoldConstants",
     "FoldPad",
     "NameLayers",
+    "OutlineBranches",
     "RemoveIdentities",
     "canonicalize",
 ]
@@ -26,7 +28,6 @@ def canonicalize() -> tvm.transform.Sequential:
     return tvm.transform.Sequential(
         [
             relax.transform.Normalize(),
-            relax.transform.ConvertToDataflow(min_size=1),
             # Constants first: what looks like an operator (a transposed weight) is then a weight.
             FoldConstants(),
             RemoveIdentities(),
@@ -35,8 +36,12 @@ def canonicalize() -> tvm.transform.Sequential:
             # A batch-norm that stayed may have become `x * 1`, a bias `x + 0`.
             FoldConstants(),
             RemoveIdentities(),
+            # Not earlier: it keeps the name of `output = x` and loses that of `x`.
+            relax.transform.ConvertToDataflow(min_size=1),
             relax.transform.DeadCodeElimination(["main"]),
             NameLayers(),
+            # Branch functions are called after the branch, so names come before.
+            OutlineBranches(),
         ],
         name="tvm_compress.canonicalize",
     )

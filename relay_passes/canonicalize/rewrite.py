@@ -334,14 +334,15 @@ def _renamed(expr: Expr, renamed: dict[Var, Expr]) -> Expr:
         return builder.normalize(
             relax.If(
                 _renamed(expr.cond, renamed),
-                _renamed_seq(expr.true_branch, renamed),
-                _renamed_seq(expr.false_branch, renamed),
+                renamed_seq(expr.true_branch, renamed),
+                renamed_seq(expr.false_branch, renamed),
             )
         )
     return expr
 
 
-def _renamed_seq(seq: relax.SeqExpr, renamed: dict[Var, Expr]) -> relax.SeqExpr:
+def renamed_seq(seq: relax.SeqExpr, renamed: dict[Var, Expr]) -> relax.SeqExpr:
+    """The same bindings reading other variables."""
     blocks = [
         type(block)([_renamed_binding(binding, renamed) for binding in block.bindings])
         for block in seq.blocks
