@@ -61,6 +61,7 @@ class Dataset:
     inputs: tuple[TensorSpec, ...]
     open_rows: Callable[[], Iterator[tuple[Rows, Any]]]  # per sample: arrays, label or None
     batch: int = 1  # samples in one run
+    label_range: tuple[int, int] | None = None  # smallest and largest, where known beforehand
     picked: range | tuple[int, ...] | None = None
 
     def __len__(self) -> int:
@@ -255,6 +256,7 @@ def _from_npz(
         inputs=inputs,
         open_rows=open_rows,
         batch=batch,
+        label_range=None if labels is None else (int(labels.min()), int(labels.max())),
     )
 
 
@@ -350,6 +352,7 @@ def _from_folder(
         inputs=inputs,
         open_rows=open_rows,
         batch=_batch(str(folder), inputs, {spec.name: False}),
+        label_range=None if labels is None else (min(labels), max(labels)),
     )
 
 

@@ -139,6 +139,7 @@ def _load(
     from .importers import load_model
     from .recipe import Recipe, load_recipe
     from .targets import get_target
+    from .verification import scores_output
 
     is_recipe = isinstance(recipe, Recipe)
     chosen: Recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -160,6 +161,11 @@ def _load(
             "this recipe quantises activations and needs calibration data: give --calib "
             "(an .npz or a folder of images)"
         )
+    labelled = None
+    if evaluate is not None:
+        labelled = load_data(evaluate, model, chosen.preprocessing)
+        if labelled.has_labels:
+            scores_output(model.outputs, labelled)
     return Job(
         model=model,
         model_key=module_key(model.module),
@@ -168,7 +174,7 @@ def _load(
         target=target,
         plan=plan,
         calibration=dataset,
-        evaluate=None if evaluate is None else load_data(evaluate, model, chosen.preprocessing),
+        evaluate=labelled,
     )
 
 

@@ -7,6 +7,7 @@ and the same integers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -163,7 +164,11 @@ def check_exactness(
                         differing[name] = None
     if float_difference is not None and largest > 0.0:
         float_difference /= largest
-    return Exactness(inputs, len(names), elements, tuple(differing), float_difference)
+    layers = {call.output: call.layers for call in info.calls}
+    named = tuple(
+        f"{name} ({', '.join(layers[name])})" if layers.get(name) else name for name in differing
+    )
+    return Exactness(inputs, len(names), elements, named, float_difference)
 
 
 # --- (b) the float original ---------------------------------------------------------------------
@@ -240,7 +245,7 @@ def _worst(tensors: tuple[TensorError, ...]) -> str | None:
 
 def measure_accuracy(artefact: Artefact, dataset: Dataset, progress: Progress) -> Accuracy:
     """Top-1 accuracy of both programs on every sample of `dataset`."""
-    spec = _scores(artefact.outputs, dataset.batch)
+    spec = scores_output(artefact.outputs, dataset)
     sessions = [artefact.session("original"), artefact.session()]
     both = only_before = only_after = count = 0
     runs = -(-len(dataset) // dataset.batch)
@@ -271,27 +276,38 @@ def measure_accuracy(artefact: Artefact, dataset: Dataset, progress: Progress) -
     )
 
 
-def _scores(outputs: tuple[TensorSpec, ...], batch: int) -> TensorSpec:
+def scores_output(outputs: tuple[TensorSpec, ...], dataset: Dataset) -> TensorSpec:
+    """The output that holds one score for each class of `dataset`'s labels.
+
+    Raises `DataError` when there is none, or when the labels are known and go beyond the classes.
+    """
     for spec in outputs:
-        if spec.shape and spec.shape[0] == batch and int(np.prod(spec.shape)) > batch:
+        classes = math.prod(spec.shape[1:])
+        if spec.shape and spec.shape[0] == dataset.batch and classes > 1:
+            if dataset.label_range is not None:
+                _check_labels(*dataset.label_range, spec, dataset.source)
             return spec
     shapes = ", ".join(f"{spec.name!r} {list(spec.shape)}" for spec in outputs)
     raise DataError(
-        f"labels are given, but no output holds one score for each class ({shapes}); "
-        "leave the labels out"
+        f"{dataset.source}: labels are given, but no output holds one score for each class "
+        f"({shapes}); leave the labels out"
     )
 
 
-def _right(session: Session, run: Run, spec: TensorSpec, source: str) -> np.ndarray:
-    assert run.labels is not None
-    scores = session.run(run.feed)[spec.name]
-    scores = scores.reshape(scores.shape[0], -1)[: run.count]
-    if run.labels.min() < 0 or run.labels.max() >= scores.shape[1]:
+def _check_labels(low: int, high: int, spec: TensorSpec, source: str) -> None:
+    classes = math.prod(spec.shape[1:])
+    if low < 0 or high >= classes:
         raise DataError(
-            f"{source}: labels go from {run.labels.min()} to {run.labels.max()}; output "
-            f"{spec.name!r} has {scores.shape[1]} classes"
+            f"{source}: labels go from {low} to {high}; output {spec.name!r} has {classes} classes"
         )
-    right: np.ndarray = scores.argmax(1) == run.labels
+
+
+def _right(session: Session, run: Run, spec: TensorSpec, source: str) -> np.ndarray:
+    """Whether each sample's largest score is its label's."""
+    assert run.labels is not None
+    _check_labels(int(run.labels.min()), int(run.labels.max()), spec, source)
+    scores = session.run(run.feed)[spec.name]
+    right: np.ndarray = scores.reshape(scores.shape[0], -1)[: run.count].argmax(1) == run.labels
     return right
 
 
@@ -321,7 +337,7 @@ def _exactness_checks(exactness: Exactness) -> Iterator[Check]:
     difference = exactness.float_difference
     if difference is not None:
         detail = (
-            f"within {difference:.1e} of the reference over {exactness.inputs} inputs, "
+            f"{difference:.1e} from the reference over {exactness.inputs} inputs, at most "
             f"{FLOAT_TOLERANCE:.0e} allowed"
         )
         yield Check("float outputs", bool(difference <= FLOAT_TOLERANCE), detail)

@@ -44,6 +44,7 @@ class Workspace:
         self._force = force
         self._used: set[str] = set()
         self._lock: IO[str] | None = None
+        self._is_first_run = True
 
     def __enter__(self) -> Workspace:
         if not self.out.parent.is_dir():
@@ -52,6 +53,7 @@ class Workspace:
             raise ArtefactError(f"{self.out}: is a file; choose another -o")
         self._recover()
         self._check_ours()
+        self._is_first_run = not self.out.exists()
         try:
             (self.out / WORK / "cache").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -73,8 +75,9 @@ class Workspace:
             shutil.rmtree(half_done, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
-        if isinstance(error, Exception):  # bad input: leave no trace of a first, failed run
-            self._forget_empty()
+        if isinstance(error, Exception) and self._is_first_run:
+            # Bad input leaves no trace; an interrupt is no `Exception` and keeps what is finished.
+            shutil.rmtree(self.out, ignore_errors=True)
 
     def cached(self, name: str, key_parts: Iterable[object], make: Callable[[Path], None]) -> Path:
         """The folder of one finished step; `make(folder)` fills it when it is not there yet.
@@ -146,11 +149,6 @@ class Workspace:
             self._lock.close()
             self._lock = None
             raise ArtefactError(f"{self.out}: another run is writing to it; wait for it") from None
-
-    def _forget_empty(self) -> None:
-        cache_folder = self.out / WORK / "cache"
-        if [p.name for p in self.out.iterdir()] == [WORK] and not any(cache_folder.iterdir()):
-            shutil.rmtree(self.out)
 
 
 def _exchange(new: Path, out: Path, aside: Path) -> None:

@@ -129,7 +129,9 @@ class Exactness:
     inputs: int
     tensors: int
     elements: int
-    differing: Annotated[tuple[str, ...], "names of integer tensors that differ; empty when exact"]
+    differing: Annotated[
+        tuple[str, ...], "integer tensors that differ, with their layers; empty when exact"
+    ]
     float_difference: Annotated[
         float | None,
         "largest difference of float outputs, relative to the largest value of the output",
