@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,17 +20,35 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Quick answers first: unit tests, then slow ones, then those in tests/end_to_end."""
+    """Quick answers first: unit tests, then slow ones, then those in tests/end_to_end.
+
+    Tests that link a library are skipped where there is no compiler to link with.
+    """
+
+    def folder(item: pytest.Item) -> str:
+        return item.path.relative_to(REPOSITORY / "tests").parts[0]
 
     def rank(item: pytest.Item) -> tuple[bool, bool, bool]:
-        folder = item.path.relative_to(REPOSITORY / "tests").parts[0]
         return (
-            folder == "end_to_end",
+            folder(item) == "end_to_end",
             item.get_closest_marker("slow") is not None,
             item.path.name != "test_tiny.py",
         )
 
     items.sort(key=rank)
+    if not _has_compiler():
+        skip = pytest.mark.skip(reason="no C++ compiler (Debian: apt-get install g++)")
+        for item in items:
+            if folder(item) == "end_to_end" or item.get_closest_marker("links"):
+                item.add_marker(skip)
+
+
+def _has_compiler() -> bool:
+    """Whether TVM finds a compiler to link with; it looks in the same places."""
+    named = os.environ.get("CXX") or os.environ.get("CC")
+    return any(
+        map(shutil.which, [named] if named else ["g++", "gcc", "clang++", "clang", "c++", "cc"])
+    )
 
 
 @pytest.fixture(scope="session")

@@ -147,6 +147,13 @@ def test_target_that_does_not_exist(case: Case) -> None:
     case.refused("no target 'hots'", "did you mean 'host'", target="hots")
 
 
+def test_no_compiler_to_link_with(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(case.folder))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    case.refused("no C++ compiler", "apt-get install g++")
+
+
 def test_out_that_holds_something_else(case: Case) -> None:
     (case.folder / "out").mkdir()
     (case.folder / "out" / "thesis.txt").write_text("mine")

@@ -15,6 +15,7 @@ def test_every_public_name_loads(name: str) -> None:
     assert getattr(tvm_compress, name) is not None
 
 
+@pytest.mark.links
 def test_int8_of_the_shipped_network(fashion_mnist: Path, tmp_path: Path) -> None:
     with np.load(fashion_mnist / "test.npz") as data:
         images, labels = data["image"][:200], data["labels"][:200]

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .errors import ModelError
+from .errors import ModelError, TargetError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +54,17 @@ class Built:
         """Write the shared library; it needs TVM's runtime and nothing of ours."""
         # -s: without LLVM's debug sections, which were a quarter of a small library.
         self.executable.export_library(str(path), options=["-s"])
+
+
+def require_linker() -> None:
+    """Raise `TargetError` where there is no compiler to link a shared library with."""
+    from tvm.support.cc import get_cc
+
+    if get_cc() is None:
+        raise TargetError(
+            "no C++ compiler to link the compiled model with; install one (Debian: apt-get install "
+            "g++) or name it in CXX"
+        )
 
 
 def build(module: tvm.IRModule, target: Target) -> Built:

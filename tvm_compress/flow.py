@@ -135,6 +135,7 @@ def _load(
     shapes: Mapping[str, tuple[int, ...]] | None,
     input_values: Mapping[str, float] | None,
 ) -> Job:
+    from .build import require_linker
     from .data import load_data
     from .importers import load_model
     from .recipe import Recipe, load_recipe
@@ -166,6 +167,7 @@ def _load(
         labelled = load_data(evaluate, model, chosen.preprocessing)
         if labelled.has_labels:
             scores_output(model.outputs, labelled)
+    require_linker()
     return Job(
         model=model,
         model_key=module_key(model.module),

@@ -32,6 +32,7 @@ def run(*command: object, cwd: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.links
 def test_script_gains_int8_and_its_library_runs_without_us(
     repository: Path, fashion_mnist: Path, tmp_path: Path
 ) -> None:
