@@ -14,6 +14,7 @@ import click
 
 from . import __version__
 from .errors import CheckFailed, TvmCompressError
+from .startup import start_without_torch
 
 if TYPE_CHECKING:
     from .progress import Progress
@@ -25,6 +26,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def main() -> NoReturn:
     """Entry point of `tvm-compress`: runs one verb and turns every error into one line."""
+    start_without_torch()
     try:
         cli.main(standalone_mode=False)
         sys.stdout.flush()
