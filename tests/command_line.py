@@ -97,8 +97,11 @@ def tiny_onnx(
     return path
 
 
-def tiny_data(path: Path, count: int = 40, **more: np.ndarray) -> Path:
+def tiny_data(path: Path, count: int = 40, labels: np.ndarray | None = None) -> Path:
     """Random images for `tiny_onnx`."""
     images = np.random.default_rng(3).standard_normal((count, 1, 8, 8)).astype(np.float32)
-    np.savez(path, image=images, **more)
+    if labels is None:
+        np.savez(path, image=images)
+    else:
+        np.savez(path, image=images, labels=labels)
     return path

@@ -45,10 +45,15 @@ def test_wilson_equals_scipy(right: int, count: int) -> None:
     assert wilson(right, count) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-@pytest.mark.parametrize(("first", "second"), [(0, 0), (5, 0), (3, 9), (120, 90), (4000, 4100)])
-def test_mcnemar_equals_the_binomial_test(first: int, second: int) -> None:
+@pytest.mark.parametrize(
+    ("first", "second"), [(0, 0), (4, 4), (5, 0), (3, 9), (120, 90), (4000, 4100)]
+)
+def test_mcnemar_is_the_binomial_test_with_half_of_the_tie(first: int, second: int) -> None:
     found = paired_difference(first, second, 10_000).p_value
-    expected = stats.binomtest(first, first + second).pvalue if first + second else 1.0
+    count, smaller = first + second, min(first, second)
+    expected = 1.0
+    if first != second:
+        expected = stats.binomtest(smaller, count).pvalue - stats.binom.pmf(smaller, count, 0.5)
     assert found == pytest.approx(expected, rel=1e-6)
 
 

@@ -336,8 +336,6 @@ def _exactness_checks(exactness: Exactness) -> Iterator[Check]:
         yield Check("exact integers", True, f"{checked}, {exactness.elements:,} values: all equal")
     difference = exactness.float_difference
     if difference is not None:
-        detail = (
-            f"{difference:.1e} from the reference over {exactness.inputs} inputs, at most "
-            f"{FLOAT_TOLERANCE:.0e} allowed"
-        )
+        distance = f"differ by {difference:.1e} of their range" if difference else "equal"
+        detail = f"{distance}, {exactness.inputs} inputs; at most {FLOAT_TOLERANCE:.0e} allowed"
         yield Check("float outputs", bool(difference <= FLOAT_TOLERANCE), detail)

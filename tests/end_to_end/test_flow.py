@@ -1,4 +1,4 @@
-"""The whole flow on a tiny network through the command line: artefact, checks, interrupts, resume."""
+"""The whole flow on a tiny network through the command line: artefact, checks, interrupts."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Accuracy:
     drop_high: float
     only_before_right: int
     only_after_right: int
-    p_value: Annotated[float, "McNemar's exact test"]
+    p_value: Annotated[float, "McNemar's mid-p test"]
 
 
 @dataclass(frozen=True)
