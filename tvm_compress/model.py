@@ -1,4 +1,4 @@
-"""The value that the flow passes along: a Relax module and what its inputs and outputs are called."""
+"""The value that the flow passes along: a Relax module and its inputs' and outputs' names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the canonical passes need to know about an anchor: which axis of what is the output channel."""
+"""What the canonical passes ask of an anchor: which axis of what is the output channel."""
 
 from __future__ import annotations
 

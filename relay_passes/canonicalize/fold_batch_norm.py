@@ -4,8 +4,8 @@
     anchor(x, w) * s          => anchor(x, w * s)
     anchor(x, w) + a + b      => anchor(x, w) + (a + b)
 
-Ioffe and Szegedy, Batch Normalization, 2015, with inference statistics. Costs nothing at run time; only
-float constant weights are changed (a quantised weight keeps its integers).
+Ioffe and Szegedy, Batch Normalization, 2015, with inference statistics. Costs nothing at run time;
+only float constant weights are changed (a quantised weight keeps its integers).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class FoldBatchNorm:
     """anchor(x, w) * s + b => anchor(x, w * s) + b, batch-norm included.
 
     Applies to conv (grouped, depthwise, transposed) and matmul with a float constant weight whose
-    result nothing else reads. A batch-norm with no such anchor before it becomes one multiply and one add.
+    result nothing else reads. A batch-norm with no such anchor before it becomes one multiply and
+    one add.
     """
 
     def transform_module(

@@ -1,7 +1,7 @@
 """op(constants) => constant, in NumPy; a quantised weight keeps its integers.
 
-TVM's own FoldConstant compiles each fold with LLVM (seconds for a network's layout changes) and would
-turn `dequantize(integers)` into float.
+TVM's own FoldConstant compiles each fold with LLVM (seconds for a network's layout changes) and
+would turn `dequantize(integers)` into float.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm_ffi import structural_equal
 from tvm import relax
+from tvm_ffi import structural_equal
 
 from ..ir import array_const, constant, dtype_of, op_name, shape_of
 from .rewrite import Expr, Rewriter, Var, rewrite_module
@@ -63,9 +63,8 @@ class _FoldConstants(Rewriter):
     def _once(self, call: Expr, compute: Callable[[], Expr | None]) -> Expr | None:
         earlier = self._memo.setdefault(str(op_name(call)), [])
         for known, result in earlier:
-            if known.attrs == call.attrs or structural_equal(known.attrs, call.attrs):
-                if _same_arguments(known.args, call.args):
-                    return result
+            if structural_equal(known.attrs, call.attrs) and _same_arguments(known.args, call.args):
+                return result
         result = compute()
         if result is not None:
             earlier.append((call, result))

@@ -16,8 +16,9 @@ from .rewrite import Expr, Rewriter, Var, rewrite_module
 class FoldPad:
     """conv(pad(x), w) => conv with (asymmetric) padding; average and maximum pooling alike.
 
-    A convolution takes zero padding of its spatial axes, also as `conv(dequantize(pad(q, zero point)))`. An average pool without padding of its own then
-    counts the padding; a maximum pool takes `-inf`, or zero where its input is never negative.
+    A convolution takes zero padding of its spatial axes, also as `conv(dequantize(pad(q, zero
+    point)))`. An average pool without padding of its own then counts the padding; a maximum pool
+    takes `-inf`, or zero where its input is never negative.
     """
 
     def transform_module(

@@ -1,4 +1,4 @@
-"""Every variable gets a unique, readable name; a layer's anchor keeps the name its source gave it."""
+"""Every variable gets a unique, readable name; a layer's anchor keeps its source's name."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _ANONYMOUS = re.compile(r"(lv|gv|v|alloc|branch|var)\d*")
 class NameLayers:
     """Rename variables: unique, letters/digits/`_`; `conv2d_3` for a layer without a name.
 
-    Anchors choose first, so that a layer's name does not depend on what surrounds it. Applying the pass
-    again changes nothing.
+    Anchors choose first, so that a layer's name does not depend on what surrounds it. Applying the
+    pass again changes nothing.
     """
 
     def transform_module(

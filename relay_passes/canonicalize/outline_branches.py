@@ -1,7 +1,7 @@
 """if c: a(x) else: b(x) => if c: f(x) else: g(x), each branch a private function.
 
-TVM 0.27 plans the memory of a function with branches as if both ran: an else branch may then use storage
-that only the then branch allocated, and crash. Functions are planned one by one.
+TVM 0.27 plans the memory of a function with branches as if both ran: an else branch may then use
+storage that only the then branch allocated, and crash. Functions are planned one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from .rewrite import Expr, Rewriter, Var, renamed_seq, rewrite_module
 class OutlineBranches:
     """Each branch of an `If` that computes anything becomes a private Relax function.
 
-    The layers inside stay as they are in the source: passes that look at `main` only do not compress them.
+    The layers inside stay as they are in the source: passes that look at `main` only do not
+    compress them.
     """
 
     def transform_module(

@@ -1,4 +1,4 @@
-"""identity(x) => x, and chains of reshapes, permutations, bounds and slices in their shortest form."""
+"""identity(x) => x; chains of reshapes, permutations, bounds and slices in their shortest form."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 import tvm
-from tvm_ffi import structural_equal
 from tvm import relax
+from tvm_ffi import structural_equal
 
 from ..ir import constant, dtype_of, ints, op_name, shape_of
 from .rewrite import Expr, Rewriter, Var, rewrite_module
@@ -23,9 +23,10 @@ _RESHAPES = frozenset(
 class RemoveIdentities:
     """identity(x) => x.
 
-    Same-shape reshape, same-dtype cast, identity permutation, dropout, zero pad, concat of one, clip
-    without bounds, `x + 0`, `x * 1`, concat of a split. Squeeze, expand_dims and flatten become
-    `reshape`; consecutive reshapes and permutations become one; `min(max(x, a), b)` becomes `clip`.
+    Same-shape reshape, same-dtype cast, identity permutation, dropout, zero pad, concat of one,
+    clip without bounds, `x + 0`, `x * 1`, concat of a split. Squeeze, expand_dims and flatten
+    become `reshape`; consecutive reshapes and permutations become one; `min(max(x, a), b)` becomes
+    `clip`.
     """
 
     def transform_module(
@@ -164,9 +165,10 @@ class _RemoveIdentities(Rewriter):
         for position in positions:
             array = constant(value.args[position])
             other = value.args[1 - position]
-            if array is not None and array.size and (array == neutral).all():
-                if structural_equal(other.ty, value.ty):
-                    return other
+            if array is None or not array.size or not (array == neutral).all():
+                continue
+            if structural_equal(other.ty, value.ty):
+                return other
         return None
 
     def maximum(self, value: Expr) -> Expr | None:
@@ -269,7 +271,8 @@ def _bounded(call: Expr) -> tuple[Expr, float | None]:
     for position in (1, 0):
         array = constant(call.args[position])
         x = call.args[1 - position]
-        if array is not None and array.size and (array == array.reshape(-1)[0]).all():
-            if shape_of(x) == shape_of(call):
-                return x, float(np.asarray(array).reshape(-1)[0])
+        if array is None or not array.size or (array != array.reshape(-1)[0]).any():
+            continue
+        if shape_of(x) == shape_of(call):
+            return x, float(np.asarray(array).reshape(-1)[0])
     return call, None

@@ -1,12 +1,14 @@
 """Rewrite a Relax function binding by binding, keeping the names of its variables.
 
 TVM's expression mutators rename what they emit; layer names must survive every pass here. So a pass
-subclasses `Rewriter`, whose `rewrite` sees each binding in order with its arguments already rewritten.
+subclasses `Rewriter`, whose `rewrite` sees each binding in order with its arguments already
+rewritten.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import tvm
 from tvm import relax
@@ -15,7 +17,7 @@ from tvm_ffi import structural_equal
 
 from ..ir import op_name
 
-Var = tvm.ir.Var
+Var: TypeAlias = tvm.ir.Var
 
 # A function with one of these is a kernel, a fused group or a decoding, not a graph of layers.
 _OPAQUE_ATTRS = ("Primitive", "Composite", "Codegen", "tvm_compress.encoding")
@@ -38,7 +40,7 @@ class Rewriter:
     # ---- what a rule may use -------------------------------------------------------------------
 
     def rewrite(self, var: Var, value: Expr) -> Expr | None:
-        """The new value of `var`, or `None` to leave it. A variable or constant replaces all uses."""
+        """The new value of `var`; `None` leaves it, a variable or constant replaces all uses."""
         raise NotImplementedError
 
     def value(self, expr: Expr) -> Expr:

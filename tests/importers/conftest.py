@@ -1,4 +1,4 @@
-"""What the importer tests share: run a model with plain TVM and compare it with the source's own runtime."""
+"""What the importer tests share: run with plain TVM, compare with the source's own runtime."""
 
 from __future__ import annotations
 

@@ -17,7 +17,12 @@ from tvm_compress.importers.names import UniqueNames, layer_name, sanitise, valu
         ("Conv_0", "Conv", "backbone.model0.conv1.weight", "backbone_model0_conv1"),
         ("MobilenetV1/MobilenetV1/Conv2d_0/Relu6", "Conv", "", "MobilenetV1_Conv2d_0"),
         ("fc1/MatMul_Gemm__7", "Gemm", "", "fc1"),
-        ("MobileNet/conv_ds_1/pointwise_conv/BiasAdd", "Conv", "", "MobileNet_conv_ds_1_pointwise_conv"),
+        (
+            "MobileNet/conv_ds_1/pointwise_conv/BiasAdd",
+            "Conv",
+            "",
+            "MobileNet_conv_ds_1_pointwise_conv",
+        ),
         ("Conv__61", "Conv", "", "conv_61"),
         ("", "Conv", "", "conv"),
         ("123/456", "Conv", "", "n123_456"),

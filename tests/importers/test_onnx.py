@@ -104,7 +104,7 @@ def test_clip(
     agrees: Agrees,
     count: Count,
 ) -> None:
-    bounds = {name: v for name, v in (("min", low), ("max", high)) if v is not None}
+    bounds: dict[str, Any] = {name: v for name, v in (("min", low), ("max", high)) if v is not None}
     constants = {name: np.float32(value) for name, value in bounds.items()}
     if opset < 11:
         clip = node("Clip", ["x"], ["y"], **bounds)
@@ -120,9 +120,7 @@ def test_clip(
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect", "edge", "wrap"])
-def test_pad_with_computed_widths(
-    mode: str, build: Build, agrees: Agrees, count: Count
-) -> None:
+def test_pad_with_computed_widths(mode: str, build: Build, agrees: Agrees, count: Count) -> None:
     """What torch exports: the widths come from Concat, Reshape, Slice, Transpose and Cast."""
     zero = helper.make_tensor("zero", TensorProto.INT64, [1], [0])
     proto = build(
@@ -201,8 +199,14 @@ def test_tile_split_resize(build: Build, agrees: Agrees) -> None:
             node("Split", ["t", "parts"], ["a", "b"], axis=1),
             node("Mul", ["b", "b"], ["b2"]),
             node("Concat", ["a", "b2"], ["c"], axis=1),
-            node("Resize", ["c", "", "scales"], ["y"], mode="nearest", nearest_mode="floor",
-                 coordinate_transformation_mode="asymmetric"),
+            node(
+                "Resize",
+                ["c", "", "scales"],
+                ["y"],
+                mode="nearest",
+                nearest_mode="floor",
+                coordinate_transformation_mode="asymmetric",
+            ),
         ],
         {"x": (1, 2, 3, 3)},
         ["y"],
@@ -372,7 +376,7 @@ def test_recurrent(kind: str, direction: str, build: Build, agrees: Agrees) -> N
     agrees(build([recurrent], {"x": (steps, batch, features)}, outputs, used))
 
 
-# ---- shapes and values of inputs -------------------------------------------------------------------
+# ---- shapes and values of inputs -----------------------------------------------------------------
 
 
 def dynamic(build: Build) -> onnx.ModelProto:
@@ -409,7 +413,7 @@ def test_unknown_frozen_input(build: Build) -> None:
         load_model(conditional(build), input_values={"moed": 1})
 
 
-# ---- bad files -------------------------------------------------------------------------------------
+# ---- bad files -----------------------------------------------------------------------------------
 
 
 def small(build: Build) -> onnx.ModelProto:
@@ -424,7 +428,9 @@ def test_unsupported_operator(build: Build) -> None:
         load_model(proto)
 
 
-@pytest.mark.parametrize(("value", "message"), [(np.nan, "'w' contains NaN"), (np.inf, "'w' contains Inf")])
+@pytest.mark.parametrize(
+    ("value", "message"), [(np.nan, "'w' contains NaN"), (np.inf, "'w' contains Inf")]
+)
 def test_weights_not_finite(value: float, message: str, build: Build) -> None:
     array = weights(4, 3)
     array[1, 1] = value
@@ -453,7 +459,7 @@ def test_damaged_files_never_crash(tmp_path: Path, build: Build) -> None:
     """Every outcome of a mutated file is a model or one `ModelError`."""
     content = bytearray(conditional(build).SerializeToString())
     path = tmp_path / "model.onnx"
-    errors = 0
+    messages = []
     for seed in range(120):
         mutation = np.random.default_rng(seed)
         damaged = bytearray(content)
@@ -465,9 +471,9 @@ def test_damaged_files_never_crash(tmp_path: Path, build: Build) -> None:
         try:
             load_model(path)
         except ModelError as error:
-            errors += 1
-            assert "\n" not in str(error)
-    assert errors > 20
+            messages.append(str(error))
+    assert len(messages) > 20
+    assert not [message for message in messages if "\n" in message]
 
 
 def test_weight_shorter_than_its_shape(build: Build) -> None:
@@ -507,9 +513,7 @@ def test_external_data(build: Build, tmp_path: Path, agrees: Agrees) -> None:
         ("", "lies outside the model's folder"),
     ],
 )
-def test_bad_external_data(
-    location: str, message: str, build: Build, tmp_path: Path
-) -> None:
+def test_bad_external_data(location: str, message: str, build: Build, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=message):
         load_model(external(build, tmp_path / "bad", location))
 

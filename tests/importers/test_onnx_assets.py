@@ -73,9 +73,7 @@ def test_same_padding_becomes_convolution_padding(
     assert "relax.nn.pad" not in count(load_model(asset("onnx/imagenet_efficientnet_lite0.onnx")))
 
 
-def test_input_value_folds_away(
-    asset: Callable[[str], Path], agrees: Callable[..., Model]
-) -> None:
+def test_input_value_folds_away(asset: Callable[[str], Path], agrees: Callable[..., Model]) -> None:
     model = agrees(
         asset("onnx/silero_vad_16k_op15.onnx"),
         shapes={"input": (1, 512)},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -41,7 +42,7 @@ def quantised(
     build: Build,
     nodes: list[onnx.NodeProto],
     inputs: dict[str, tuple[int, ...]],
-    constants: dict[str, np.ndarray],
+    constants: Mapping[str, Any],
     dtype: str = "uint8",
     output: str | None = None,
 ) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
@@ -161,9 +162,7 @@ def test_qlinear_concat(build: Build, agrees: Agrees) -> None:
         ("QLinearLeakyRelu", {"alpha": 0.1}),
     ],
 )
-def test_qlinear_unary(
-    kind: str, attributes: dict[str, object], build: Build, agrees: Agrees
-) -> None:
+def test_qlinear_unary(kind: str, attributes: dict[str, Any], build: Build, agrees: Agrees) -> None:
     inputs = ["x", "s1", "z1", "s2", "z2"]
     unary = node(kind, inputs, ["y"], domain="com.microsoft", **attributes)
     constants = {**SCALES, **zero_points("uint8")}
@@ -281,12 +280,9 @@ def test_qdq_keeps_integers(build: Build, agrees: Agrees) -> None:
     assert str(dense.args[0].ty.dtype) == "int8"
     assert shape_of(dense) == (64, 5)
     assert int(dense.attrs.axis) == 1  # the channels moved with the transpose
-    floats = [
-        constant(a)
-        for value in bindings.values()
-        for a in getattr(value, "args", [])
-        if constant(a) is not None and constant(a).dtype.kind == "f"
-    ]
+    arrays = [constant(a) for v in bindings.values() for a in getattr(v, "args", [])]
+    floats = [array for array in arrays if array is not None and array.dtype.kind == "f"]
+    assert floats
     assert all(array.size <= 5 for array in floats)  # scales only
 
 

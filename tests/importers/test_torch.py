@@ -26,7 +26,7 @@ Run = Callable[..., dict[str, np.ndarray]]
 Count = Callable[[Model], Counter[str]]
 
 
-class Small(torch.nn.Module):  # type: ignore[misc,name-defined]
+class Small(torch.nn.Module):  # type: ignore[name-defined]
     def __init__(self) -> None:
         super().__init__()
         self.conv = torch.nn.Conv2d(3, 8, 3, padding=1, bias=False)
@@ -81,7 +81,7 @@ def test_module(run: Run, count: Count) -> None:
 
 
 def test_two_outputs(run: Run) -> None:
-    class Two(torch.nn.Module):  # type: ignore[misc,name-defined]
+    class Two(torch.nn.Module):  # type: ignore[name-defined]
         def forward(self, a: Any, b: Any) -> Any:
             return a + b, {"product": a * b}
 
@@ -108,9 +108,7 @@ def test_file(tmp_path: Path, run: Run) -> None:
 def test_dynamic_batch(tmp_path: Path, run: Run) -> None:
     module = small()
     batch = {"x": {0: torch.export.Dim("batch", max=8)}}
-    path = saved(
-        module, tmp_path / "net.pt2", torch.randn(2, 3, 8, 8), dynamic_shapes=batch
-    )
+    path = saved(module, tmp_path / "net.pt2", torch.randn(2, 3, 8, 8), dynamic_shapes=batch)
     assert load_model(path).inputs[0].shape == (1, 3, 8, 8)
     model = load_model(path, shapes={"x": (4, 3, 8, 8)})
     same(module, model, (torch.randn(4, 3, 8, 8),), run)
@@ -128,7 +126,7 @@ def test_quantised_program(run: Run, count: Count) -> None:
     ops = torch.ops.quantized_decomposed
     importlib.import_module("torch.ao.quantization.fx._decomposed")
 
-    class Quantised(torch.nn.Module):  # type: ignore[misc,name-defined]
+    class Quantised(torch.nn.Module):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(1)
@@ -139,9 +137,7 @@ def test_quantised_program(run: Run, count: Count) -> None:
         def forward(self, x: Any) -> Any:
             x = ops.quantize_per_tensor.default(x, 0.03, 5, -128, 127, torch.int8)
             x = ops.dequantize_per_tensor.default(x, 0.03, 5, -128, 127, torch.int8)
-            w = ops.dequantize_per_channel.default(
-                self.w, self.s, self.z, 0, -127, 127, torch.int8
-            )
+            w = ops.dequantize_per_channel.default(self.w, self.s, self.z, 0, -127, 127, torch.int8)
             y = torch.nn.functional.conv2d(x, w, padding=1)
             y = ops.quantize_per_tensor.default(y, 0.1, -3, -100, 127, torch.int8)
             return ops.dequantize_per_tensor.default(y, 0.1, -3, -100, 127, torch.int8)
@@ -159,7 +155,7 @@ def test_quantised_program(run: Run, count: Count) -> None:
 
 
 def test_unsupported_operator() -> None:
-    class Strange(torch.nn.Module):  # type: ignore[misc,name-defined]
+    class Strange(torch.nn.Module):  # type: ignore[name-defined]
         def forward(self, x: Any) -> Any:
             return torch.linalg.eigvalsh(x)
 
@@ -175,7 +171,7 @@ def test_nan_parameter() -> None:
         load_model(export(module, torch.randn(1, 3, 8, 8)))
 
 
-# ---- archives that must not be opened ----------------------------------------------------------------
+# ---- archives that must not be opened ------------------------------------------------------------
 
 
 class Evil:
@@ -297,7 +293,7 @@ def test_zip_of_something_else(tmp_path: Path) -> None:
         load_model(path)
 
 
-# ---- the asset modules -----------------------------------------------------------------------------
+# ---- the asset modules ---------------------------------------------------------------------------
 
 MODULES = {
     "resnet8": ("ResNet8", (1, 3, 32, 32)),

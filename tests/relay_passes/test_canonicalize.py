@@ -18,7 +18,7 @@ from tvm_compress.relay_passes.canonicalize import (
     RemoveIdentities,
     canonicalize,
 )
-from tvm_compress.relay_passes.ir import array_const, constant, op_name, shape_of
+from tvm_compress.relay_passes.ir import array_const, constant, dtype_of, op_name, shape_of
 
 Expr = Any
 rng = np.random.default_rng(1)
@@ -56,6 +56,11 @@ def run(mod: tvm.IRModule, x: np.ndarray) -> np.ndarray:
     return vm["main"](tvm.runtime.tensor(x)).numpy()
 
 
+def apply(passed: Any, mod: tvm.IRModule) -> tvm.IRModule:
+    """What a pass alone makes of a module."""
+    return passed(mod)
+
+
 def names(mod: tvm.IRModule) -> list[str]:
     return [b.var.name for block in mod["main"].body.blocks for b in block.bindings]
 
@@ -79,7 +84,7 @@ def unchanged_numbers(before: tvm.IRModule, after: tvm.IRModule) -> None:
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
-# ---- FoldBatchNorm ---------------------------------------------------------------------------------
+# ---- FoldBatchNorm -------------------------------------------------------------------------------
 
 
 def batch_norm(x: Expr, channels: int, axis: int = 1) -> Expr:
@@ -133,7 +138,7 @@ def test_batch_norm_folds_into_channels_last() -> None:
     before = module(build, (1, 6, 6, 4))
     after = canonicalize()(before)
     assert ops(after) == ["conv2d", "add"]
-    assert constant(after["main"].body.blocks[0].bindings[1].value.args[1]).shape == (1, 1, 1, 8)
+    assert shape_of(after["main"].body.blocks[0].bindings[1].value.args[1]) == (1, 1, 1, 8)
     unchanged_numbers(before, after)
 
 
@@ -211,7 +216,7 @@ def test_factor_that_enlarges_stays() -> None:
     assert ops(canonicalize()(before)) == ["conv2d", "multiply"]
 
 
-# ---- FoldPad -----------------------------------------------------------------------------------------
+# ---- FoldPad -------------------------------------------------------------------------------------
 
 
 def same_pad(x: Expr, value: float = 0.0) -> Expr:
@@ -276,9 +281,7 @@ def test_pad_of_integers_with_another_value_stays() -> None:
 
 
 def test_average_pool_counts_the_padding() -> None:
-    before = module(
-        lambda emit, x: emit(relax.op.nn.avg_pool2d(emit(same_pad(x)), (3, 3), (2, 2)))
-    )
+    before = module(lambda emit, x: emit(relax.op.nn.avg_pool2d(emit(same_pad(x)), (3, 3), (2, 2))))
     after = canonicalize()(before)
     assert ops(after) == ["avg_pool2d"]
     unchanged_numbers(before, after)
@@ -296,7 +299,7 @@ def test_max_pool_of_what_is_never_negative() -> None:
     assert ops(canonicalize()(signed)) == ["pad", "max_pool2d"]
 
 
-# ---- RemoveIdentities --------------------------------------------------------------------------------
+# ---- RemoveIdentities ----------------------------------------------------------------------------
 
 IDENTITIES: dict[str, Callable[[Callable[..., Expr], Expr], Expr]] = {
     "reshape": lambda emit, x: relax.op.reshape(x, (1, 4, 6, 6)),
@@ -327,9 +330,7 @@ IDENTITIES: dict[str, Callable[[Callable[..., Expr], Expr], Expr]] = {
 
 @pytest.mark.parametrize("name", IDENTITIES)
 def test_identity_is_removed(name: str) -> None:
-    before = module(
-        lambda emit, x: emit(relax.op.nn.relu(emit(IDENTITIES[name](emit, x))), "act")
-    )
+    before = module(lambda emit, x: emit(relax.op.nn.relu(emit(IDENTITIES[name](emit, x))), "act"))
     after = canonicalize()(before)
     assert ops(after) == ["relu"]
     assert names(after) == ["act"]
@@ -378,7 +379,9 @@ def test_bounds(build: Callable[..., Expr], expected: str) -> None:
 
 
 def test_integer_clip_over_the_whole_type() -> None:
-    full = module(lambda emit, x: emit(relax.op.abs(emit(relax.op.clip(x, -128, 127)))), dtype="int8")
+    full = module(
+        lambda emit, x: emit(relax.op.abs(emit(relax.op.clip(x, -128, 127)))), dtype="int8"
+    )
     assert ops(canonicalize()(full)) == ["abs"]
     part = module(lambda emit, x: emit(relax.op.clip(x, -128, 126)), dtype="int8")
     assert ops(canonicalize()(part)) == ["clip"]
@@ -410,7 +413,7 @@ def test_permutations_compose() -> None:
     unchanged_numbers(before, after)
 
 
-# ---- FoldConstants ---------------------------------------------------------------------------------
+# ---- FoldConstants -------------------------------------------------------------------------------
 
 
 def test_constant_expressions_fold() -> None:
@@ -427,7 +430,9 @@ def test_constant_expressions_fold() -> None:
     unchanged_numbers(before, after)
 
 
-@pytest.mark.parametrize("operator", ["divide", "power", "greater", "where", "mean", "split", "take"])
+@pytest.mark.parametrize(
+    "operator", ["divide", "power", "greater", "where", "mean", "split", "take"]
+)
 def test_more_constant_operators(operator: str) -> None:
     a, b = array_const(np.abs(normal(4, 6)) + 0.1), array_const(np.abs(normal(6)) + 0.1)
     calls = {
@@ -454,7 +459,7 @@ def test_integer_division_is_left_alone() -> None:
     before = module(
         lambda emit, x: emit(relax.op.add(x, emit(relax.op.divide(a, b)))), (2,), "int32"
     )
-    assert ops(FoldConstants()(before)) == ["divide", "add"]
+    assert ops(apply(FoldConstants(), before)) == ["divide", "add"]
 
 
 def test_large_broadcast_is_left_alone() -> None:
@@ -463,7 +468,7 @@ def test_large_broadcast_is_left_alone() -> None:
         lambda emit, x: emit(relax.op.add(x, emit(relax.op.broadcast_to(one, (2048, 1024))))),
         (2048, 1024),
     )
-    assert "broadcast_to" in ops(FoldConstants()(before))
+    assert "broadcast_to" in ops(apply(FoldConstants(), before))
 
 
 def quantised_weight(emit: Callable[..., Expr], shape: tuple[int, ...], axis: int) -> Expr:
@@ -483,7 +488,8 @@ def test_permuted_quantised_weight_keeps_integers() -> None:
     after = canonicalize()(before)
     assert ops(after) == ["dequantize", "matmul"]
     value = after["main"].body.blocks[0].bindings[0].value
-    assert constant(value.args[0]).dtype == np.int8
+    assert constant(value.args[0]) is not None
+    assert dtype_of(value.args[0]) == "int8"
     assert shape_of(value) == (6, 5)
     assert int(value.attrs.axis) == 1
     unchanged_numbers(before, after)
@@ -541,7 +547,7 @@ def test_repeated_folds_share_one_constant() -> None:
     assert all(c.same_as(constants[0]) for c in constants)
 
 
-# ---- names, branches, what stays untouched ---------------------------------------------------------
+# ---- names, branches, what stays untouched -------------------------------------------------------
 
 
 def test_names_are_unique_and_stable() -> None:
@@ -619,9 +625,7 @@ def test_decodings_and_attributes_stay() -> None:
     """A private encoding function is not rewritten, and its call is not folded."""
     builder = relax.BlockBuilder()
     codes = relax.Var("codes", relax.TensorType((4, 4), "int8"))
-    with builder.function(
-        "decode", [codes], attrs={"tvm_compress.encoding": "test"}, private=True
-    ):
+    with builder.function("decode", [codes], attrs={"tvm_compress.encoding": "test"}, private=True):
         with builder.dataflow():
             w = builder.emit(relax.op.astype(codes, "float32"))
             w = builder.emit_output(relax.op.add(w, array_const(np.float32(0))))

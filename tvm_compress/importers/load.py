@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from ..model import Model, model_from_module
-from .messages import first_line
+from .failures import first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,11 +26,11 @@ def load_model(
 ) -> Model:
     """A network as a `Model` in graph form.
 
-    `source` is a path (`.onnx`, `.tflite`, `.pt2`, `.json` = Relax saved with `tvm.ir.save_json`) or
-    an object in memory: `onnx.ModelProto`, `torch.export.ExportedProgram`, `tvm.IRModule`.
-    `shapes` gives dynamic inputs their size; a first dimension that is the only unknown one becomes 1.
-    `input_values` freezes inputs to constants, which then fold away. `name` defaults to the file name.
-    Raises `ModelError` with one line: what is wrong, where, what to do.
+    `source` is a path (`.onnx`, `.tflite`, `.pt2`, `.json` = Relax saved with `tvm.ir.save_json`)
+    or an object in memory: `onnx.ModelProto`, `torch.export.ExportedProgram`, `tvm.IRModule`.
+    `shapes` gives dynamic inputs their size; a first dimension that is the only unknown one becomes
+    1. `input_values` freezes inputs to constants, which then fold away. `name` defaults to the file
+    name. Raises `ModelError` with one line: what is wrong, where, what to do.
     """
     from ..relay_passes.canonicalize import canonicalize
 
@@ -45,7 +45,7 @@ def load_model(
         if str(error).startswith(where):
             raise
         raise ModelError(f"{where}{error}") from error.__cause__
-    except Exception as error:  # noqa: BLE001 - a damaged file may fail anywhere in the front ends
+    except Exception as error:  # a damaged file may fail anywhere in the front ends
         raise ModelError(
             f"{where}the model is damaged or uses something that is not supported "
             f"({first_line(error)})"

@@ -1,7 +1,7 @@
 """Layer names: from a source's node path to a short, unique identifier.
 
-Relax keeps only letters, digits and `_` in a variable name, so the dots and slashes of a module path
-become `_`: ONNX node `/layer1/layer1.0/conv1/Conv` => `layer1_0_conv1`.
+Relax keeps only letters, digits and `_` in a variable name, so the dots and slashes of a module
+path become `_`: ONNX node `/layer1/layer1.0/conv1/Conv` => `layer1_0_conv1`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import re
 # What exporters append to a module path for the operator itself; it says nothing about the layer.
 _OPERATOR_WORDS = frozenset(
     """
-    Add AvgPool AveragePool BatchNormalization BiasAdd Clip Concat Conv Conv1D Conv2D Conv2DBackpropInput
-    ConvTranspose DepthwiseConv2dNative Flatten FusedBatchNorm FusedBatchNormV3 Gemm GlobalAveragePool MatMul
-    MaxPool Mul Pad ReadVariableOp Relu Relu6 Reshape Sigmoid Softmax Squeeze Sub Tanh Transpose
-    QLinearConv QLinearMatMul QGemm ConvInteger MatMulInteger convolution depthwise
+    Add AvgPool AveragePool BatchNormalization BiasAdd Clip Concat Conv Conv1D Conv2D
+    Conv2DBackpropInput ConvTranspose DepthwiseConv2dNative Flatten FusedBatchNorm FusedBatchNormV3
+    Gemm GlobalAveragePool MatMul MaxPool Mul Pad ReadVariableOp Relu Relu6 Reshape Sigmoid Softmax
+    Squeeze Sub Tanh Transpose QLinearConv QLinearMatMul QGemm ConvInteger MatMulInteger convolution
+    depthwise
     """.split()
 )
 _MAX_LENGTH = 64

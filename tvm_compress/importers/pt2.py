@@ -1,8 +1,8 @@
 """Vet a `.pt2` archive before torch reads it.
 
-`torch.export.load` unpickles parts of the archive, evaluates its symbolic shapes as Python expressions,
-looks operators up by dotted name anywhere in torch and loads compiled libraries found inside. None of
-that is needed for a network: a file that asks for it is refused, with what asked.
+`torch.export.load` unpickles parts of the archive, evaluates its symbolic shapes as Python
+expressions, looks operators up by dotted name anywhere in torch and loads compiled libraries found
+inside. None of that is needed for a network: a file that asks for it is refused, with what asked.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _TARGETS = re.compile(
     r"|torch\.sym_(int|float|max|min|not|sum)"
     r"|math\.(ceil|floor|trunc)"
 )
-# Sympy's notation for sums, products and the like of size symbols: `Add(Symbol('s0', integer=True), Integer(1))`
-# or `s0 + 1`. No attributes, no other strings, no other functions.
+# Sympy's notation for sums, products and the like of size symbols: `Add(Symbol('s0', integer=True),
+# Integer(1))` or `s0 + 1`. No attributes, no other strings, no other functions.
 _EXPRESSION = re.compile(
     r"(?:Symbol\('[A-Za-z]\w{0,40}'(?:, (?:positive|integer|nonnegative|real|nonzero)=True)*\)"
     r"|Integer|Rational|Add|Mul|Pow|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|IntTrueDiv|ModularIndexing"
@@ -36,7 +36,7 @@ _COMPILED = ("data/aotinductor/", "data/custom_ops/")
 
 
 def vetted_bytes(path: Path) -> bytes:
-    """The archive's content, to be loaded from memory (so that what was checked is what is read)."""
+    """The archive's content, to be loaded from memory: what was checked is what is read."""
     if path.stat().st_size > MAX_BYTES:
         raise ModelError(f"{path}: larger than {MAX_BYTES} bytes")
     content = path.read_bytes()
@@ -66,8 +66,8 @@ def _vet(path: Path, archive: zipfile.ZipFile) -> None:
             for name, entry in json.loads(archive.read(member)).get("config", {}).items():
                 if entry.get("use_pickle") is not False:
                     raise ModelError(
-                        f"{path}: tensor {name!r} is stored as a pickle, which may run code; pass the "
-                        "program itself to load_model"
+                        f"{path}: tensor {name!r} is stored as a pickle, which may run code; pass "
+                        "the program itself to load_model"
                     )
         elif inner.startswith("data/sample_inputs/"):
             _vet_sample_inputs(path, archive.read(member))
@@ -104,8 +104,8 @@ def _vet_sample_inputs(path: Path, content: bytes) -> None:
     try:
         if content:
             torch.load(io.BytesIO(content), weights_only=True)
-    except Exception:
+    except Exception:  # noqa: BLE001 - whatever it raises, torch would go on to unpickle
         raise ModelError(
-            f"{path}: its sample inputs are more than tensors and would have to be unpickled; export "
-            "with plain tensors as example inputs"
+            f"{path}: its sample inputs are more than tensors and would have to be unpickled; "
+            "export with plain tensors as example inputs"
         ) from None

@@ -62,7 +62,7 @@ def _read(path: Path) -> tvm.IRModule:
         raise ModelError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
     try:
         module = tvm.ir.load_json(path.read_text(encoding="utf-8"))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - TVM raises many kinds, all mean the same
         line = (str(error).strip().splitlines() or ["unreadable"])[0]
         raise ModelError(
             f"{path}: not a Relax module saved with tvm.ir.save_json ({line})"
@@ -81,5 +81,6 @@ def _check_values(main: relax.Function) -> None:
                     continue
                 if np.isnan(array).any():
                     raise ModelError(
-                        f"a constant of {binding.var.name!r} ({op_name(binding.value)}) contains NaN"
+                        f"a constant of {binding.var.name!r} "
+                        f"({op_name(binding.value)}) contains NaN"
                     )

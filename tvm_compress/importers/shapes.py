@@ -15,9 +15,9 @@ def resolve_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Static shape of each input.
 
-    Sizes in `given` come first; a symbol that they fix (`batch`) is fixed for all inputs. A dimension
-    that is still unknown becomes 1 when it is the first of its input and the only unknown one (a batch).
-    Raises `ModelError` naming the input and what to pass.
+    Sizes in `given` come first; a symbol that they fix (`batch`) is fixed for all inputs. A
+    dimension that is still unknown becomes 1 when it is the first of its input and the only unknown
+    one (a batch). Raises `ModelError` naming the input and what to pass.
     """
     given = dict(given or {})
     for name in given:
@@ -64,7 +64,8 @@ def _match(name: str, dims: Sequence[Dim], shape: tuple[int, ...], symbols: dict
             fits &= dim == size
     if not fits:
         raise ModelError(
-            f"input {name!r} is declared {_show(dims)}, which {'x'.join(map(str, shape))} does not fit"
+            f"input {name!r} is declared {_show(dims)}, "
+            f"which {'x'.join(map(str, shape))} does not fit"
         )
 
 

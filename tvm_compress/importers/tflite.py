@@ -6,7 +6,7 @@ import collections
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tvm
@@ -17,8 +17,8 @@ from ..model import INPUT_NAMES_ATTR, OUTPUT_NAMES_ATTR, REQUANTIZE_ATTR
 from ..relay_passes.ir import op_name
 from ..relay_passes.numerics.tflite_tables import Codes
 from . import names
+from .failures import close_blocks, first_line
 from .freeze import freeze_inputs
-from .messages import first_line
 from .shapes import Dim, resolve_shapes, unknown_input
 
 try:
@@ -34,8 +34,9 @@ MAX_FILE_BYTES = 2**31 - 1  # flatbuffers cannot address more
 
 # Quantised tensors whose integers these operators only move (equal scales in and out).
 _MOVEMENT = frozenset(
-    """DEPTH_TO_SPACE EXPAND_DIMS GATHER PACK PAD PADV2 MIRROR_PAD RESIZE_NEAREST_NEIGHBOR REVERSE_V2 SLICE
-    SPACE_TO_DEPTH SPLIT SPLIT_V SQUEEZE STRIDED_SLICE TILE TRANSPOSE UNPACK""".split()
+    """DEPTH_TO_SPACE EXPAND_DIMS GATHER PACK PAD PADV2 MIRROR_PAD RESIZE_NEAREST_NEIGHBOR
+    REVERSE_V2 SLICE SPACE_TO_DEPTH SPLIT SPLIT_V SQUEEZE STRIDED_SLICE TILE TRANSPOSE
+    UNPACK""".split()
 )
 # On integers these give no quantised result.
 _INDEX = frozenset({"ARG_MAX", "ARG_MIN", "SHAPE"})
@@ -65,9 +66,11 @@ def import_tflite(
 
     try:
         module = from_tflite(model, shape_dict=dict(static), op_converter=Converter)
-    except ModelError:
-        raise
     except Exception as error:
+        if Converter.builder is not None:
+            close_blocks(Converter.builder)
+        if isinstance(error, ModelError):
+            raise
         where = f" at operator {Converter.current}" if Converter.current else ""
         raise ModelError(f"{path}: cannot import{where}: {first_line(error)}") from error
     main = module["main"].without_attr("params").without_attr("num_input")
@@ -136,18 +139,21 @@ def _name(tensor: Any) -> str:
 
 
 class _Converter(OperatorConverter):
-    """TVM's converter, with layer names and the quantised operators it refuses or rounds otherwise."""
+    """TVM's converter, with layer names and the quantised operators it refuses or rounds."""
 
     _SUPPORTED_QUANTIZED_OPS = (
         OperatorConverter._SUPPORTED_QUANTIZED_OPS | _MOVEMENT | _INDEX | {"BATCH_MATMUL"}
     )
-    layer_labels: dict[tvm.ir.Var, str] = {}
-    current = ""
+    layer_labels: ClassVar[dict[tvm.ir.Var, str]] = {}
+    builder: ClassVar[relax.BlockBuilder | None] = None
+    current: ClassVar[str] = ""  # the operator being converted
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        type(self).builder = self.bb
         self.convert_map["AVERAGE_POOL_2D"] = self._average_pool
         self.convert_map["BATCH_MATMUL"] = self._batch_matmul
+        self.convert_map["FULLY_CONNECTED"] = self._fully_connected
 
     def check_unsupported_ops(self) -> None:
         for index in range(self.subgraph.OperatorsLength()):
@@ -171,12 +177,12 @@ class _Converter(OperatorConverter):
                     f"operator {kind} of {where} is not supported on quantised tensors; "
                     "keep it in float or replace it"
                 )
-            if kind in _MOVEMENT and quantised_in and quantised_out:
-                if not self.has_same_qnn_params(inputs[0], outputs[0]):
-                    raise ModelError(
-                        f"operator {kind} of {where} changes the scale of what it moves; "
-                        "convert the model again with a newer TensorFlow"
-                    )
+            moves = kind in _MOVEMENT and quantised_in and quantised_out
+            if moves and not self.has_same_qnn_params(inputs[0], outputs[0]):
+                raise ModelError(
+                    f"operator {kind} of {where} changes the scale of what it moves; "
+                    "convert the model again with a newer TensorFlow"
+                )
 
     def convert_op_to_relax(self) -> None:
         for index in range(self.subgraph.OperatorsLength()):
@@ -201,7 +207,7 @@ class _Converter(OperatorConverter):
         return layer_name([_name(t.tensor) for t in self.get_output_tensors(op)[:1]], weights, kind)
 
     def _label(self, expr: Any, layer: str) -> None:
-        """Name what this operator became: the anchor after the layer, the rest `<layer>_<operator>`."""
+        """Name what an operator became: the anchor after the layer, the rest `<layer>_<op>`."""
         pending = [expr]
         while pending:
             current = pending.pop()
@@ -224,7 +230,7 @@ class _Converter(OperatorConverter):
     # ---- quantised operators that TVM's converter rounds otherwise, or has not -------------------
 
     def dequantize(self, expr: Any, tensor: Any) -> Any:
-        """64-bit biases (16-bit activations) become 32-bit ones: Relax has no other integers here."""
+        """64-bit biases (16-bit activations) become 32-bit ones: Relax has no others here."""
         if tensor.tensor.Type() == tflite.TensorType.INT64:
             values = self.get_tensor_value(tensor)
             if np.abs(values).max(initial=0) >= 2**31:
@@ -252,7 +258,7 @@ class _Converter(OperatorConverter):
         return relax.op.clip(expr, float(lowest), float(highest))
 
     def _average_pool(self, op: Any) -> Any:
-        """On integers: `quantize(avg_pool2d(dequantize(x)))`, so that the model's rounding rule applies."""
+        """On integers: `quantize(avg_pool2d(dequantize(x)))`, for the model's rounding rule."""
         tensor = self.get_input_tensors(op)[0]
         if tensor.qnn_params is None:
             return self.convert_pool2d(op, "average")
@@ -271,6 +277,23 @@ class _Converter(OperatorConverter):
         )
         result = self.quantize(averaged, self.get_output_tensors(op)[0])
         return result if bounds is None else relax.op.clip(result, *bounds)
+
+    def _fully_connected(self, op: Any) -> Any:
+        """Unless the operator keeps the dimensions, its input is rows of the weight's length."""
+        source, weight = self.get_input_tensors(op)[:2]
+        options = tflite.FullyConnectedOptions()
+        table = op.BuiltinOptions()
+        options.Init(table.Bytes, table.Pos)
+        if options.KeepNumDims() or source.tensor.ShapeLength() == 2:
+            return self.convert_fully_connected(op)
+        name = get_tensor_name(self.subgraph, source.tensor_idx)
+        expr = self.get_tensor_expr(source)
+        depth = int(weight.tensor.ShapeAsNumpy()[1])
+        self.exp_tab.set_expr(name, self.bb.normalize(relax.op.reshape(expr, (-1, depth))))
+        try:
+            return self.convert_fully_connected(op)
+        finally:
+            self.exp_tab.set_expr(name, expr)
 
     def _batch_matmul(self, op: Any) -> Any:
         """On integers: `quantize(matmul(dequantize(a), dequantize(b)))`."""
@@ -293,8 +316,8 @@ class _Converter(OperatorConverter):
 def layer_name(outputs: list[str], weights: list[str], kind: str) -> str:
     """The layer that most of a fused operator's tensor names agree on.
 
-    The converter joins the names of what it fused with `;`: activation, batch-norm, convolution, bias,
-    and sometimes a neighbour whose constant is shared.
+    The converter joins the names of what it fused with `;`: activation, batch-norm, convolution,
+    bias, and sometimes a neighbour whose constant is shared.
     """
     votes: collections.Counter[str] = collections.Counter()
     fallback = ""

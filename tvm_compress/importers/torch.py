@@ -19,8 +19,8 @@ from ..model import INPUT_NAMES_ATTR, OUTPUT_NAMES_ATTR, REQUANTIZE_ATTR
 from ..relay_passes.canonicalize.name_layers import rename
 from ..relay_passes.ir import array_const, op_name
 from . import names
+from .failures import first_line
 from .freeze import freeze_inputs
-from .messages import first_line
 from .pt2 import vetted_bytes
 from .shapes import Dim, resolve_shapes
 
@@ -61,7 +61,7 @@ def import_torch(
     main = _static(main, program, shapes)
     results = main.ret_ty.fields if isinstance(main.ret_ty, relax.TupleType) else [main.ret_ty]
     count = len(results)
-    for attribute in [key for key in main.attrs.keys() if key != "global_symbol"]:
+    for attribute in [key for key, _ in main.attrs.items() if key != "global_symbol"]:
         main = main.without_attr(attribute)
     main = main.with_attr(INPUT_NAMES_ATTR, [param.name for param in main.params])
     outputs = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
@@ -122,7 +122,7 @@ def _target_name(node: Any) -> str:
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
-# ---- layer names -----------------------------------------------------------------------------------
+# ---- layer names ---------------------------------------------------------------------------------
 
 
 def _labels(
@@ -185,7 +185,7 @@ def _weight(node: Any, parameters: Mapping[str, str]) -> str:
     return ""
 
 
-# ---- shapes ----------------------------------------------------------------------------------------
+# ---- shapes --------------------------------------------------------------------------------------
 
 
 def _static(
@@ -225,7 +225,7 @@ def _static(
     return main.bind_symbolic_vars(bound)
 
 
-# ---- quantised programs (PT2E) -----------------------------------------------------------------------
+# ---- quantised programs (PT2E) -------------------------------------------------------------------
 
 
 def _scalar(node: Any, importer: ExportedProgramImporter, index: int, dtype: str) -> tvm.ir.Expr:
@@ -270,7 +270,7 @@ def _quantize_channels(node: Any, importer: ExportedProgramImporter) -> tvm.ir.V
 
 
 def _dequantize_channels(node: Any, importer: ExportedProgramImporter) -> tvm.ir.Var:
-    """quantized_decomposed.dequantize_per_channel(x, scales, zero_points, axis, min, max, dtype)."""
+    """quantized_decomposed.dequantize_per_channel(x, scales, zeros, axis, min, max, dtype)."""
     x, scale = (importer.env[argument] for argument in node.args[:2])
     zero_point = (
         array_const(np.zeros((), "int32")) if node.args[2] is None else _zero(node, importer, 2)

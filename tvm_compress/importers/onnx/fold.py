@@ -17,11 +17,11 @@ from onnx.reference import ReferenceEvaluator
 MAX_ELEMENTS = 1 << 24
 
 FOLDABLE = frozenset(
-    """Abs Add And BitShift Cast CastLike Ceil Clip Concat ConstantOfShape CumSum Div Equal Erf Exp Expand
-    Flatten Floor Gather GatherElements GatherND Greater GreaterOrEqual Identity Less LessOrEqual Log Max
-    Min Mod Mul Neg NonZero Not OneHot Or Pad Pow Range Reciprocal ReduceMax ReduceMean ReduceMin
-    ReduceProd ReduceSum Reshape Round ScatterElements ScatterND Shape Sign Size Slice Split Sqrt Squeeze
-    Sub Tile Transpose Trilu Unsqueeze Where Xor""".split()
+    """Abs Add And BitShift Cast CastLike Ceil Clip Concat ConstantOfShape CumSum Div Equal Erf Exp
+    Expand Flatten Floor Gather GatherElements GatherND Greater GreaterOrEqual Identity Less
+    LessOrEqual Log Max Min Mod Mul Neg NonZero Not OneHot Or Pad Pow Range Reciprocal ReduceMax
+    ReduceMean ReduceMin ReduceProd ReduceSum Reshape Round ScatterElements ScatterND Shape Sign
+    Size Slice Split Sqrt Squeeze Sub Tile Transpose Trilu Unsqueeze Where Xor""".split()
 )
 
 

@@ -1,8 +1,8 @@
 """Walk an ONNX graph and build Relax with TVM's converters, under names that people recognise.
 
-What TVM 0.27's own walker lacks and this one adds: constant folding as it goes, layer names, branches
-whose condition is known, real branches, `Scan` and `Loop` unrolled, and converters of ours that go
-before TVM's (`CONVERTERS`).
+What TVM 0.27's own walker lacks and this one adds: constant folding as it goes, layer names,
+branches whose condition is known, real branches, `Scan` and `Loop` unrolled, and converters of ours
+that go before TVM's (`CONVERTERS`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tvm.relax.frontend.onnx.onnx_frontend import (
 from ...errors import ModelError
 from ...relay_passes.ir import array_const, constant, op_name, shape_of
 from .. import names
-from ..messages import first_line
+from ..failures import close_blocks, first_line
 from .fold import evaluate
 from .read import tensor_array
 
@@ -39,7 +39,8 @@ ANCHORS = frozenset(
     }
 )
 
-# Unrolled loops: enough for any sequence model of the sizes in scope, and bounded for hostile input.
+# Unrolled loops: enough for any sequence model of the sizes in scope, and bounded for hostile
+# input.
 MAX_UNROLLED_NODES = 200_000
 
 
@@ -50,6 +51,7 @@ class GraphImporter(ONNXGraphImporter):
         self, shapes: Mapping[str, tuple[int, ...]], input_values: Mapping[str, np.ndarray]
     ) -> None:
         super().__init__(dict(shapes), {}, keep_params_in_input=False, sanitize=True)
+        self._nodes: dict[str, tvm.ir.Expr] = {}
         self._input_values = dict(input_values)
         self._unique = names.UniqueNames()
         self._base = names.UniqueNames()  # before the step's suffix
@@ -82,7 +84,7 @@ class GraphImporter(ONNXGraphImporter):
                     result = self.bb.emit_output(result) if dataflow else self.bb.emit(result)
                 self.bb.emit_func_output(result)
         except BaseException:
-            _close(self.bb)
+            close_blocks(self.bb)
             raise
         return self.bb.get()
 
@@ -154,7 +156,8 @@ class GraphImporter(ONNXGraphImporter):
         for name in node.input:
             if name and name not in self._nodes:
                 raise ModelError(
-                    f"node {_label(node)} reads {name!r}, which nothing produces; the model is damaged"
+                    f"node {_label(node)} reads {name!r}, which nothing produces; "
+                    "the model is damaged"
                 )
         inputs = onnx_input(self._nodes[name] if name else None for name in node.input)
         if node.op_type == "If":
@@ -164,9 +167,8 @@ class GraphImporter(ONNXGraphImporter):
         elif node.op_type == "Loop":
             results = self._loop(node, inputs)
         else:
-            results = self._fold(node, inputs)
-            if results is None:
-                results = self._convert(node, inputs)
+            folded = self._fold(node, inputs)
+            results = self._convert(node, inputs) if folded is None else folded
         if len(results) < sum(1 for name in node.output if name):
             raise ModelError(f"operator {_qualified(node)} of node {_label(node)} lacks outputs")
         for name, value in zip(node.output, results, strict=False):
@@ -210,7 +212,7 @@ class GraphImporter(ONNXGraphImporter):
         return self._named_results(node, weight, result)
 
     def _named_results(self, node: onnx.NodeProto, weight: str, result: Any) -> list[tvm.ir.Expr]:
-        if isinstance(result, list | tuple) or isinstance(result, relax.Tuple):
+        if isinstance(result, list | tuple | relax.Tuple):
             return [self._emit(node, weight, value) for value in result]
         result = self._emit(node, weight, result)
         if isinstance(result.ty, relax.TupleType):
@@ -250,7 +252,8 @@ class GraphImporter(ONNXGraphImporter):
     @contextlib.contextmanager
     def _scope(self, suffix: str = "") -> Iterator[None]:
         """Names defined inside are forgotten afterwards."""
-        outer_nodes, outer_suffix = self._nodes, self._suffix
+        outer_nodes: dict[str, tvm.ir.Expr] = self._nodes
+        outer_suffix = self._suffix
         self._nodes, self._suffix = dict(outer_nodes), outer_suffix + suffix
         try:
             yield
@@ -285,8 +288,8 @@ class GraphImporter(ONNXGraphImporter):
         for name, value in zip(node.output, results, strict=True):
             if shape_of(value) is None:
                 raise ModelError(
-                    f"the branches of node {_label(node)} give {name!r} different shapes; pass the value "
-                    "that its condition depends on with --input-value, or give all shapes"
+                    f"the branches of node {_label(node)} give {name!r} different shapes; pass the "
+                    "value that its condition depends on with --input-value, or give all shapes"
                 )
         return results
 
@@ -338,7 +341,7 @@ class GraphImporter(ONNXGraphImporter):
         return [*state, *stacked]
 
     def _loop(self, node: onnx.NodeProto, inputs: list[Any]) -> list[tvm.ir.Expr]:
-        """Loop with a constant trip count and a condition that stays constant => its body unrolled."""
+        """Loop with a constant trip count and a constant condition => its body unrolled."""
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         body: onnx.GraphProto = attributes["body"]
         refusal = ModelError(
@@ -400,13 +403,6 @@ class GraphImporter(ONNXGraphImporter):
 # ---- small helpers ---------------------------------------------------------------------------
 
 
-def _close(builder: relax.BlockBuilder) -> None:
-    """End the blocks that an error left open; TVM would print a warning for them."""
-    with contextlib.suppress(Exception):
-        for _ in range(64):
-            builder._end_block()
-
-
 def _has_subgraph(graph: onnx.GraphProto) -> bool:
     return any(node.op_type == "If" for node in graph.node) or any(
         a.HasField("g") and _has_subgraph(a.g) for node in graph.node for a in node.attribute
@@ -447,7 +443,6 @@ def _qualified(node: onnx.NodeProto) -> str:
 
 def _label(node: onnx.NodeProto) -> str:
     return repr(node.name or (node.output[0] if node.output else "?"))
-
 
 
 @contextlib.contextmanager

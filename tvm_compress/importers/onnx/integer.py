@@ -33,11 +33,11 @@ def _parameters(
     scale: Expr, zero_point: Expr | None, dtype: str, axis: int, rank: int
 ) -> tuple[Expr, Expr, int]:
     """Scale, zero point and axis as the Relax operators want them: scalars, or both per channel."""
-    array, zeros = constant(scale), None if zero_point is None else constant(zero_point)
     if zero_point is None:
-        zeros = np.zeros((), dtype)
+        zero_point = array_const(np.zeros((), dtype))
+    array, zeros = constant(scale), constant(zero_point)
     if array is None or zeros is None:
-        return scale, array_const(zeros) if zero_point is None else zero_point, axis
+        return scale, zero_point, axis
     if array.size == 1 and zeros.size == 1:
         return array_const(array.reshape(())), array_const(zeros.reshape(())), -1
     size = max(array.size, zeros.size)
@@ -134,7 +134,7 @@ def qlinear_matmul(bb: Any, inputs: list[Any], attributes: dict[str, Any], opset
 
 
 def qgemm(bb: Any, inputs: list[Any], attributes: dict[str, Any], opset: int) -> Expr:
-    """com.microsoft.QGemm(a, s, z, b, s, z, c int32, s, z); without an output scale: float result."""
+    """com.microsoft.QGemm(a, s, z, b, s, z, c int32, s, z); float without an output scale."""
     a, a_scale, a_zero, b, b_scale, b_zero, c, y_scale, y_zero = (inputs[i] for i in range(9))
     left = bb.emit(_dequantize(a, a_scale, a_zero))
     right = bb.emit(_dequantize(b, b_scale, b_zero, axis=0 if attributes.get("transB", 0) else 1))

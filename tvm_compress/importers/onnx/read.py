@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
@@ -17,13 +17,13 @@ MAX_FILE_BYTES = 2**31 - 1
 
 # Operators whose constant inputs are weights: an infinity there cannot be meant.
 _WEIGHTED = frozenset(
-    """Conv ConvTranspose Gemm MatMul BatchNormalization LSTM GRU RNN QuantizeLinear DequantizeLinear
-    QLinearConv QLinearMatMul QGemm""".split()
+    """Conv ConvTranspose Gemm MatMul BatchNormalization LSTM GRU RNN QuantizeLinear
+    DequantizeLinear QLinearConv QLinearMatMul QGemm""".split()
 )
 
 
 def read(path: Path) -> onnx.ModelProto:
-    """Parse `path` and its external data. Raises `ModelError` in one line for anything unreadable."""
+    """Parse `path` and its external data. Raises `ModelError` for anything unreadable."""
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise ModelError(
@@ -105,7 +105,7 @@ def _load_external(tensor: onnx.TensorProto, path: Path) -> None:
         )
     try:
         load_external_data_for_tensor(tensor, str(folder))
-    except Exception as error:  # onnx raises its own ValidationError and OSError here
+    except (onnx.checker.ValidationError, OSError, ValueError) as error:
         raise ModelError(f"{path}: external data of tensor {tensor.name!r}: {error}") from None
     tensor.data_location = onnx.TensorProto.DEFAULT
     del tensor.external_data[:]

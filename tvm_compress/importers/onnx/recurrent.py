@@ -1,7 +1,7 @@
 """LSTM, GRU and RNN => matmuls and gates, unrolled over the (static) sequence.
 
-The input projection of all steps is one matmul (`<layer>_input`), the recurrent one is a matmul a step
-(`<layer>_recurrent_t0`, ...) on one shared constant. Equations: ONNX operator specification.
+The input projection of all steps is one matmul (`<layer>_input`), the recurrent one is a matmul a
+step (`<layer>_recurrent_t0`, ...) on one shared constant. Equations: ONNX operator specification.
 """
 
 from __future__ import annotations

@@ -1,6 +1,12 @@
-"""Other libraries' errors in one line."""
+"""When another library fails: its error in one line, and its builder left tidy."""
 
 from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tvm import relax
 
 
 def first_line(error: BaseException) -> str:
@@ -10,3 +16,10 @@ def first_line(error: BaseException) -> str:
         return type(error).__name__
     chosen = lines[-1] if lines[0].startswith(("Traceback", "Stack trace", "[")) else lines[0]
     return chosen[:300]
+
+
+def close_blocks(builder: relax.BlockBuilder) -> None:
+    """End the blocks that an error left open; TVM would print a warning for them."""
+    with contextlib.suppress(Exception):
+        for _ in range(64):
+            builder._end_block()
