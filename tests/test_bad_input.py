@@ -108,6 +108,7 @@ def test_data_of_the_wrong_dtype(case: Case) -> None:
     case.refused("'image'", "float64", "takes float32", calib=case.folder / "d.npz")
 
 
+@pytest.mark.links
 def test_nan_in_the_data(case: Case) -> None:
     images = np.zeros((4, 1, 8, 8), np.float32)
     images[2, 0, 0, 0] = np.nan
@@ -154,12 +155,14 @@ def test_no_compiler_to_link_with(case: Case, monkeypatch: pytest.MonkeyPatch) -
     case.refused("no C++ compiler", "apt-get install g++")
 
 
+@pytest.mark.links
 def test_out_that_holds_something_else(case: Case) -> None:
     (case.folder / "out").mkdir()
     (case.folder / "out" / "thesis.txt").write_text("mine")
     case.refused("'thesis.txt'", "not part of an artefact")
 
 
+@pytest.mark.links
 def test_out_in_a_folder_that_does_not_exist(case: Case) -> None:
     result = tvm_compress(
         "compress", case.model, "--calib", case.data, "-o", case.folder / "a" / "b"
