@@ -289,11 +289,12 @@ class _Converter(OperatorConverter):
         name = get_tensor_name(self.subgraph, source.tensor_idx)
         expr = self.get_tensor_expr(source)
         depth = int(weight.tensor.ShapeAsNumpy()[1])
-        self.exp_tab.set_expr(name, self.bb.normalize(relax.op.reshape(expr, (-1, depth))))
+        rows = self.bb.normalize(relax.op.reshape(expr, (-1, depth)))
+        self.exp_tab.set_expr(name, rows, force_override=True)
         try:
             return self.convert_fully_connected(op)
         finally:
-            self.exp_tab.set_expr(name, expr)
+            self.exp_tab.set_expr(name, expr, force_override=True)
 
     def _batch_matmul(self, op: Any) -> Any:
         """On integers: `quantize(matmul(dequantize(a), dequantize(b)))`."""
