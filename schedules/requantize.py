@@ -14,11 +14,6 @@ from tvm import te, tirx
 
 from .prim import BROADCAST, make_prim_func
 
-# Same values as relay_passes/numerics/requantize.py (which may not be imported from here); a test
-# compares them.
-SUM_FRACTION_BITS = 12
-SUM_TERM_LIMIT = 2**29
-
 
 def at(tensor: te.Tensor, indices: Sequence[tirx.PrimExpr]) -> tirx.PrimExpr:
     """tensor[indices] with NumPy broadcasting from the right."""
@@ -165,14 +160,14 @@ def requantize(
 class SumTerm:
     """One term of a rescaled sum: integers of `dtype` and `shape`, constants of `constant_shape`.
 
-    `bounds` clamp the rescaled term, in units of 2^-SUM_FRACTION_BITS output steps; `wide` is the
-    dtype in which integer plus bias fits.
+    `bounds` clamp the rescaled term, in fractions of output steps as the sum counts them; `wide` is
+    the dtype in which integer plus bias fits.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    constant_shape: tuple[int, ...] = (1,)
-    bounds: tuple[int, int] = (-SUM_TERM_LIMIT, SUM_TERM_LIMIT)
+    constant_shape: tuple[int, ...]
+    bounds: tuple[int, int]
     wide: str = "int32"
 
 
@@ -182,12 +177,13 @@ def requantize_sum(
     zero_point: int,
     bounds: tuple[int, int],
     dtype: str,
+    fraction_bits: int,
     offset_shape: Sequence[int] = (1,),
 ) -> tirx.PrimFunc:
     """(x0, bias0, mult0, x1, bias1, mult1, ..., offset) -> clamp(round(Σ clamp((x+b)*m) + o) + zero_point).
 
     Rule float32, half to even. The terms are accumulators or codes and broadcast as in NumPy; mult and
-    the int32 offset hold their reals times 2^SUM_FRACTION_BITS. bias has the term's `wide` dtype.
+    the int32 offset hold their reals times 2^fraction_bits. bias has the term's `wide` dtype.
     """
     inputs = [
         (
@@ -205,7 +201,7 @@ def requantize_sum(
             fixed = scale_float32(at(x, i).astype(term.wide) + at(bias, i), at(mult, i))
             low, high = (_const(float(bound), "float32") for bound in term.bounds)
             total = total + _clamp(fixed, low, high).astype("int32")
-        rounded = round_shift(total, SUM_FRACTION_BITS) + _const(zero_point, "int32")
+        rounded = round_shift(total, fraction_bits) + _const(zero_point, "int32")
         return _clamp(rounded, _const(bounds[0], "int32"), _const(bounds[1], "int32")).astype(dtype)
 
     out = te.compute(shape, compute, name="requantize_sum")

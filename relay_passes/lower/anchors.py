@@ -351,7 +351,8 @@ def _matmul_activations(
     perm = ir.renormalise_perm(len(logical))
     if integer:
         sums = Tensor(expr, logical, spec.acc_dtype, perm)
-        return Accumulator(sums, scale, np.zeros((), np.int64), layer=name)
+        limit = np.array(depth * spans[0] * spans[1])
+        return Accumulator(sums, scale, np.zeros((), np.int64), layer=name, limit=limit)
     return Tensor(ctx.reshape(expr, logical, f"{name}.view"), logical, "float32", perm)
 
 

@@ -461,9 +461,18 @@ class Lowering:
         physical = ir.shape_of(frame.expr)
         assert physical is not None
         step = np.float64(np.float32(params.scale))
+        offset = self.constant_for(frame, np.asarray(value.offset, np.float64)) / step
+        plan = rules.plan_sum(
+            [_largest(term) / float(step) for _, term in value.terms],
+            float(np.abs(offset).max()),
+            params.bounds[1] - params.bounds[0],
+        )
+        if plan is None:
+            return None
+        unit = 2.0 ** plan[0]
         arguments: list[tvm.ir.Expr | np.ndarray] = []
         terms = []
-        for sign, term in value.terms:
+        for (sign, term), limit in zip(value.terms, plan[1], strict=True):
             source = codes_of(term)
             scale, bias = affine(term)
             if source.shape == frame.shape:
@@ -473,24 +482,20 @@ class Lowering:
                 view = self._broadcast_term(source, frame, name)
             shift, real = self.constants_for(view, bias, sign * scale / step)
             wide = self._width(term) if isinstance(term, Accumulator) else "int32"
-            fixed = (real * 2.0**rules.SUM_FRACTION_BITS).astype(np.float32)
-            arguments += [view.expr, shift.astype(wide), fixed]
+            arguments += [view.expr, shift.astype(wide), (real * unit).astype(np.float32)]
             clamp = term.clamp if isinstance(term, Accumulator) else (-math.inf, math.inf)
-            real_clamp = sorted(sign * bound / float(step) for bound in clamp)
-            bounds = rules.sum_term_bounds((real_clamp[0], real_clamp[1]), len(value.terms))
+            low, high = sorted(
+                round(max(-limit, min(limit, sign * bound / float(step))) * unit) for bound in clamp
+            )
             shape = ir.shape_of(view.expr)
             assert shape is not None
             terms.append(
-                requantize_kernels.SumTerm(source.dtype, shape, real.shape, bounds, wide)
+                requantize_kernels.SumTerm(source.dtype, shape, real.shape, (low, high), wide)
             )
-        offset = self.constant_for(frame, np.asarray(value.offset, np.float64)) / step
-        fixed_offset = np.rint(offset * 2.0**rules.SUM_FRACTION_BITS)
-        if np.abs(fixed_offset).max() > rules.SUM_TERM_LIMIT:
-            return None
-        arguments.append(fixed_offset.astype(np.int32))
+        arguments.append(np.rint(offset * unit).astype(np.int32))
         func = requantize_kernels.requantize_sum(
             physical, terms, params.zero_point, self._bounds(value.clamp, params), params.dtype,
-            offset.shape,
+            plan[0], offset.shape,
         )  # fmt: skip
         expr = self.kernel(func, arguments, physical, params.dtype, name, "requantize_sum")
         expr = self.reshape(expr, frame.physical_shape, f"{name}.view")
@@ -552,6 +557,19 @@ def affine(term: Accumulator | Dequantised) -> tuple[np.ndarray, np.ndarray]:
     quant = term.codes.quant
     assert quant is not None
     return np.array(np.float64(quant.scale)), np.array(-quant.zero_point, np.int64)
+
+
+def _largest(term: Accumulator | Dequantised) -> float:
+    """A bound of the term's magnitude."""
+    scale, bias = affine(term)
+    if isinstance(term, Dequantised):
+        assert term.codes.quant is not None
+        low, high = term.codes.quant.bounds
+        return float(scale) * max(abs(low + int(bias)), abs(high + int(bias)))
+    known = np.iinfo(term.sums.dtype).max if term.limit is None else term.limit
+    limit = np.asarray(known, np.float64)
+    reach = float(((limit + np.abs(bias)) * np.abs(scale)).max())
+    return min(reach, max(abs(bound) for bound in term.clamp))
 
 
 def code_values(dtype: str, params: QuantParams) -> np.ndarray:

@@ -237,7 +237,8 @@ def _mean(
     expr = ctx.kernel(func, [data.expr], physical, "int32", f"{name}.sum", "sum")
     scale = np.array(np.float64(data.quant.scale) / count)
     bias = np.array(-data.quant.zero_point * count, np.int64)
-    return Accumulator(Tensor(expr, shape, "int32", perm), scale, bias)
+    limit = np.array(count * max(abs(bound) for bound in data.quant.bounds))
+    return Accumulator(Tensor(expr, shape, "int32", perm), scale, bias, limit=limit)
 
 
 HANDLERS = {

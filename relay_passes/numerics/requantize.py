@@ -25,11 +25,9 @@ import numpy as np
 Rule = Literal["float32", "tflite"]
 RULES: tuple[Rule, ...] = ("float32", "tflite")
 
-# Fraction bits that the terms of a rescaled sum keep before the one rounding of the sum. int8 results
-# need 8 integer bits; 2^8 * 2^12 stays far inside float32's exact integers (2^24).
-SUM_FRACTION_BITS = 12
-# The terms of a sum are clamped to this magnitude, so that adding two of them and an offset fits int32.
-SUM_TERM_LIMIT = 2**29
+# Fraction bits that the terms of a rescaled sum keep at most: a term is a float32 product, so that more
+# than 24 significant bits would say nothing.
+MAX_SUM_FRACTION_BITS = 20
 
 
 def quantize_multiplier(real: float) -> tuple[int, int]:
@@ -128,31 +126,40 @@ def requantize_sum(
     zero_point: int,
     bounds: tuple[int, int],
     dtype: str,
+    fraction_bits: int,
     offset: np.ndarray | float = 0.0,
-    clamps: Sequence[tuple[float, float]] | None = None,
+    clamps: Sequence[tuple[int, int]] | None = None,
 ) -> np.ndarray:
     """clamp(round(Σ clamp(rint((x+b)*m*2^F)) + rint(o*2^F)) / 2^F) + zero_point) for terms (x, b, m).
 
-    Rule float32. Residual addition without a float add: each term is rounded to F = SUM_FRACTION_BITS
-    fraction bits, the sum and its final rounding (half to even) are integer. `offset` and the terms'
-    `clamps` are real, in output steps.
+    Rule float32. Residual addition without a float add: each term is rounded to F = `fraction_bits`
+    fraction bits, the sum and its final rounding (half to even) are integer. `offset` is real, in
+    output steps; the terms' `clamps` are integers with F fraction bits.
     """
-    unit = 2.0**SUM_FRACTION_BITS
+    unit = 2.0**fraction_bits
     total = np.rint(np.asarray(offset, np.float64) * unit).astype(np.int32)
-    limits = clamps or [(-math.inf, math.inf)] * len(terms)
-    for (x, bias, multiplier), clamp in zip(terms, limits, strict=True):
+    for k, (x, bias, multiplier) in enumerate(terms):
         fixed = scale_float32(x + bias, np.asarray(multiplier) * unit)
-        total = total + np.clip(fixed, *sum_term_bounds(clamp, len(terms))).astype(np.int32)
-    odd = (total >> SUM_FRACTION_BITS) & 1
-    rounded = (total + odd + (1 << (SUM_FRACTION_BITS - 1)) - 1) >> SUM_FRACTION_BITS
+        low, high = clamps[k] if clamps else (-(2**30), 2**30)
+        total = total + np.clip(fixed, np.float32(low), np.float32(high)).astype(np.int32)
+    odd = (total >> fraction_bits) & 1
+    rounded = (total + odd + (1 << (fraction_bits - 1)) - 1) >> fraction_bits
     return np.clip(rounded + zero_point, *bounds).astype(dtype)
 
 
-def sum_term_bounds(clamp: tuple[float, float], terms: int) -> tuple[int, int]:
-    """A term's real clamp in units of 2^-SUM_FRACTION_BITS, such that a sum of `terms` and an offset
-    cannot leave int32."""
-    limit = SUM_TERM_LIMIT
-    while limit * (terms + 1) >= 2**31:
-        limit //= 2
-    low, high = (max(-limit, min(limit, b * 2.0**SUM_FRACTION_BITS)) for b in clamp)
-    return int(np.rint(low)), int(np.rint(high))
+def plan_sum(
+    limits: Sequence[float], offset: float, codes: int
+) -> tuple[int, tuple[float, ...]] | None:
+    """Fraction bits of a rescaled sum, and the bounds that its terms are clamped to; None: no room.
+
+    `limits` bound the terms' magnitudes and `offset` the constant's, all in output steps; the output
+    has `codes` codes. The sum stays below 2^30. The largest term may be clamped where the others
+    cannot bring the sum back into the output's range: the result is saturated either way.
+    """
+    bounds = list(limits)
+    largest = max(range(len(bounds)), key=bounds.__getitem__)
+    others = sum(bounds) - bounds[largest] + offset
+    bounds[largest] = min(bounds[largest], others + codes + 1)
+    total = max(others + bounds[largest], 1.0)
+    bits = min(MAX_SUM_FRACTION_BITS, math.floor(30 - math.log2(total)))
+    return (bits, tuple(bounds)) if bits >= 1 else None
