@@ -56,6 +56,15 @@ class Emitter:
         body = self._close()
         self._add(For(variable, 0, extent, _KINDS[kind], body))
 
+    def each(self, name: str, extent: int, unrolled: bool) -> Iterator[Any]:
+        """The values of a loop variable: numbers, the body written out, or one variable of a loop."""
+        if unrolled:
+            for number in range(extent):
+                yield tirx.const(number, "int32")
+            return
+        with self.loop(name, extent) as variable:
+            yield variable
+
     @contextmanager
     def when(self, condition: ir.Expr) -> Iterator[None]:
         """The body of an if without else."""

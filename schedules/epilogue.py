@@ -14,7 +14,7 @@ import tvm_ffi
 from tvm import ir, tirx
 
 from .emit import Emitter
-from .fused import FusedFunction, Index, Stage
+from .fused import FusedFunction, Index, Stage, count_nodes, rewrite
 
 
 class Epilogue:
@@ -42,6 +42,11 @@ class Epilogue:
         self._views: dict[tirx.Buffer, tirx.Buffer] = {}
         self._allocated: dict[tirx.Buffer, tirx.Buffer] = {}
 
+    @property
+    def size(self) -> int:
+        """Operations of one position, roughly."""
+        return sum(count_nodes(stage.value) for stage in self.aligned if stage is not self.anchor)
+
     def _aligned(self, after: Sequence[Stage]) -> list[Stage]:
         """Stages that read the accumulators, or other aligned stages, only at their own position."""
         found = [self.anchor]
@@ -59,8 +64,6 @@ class Epilogue:
         return found[1:]
 
     def _reads_in_place(self, stage: Stage, buffers: Sequence[tirx.Buffer]) -> bool:
-        from .fused import rewrite
-
         in_place = True
 
         def load(buffer: tirx.Buffer, indices: Index) -> ir.Expr:

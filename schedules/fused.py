@@ -173,6 +173,11 @@ _BINARY = (
 )  # fmt: skip
 
 
+# TVM's vectoriser takes `round` but not `nearbyint`, and its LLVM back end makes the same of both:
+# llvm.nearbyint, half to even.
+_NEARBYINT = ir.Op.get("tirx.nearbyint")
+
+
 def rewrite(
     expr: ir.Expr,
     binding: dict[tirx.Var, ir.Expr],
@@ -192,6 +197,8 @@ def rewrite(
         if isinstance(e, tirx.Not):
             return tirx.Not(visit(e.a))
         if isinstance(e, ir.Call):
+            if e.op == _NEARBYINT:
+                return tirx.round(visit(e.args[0]))
             return ir.Call(
                 e.op, [visit(a) for a in e.args], e.attrs, ty_args=e.ty_args, ret_ty=e.ty
             )
@@ -214,3 +221,13 @@ def loads(expr: ir.Expr) -> list[tirx.Buffer]:
 
     rewrite(expr, {}, load)
     return found
+
+
+def count_nodes(expr: ir.Expr) -> int:
+    """How many operations, loads and constants an expression has."""
+    children: list[ir.Expr] = list(getattr(expr, "args", ()))
+    for name in ("a", "b", "value", "condition", "true_value", "false_value"):
+        child = getattr(expr, name, None)
+        if isinstance(child, ir.Expr):
+            children.append(child)
+    return 1 + sum(count_nodes(child) for child in children)

@@ -27,6 +27,9 @@ from .window import Window, window_of
 # Starting the thread pool costs 5-10 us: below this many multiply-adds (float; a byte dot does four times
 # as many in the time) a layer stays on one thread.
 _PARALLEL_MACS = 500_000
+# Operations of a whole tile's epilogue up to which it is written out: the accumulators then go through it
+# in registers, otherwise through the stack. A matter of compile time.
+_UNROLLED_EPILOGUE = 1000
 # Input copied for one task should stay in the second-level cache beside the weights.
 _BAND_SHARE_OF_L2 = 4
 
@@ -235,9 +238,8 @@ class _MatrixKernel:
             dy = e.bind("dy", tirx.min(ty * tile.rows, self.rows - tile.rows))
             with e.loop("tile_column", ceil_div(window.columns, tile.columns)) as tx:
                 x = e.bind("x", tirx.min(tx * tile.columns, window.columns - tile.columns))
-                result = e.alloc(
-                    tile.positions * tile.vectors * self.lanes, self.acc_dtype, "tile", True
-                )
+                count = tile.positions * tile.vectors * self.lanes
+                result = e.alloc(count, self.acc_dtype, "tile", registers=True)
                 start = source.base + dy * source.step[0] + x * source.step[1]
                 self._reduce(result, source, e.bind("start", start), group * self.blocks + block)
                 self._finish(result, b, y + dy, x, group, block)
@@ -484,23 +486,30 @@ class _MatrixKernel:
         """Every position of the tile through the epilogue, channels in vectors, the last one perhaps partly."""
         e, window, tile, lanes = self.e, self.window, self.tile, self.lanes
         ragged = window.out_channels % lanes
+        copies = tile.positions * tile.vectors * (2 if ragged and self.blocks > 1 else 1)
+        unrolled = copies * self.epilogue.size <= _UNROLLED_EPILOGUE
 
         def positions(v: Any, parts: list[tuple[int, int]]) -> None:
-            with e.loop("r", tile.rows) as r, e.loop("c", tile.columns) as c:
-                place = ((r * tile.columns + c) * tile.vectors + v) * lanes
-                row, column = y + r, x + c
-                where = (b * window.rows + row) * window.columns + column
-                for start, width in parts:
-                    self.epilogue.emit(
-                        e,
-                        lambda channel: window.indices(b, row, column, channel),
-                        where,
-                        group * window.out_channels + (block + v) * lanes + start,
-                        width,
-                        lambda lane, start=start: result[place + start + lane],
+            for r in e.each("r", tile.rows, unrolled):
+                for c in e.each("c", tile.columns, unrolled):
+                    position(
+                        v, y + r, x + c, ((r * tile.columns + c) * tile.vectors + v) * lanes, parts
                     )
 
-        with e.loop("v", tile.vectors) as v:
+        def position(
+            v: Any, row: Any, column: Any, place: Any, parts: list[tuple[int, int]]
+        ) -> None:
+            for start, width in parts:
+                self.epilogue.emit(
+                    e,
+                    lambda channel: window.indices(b, row, column, channel),
+                    (b * window.rows + row) * window.columns + column,
+                    group * window.out_channels + (block + v) * lanes + start,
+                    width,
+                    lambda lane, start=start: result[place + start + lane],
+                )
+
+        for v in e.each("v", tile.vectors, unrolled):
             if not ragged:
                 positions(v, [(0, lanes)])
             elif self.blocks == 1:
@@ -508,8 +517,8 @@ class _MatrixKernel:
             else:
                 e.branch(
                     block + v == self.blocks - 1,
-                    lambda: positions(v, _parts(ragged, lanes)),
-                    lambda: positions(v, [(0, lanes)]),
+                    lambda v=v: positions(v, _parts(ragged, lanes)),
+                    lambda v=v: positions(v, [(0, lanes)]),
                 )
 
 
