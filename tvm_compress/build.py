@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -140,7 +141,7 @@ def _calls(fused: tvm.IRModule) -> tuple[KernelCall, ...]:
 
 
 def _constants(packed: tvm.IRModule) -> tuple[ConstantBytes, ...]:
-    """Every constant of the module, with the role that its kernel gives it."""
+    """Every different constant of the module, with the role that its kernel gives it."""
     import tvm
 
     from .relay_passes import ir
@@ -148,6 +149,7 @@ def _constants(packed: tvm.IRModule) -> tuple[ConstantBytes, ...]:
 
     layer_of: dict[tvm.ir.Expr, str] = {}
     found: list[ConstantBytes] = []
+    emitted: set[tuple[str, tuple[int, ...], bytes]] = set()
     for binding in ir.bindings(packed["main"]):
         value = binding.value
         if not isinstance(value, tvm.ir.Call):
@@ -171,7 +173,11 @@ def _constants(packed: tvm.IRModule) -> tuple[ConstantBytes, ...]:
                 layer_of[binding.var] = layer
         for index, argument in enumerate(arguments):
             array = ir.constant(argument)
-            if array is not None:
+            if array is None:
+                continue
+            content = (str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).digest())
+            if content not in emitted:  # the VM keeps equal constants once (unrolled LSTM cells)
+                emitted.add(content)
                 role = roles[index] if index < len(roles) and roles[index] != "data" else "other"
                 found.append(ConstantBytes(role, layer, int(array.nbytes)))
     return tuple(found)
