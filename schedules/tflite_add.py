@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tvm import te, tirx
 
 from .prim import BROADCAST, make_prim_func
-from .requantize import at, multiply_by_quantized_multiplier
+from .requantize import at, rounding_doubling_high_mul
 
 Multiplier = tuple[int, int]  # Q31 mantissa, exponent
 
@@ -34,7 +34,13 @@ def tflite_add(
         return tirx.const(value, "int32")
 
     def scaled(x: tirx.PrimExpr, multiplier: Multiplier) -> tirx.PrimExpr:
-        return multiply_by_quantized_multiplier(x, const(multiplier[0]), const(multiplier[1]))
+        mantissa, exponent = multiplier
+        product = rounding_doubling_high_mul(x << const(max(exponent, 0)), const(mantissa))
+        if exponent >= 0:
+            return product
+        # Half away from zero; few copies of `product`, for TVM's simplifier takes seconds over many.
+        half = const(1 << (-exponent - 1)) + (product >> const(31))
+        return (product + half) >> const(-exponent)
 
     def term(operand: te.Tensor, i: Sequence[tirx.Var], which: int) -> tirx.PrimExpr:
         centred = at(operand, i).astype("int32") - const(zero_points[which])

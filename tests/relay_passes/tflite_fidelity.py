@@ -52,7 +52,7 @@ def compare(path: Path, inputs: Sequence[np.ndarray], scratch: Path, every: bool
     size = 0
     for values in inputs:
         codes = values
-        if np.issubdtype(values.dtype, np.floating):
+        if np.issubdtype(values.dtype, np.floating) and np.issubdtype(detail["dtype"], np.integer):
             codes = codes_of(values, detail["quantization"], detail["dtype"])
         codes = codes.reshape(detail["shape"]).astype(detail["dtype"])
         reference.run({detail["name"]: codes})
