@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -102,6 +103,27 @@ def test_internal_error_is_one_line_and_debug_shows_where(
     assert "internal error" in result.error and "KeyError" in result.error
     result = tvm_compress("list", "recipes", "--debug")
     assert "Traceback" in result.err and result.err.splitlines()[-1].startswith("error: ")
+
+
+def test_interrupt_that_a_callback_turns_into_another_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TVM does this to a KeyboardInterrupt that is raised inside one of its callbacks."""
+
+    def callback() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise IndexError from None
+
+    monkeypatch.setattr("tvm_compress.recipe.shipped_recipes", callback)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        result = tvm_compress("list", "recipes")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert result.status == 130
+    assert result.error == "interrupted; the same command goes on from here"
 
 
 def test_list_of_recipes_and_its_schema() -> None:

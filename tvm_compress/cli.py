@@ -14,6 +14,7 @@ import click
 
 from . import __version__
 from .errors import CheckFailed, TvmCompressError
+from .interrupts import was_interrupted, watch
 from .startup import start_without_torch
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def main() -> NoReturn:
     """Entry point of `tvm-compress`: runs one verb and turns every error into one line."""
     start_without_torch()
     try:
+        watch()
         cli.main(standalone_mode=False)
         sys.stdout.flush()
         status = 0
@@ -39,22 +41,30 @@ def main() -> NoReturn:
     except click.ClickException as error:
         status = _fail(error.format_message(), USAGE_STATUS)
     except TvmCompressError as error:
-        status = _fail(str(error), error.exit_status)
+        stopped = was_interrupted()
+        status = _interrupted() if stopped else _fail(str(error), error.exit_status)
     except (KeyboardInterrupt, click.Abort):
-        status = _fail("interrupted; the same command goes on from here", INTERRUPTED_STATUS)
+        status = _interrupted()
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except MemoryError:
         status = _fail("not enough memory for this model or data", USAGE_STATUS)
     except Exception as error:  # noqa: BLE001 - the last resort must not be a traceback
-        detail = " ".join(str(error).split())[:300]
-        status = _fail(
-            f"internal error, please report it (--debug shows where): "
-            f"{type(error).__name__}: {detail}",
-            USAGE_STATUS,
-        )
+        status = _interrupted() if was_interrupted() else _internal_error(error)
     sys.exit(status)
+
+
+def _interrupted() -> int:
+    return _fail("interrupted; the same command goes on from here", INTERRUPTED_STATUS)
+
+
+def _internal_error(error: Exception) -> int:
+    detail = " ".join(str(error).split())[:300]
+    return _fail(
+        f"internal error, please report it (--debug shows where): {type(error).__name__}: {detail}",
+        USAGE_STATUS,
+    )
 
 
 def _fail(message: str, status: int, before: str = "") -> int:

@@ -22,6 +22,7 @@ from typing import IO
 
 from .artefact import MANIFEST, _read_json
 from .errors import ArtefactError
+from .interrupts import check, was_interrupted
 
 WORK = ".work"
 KNOWN = {"recipe.yaml", "deploy", "reference", "report.json", "report.html", MANIFEST, WORK}
@@ -75,8 +76,8 @@ class Workspace:
             shutil.rmtree(half_done, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
-        if isinstance(error, Exception) and self._is_first_run:
-            # Bad input leaves no trace; an interrupt is no `Exception` and keeps what is finished.
+        if isinstance(error, Exception) and self._is_first_run and not was_interrupted():
+            # Bad input leaves no trace; an interrupt keeps what is finished.
             shutil.rmtree(self.out, ignore_errors=True)
 
     def cached(self, name: str, key_parts: Iterable[object], make: Callable[[Path], None]) -> Path:
@@ -95,11 +96,13 @@ class Workspace:
             shutil.rmtree(half_done, ignore_errors=True)
             half_done.mkdir()
             make(half_done)
+            check()
             half_done.rename(folder)
         return folder
 
     def publish(self) -> None:
         """Put the finished staging folder in the place of OUT; keep only the caches used now."""
+        check()
         if self.out.exists():
             _exchange(self.staging, self.out, self._aside)
         old = self.staging if self.staging.exists() else self._aside
