@@ -50,7 +50,8 @@ def reference(spec: KernelSpec, *arrays: np.ndarray) -> np.ndarray:
 
 
 def prim_func(spec: KernelSpec) -> tirx.PrimFunc:
-    """The naive kernel; the last parameter is the result. Marked with `KERNEL_ATTR` and "op_pattern"."""
+    """The naive kernel; the last parameter is the result. Marked with `KERNEL_ATTR` and
+    "op_pattern"."""
     from tvm import te
 
     inputs, acc = describe(spec)

@@ -1,4 +1,5 @@
-"""Product of two activations: acc[b, m, n] = sum over k of (a[b, m, k] - za) * (b[b, k, n] - zb)."""
+"""Product of two activations: acc[b, m, n] = sum over k of (a[b, m, k] - za) * (b[b, k, n] -
+zb)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""2-D convolution, NHWC: acc[b, y, x, o] = sum over ky, kx, c of data[b, y*s+ky*d, x*s+kx*d, c] * w[ky, kx, c, o].
+"""2-D convolution, NHWC: acc[b, y, x, o] = sum over ky, kx, c of data[b, y*s+ky*d, x*s+kx*d, c] *
+w[ky, kx, c, o].
 
-The naive description is the specification. Grouped convolutions are included; a depthwise one has its own
-file, with the loops in the order that suits it.
+The naive description is the specification. Grouped convolutions are included; a depthwise one has
+its own file, with the loops in the order that suits it.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def pad(data: te.Tensor, padding: tuple[int, int, int, int], value: int) -> te.T
 
 
 def reference(spec: Conv2dSpec, data: np.ndarray, *weights: np.ndarray) -> np.ndarray:
-    """The same in NumPy, summed in float64 (exact for the integer dtypes here: sums stay below 2**53)."""
+    """The same in NumPy, summed in float64 (exact for the integer dtypes here: sums stay below
+    2**53)."""
     groups, channels = spec.groups, spec.in_channels // spec.groups
     values = decode_weight(spec, *weights).reshape(groups, *spec.kernel, channels, spec.columns)
     top, left, bottom, right = spec.padding

@@ -1,7 +1,7 @@
 """2-D transposed convolution, NHWC: the convolution of the spread-out input with the turned kernel.
 
-Values that the operator leaves out (between the spread inputs and around them) are `pad_value`, so that
-`acc - pad_value * sum(w)` is the transposed convolution of `data - pad_value` everywhere.
+Values that the operator leaves out (between the spread inputs and around them) are `pad_value`, so
+that `acc - pad_value * sum(w)` is the transposed convolution of `data - pad_value` everywhere.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def describe(spec: Conv2dTransposeSpec) -> tuple[list[te.Tensor], te.Tensor]:
 
 
 def spread_origin(spec: Conv2dTransposeSpec) -> tuple[int, int]:
-    """Row and column of the spread-out array where the input's first value lies (may be negative)."""
+    """Row and column of the spread-out array where the input's first value lies (may be
+    negative)."""
     return (
         spec.dilation[0] * (spec.kernel[0] - 1) - spec.padding[0],
         spec.dilation[1] * (spec.kernel[1] - 1) - spec.padding[1],

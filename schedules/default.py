@@ -1,9 +1,10 @@
-"""The generic schedule: what no template takes still gets vectors, threads and no needless passes over memory.
+"""The generic schedule: what no template takes still gets vectors, threads and no needless passes
+over memory.
 
-Elementwise stages are substituted into their readers where that computes nothing twice. Every remaining
-stage becomes one loop nest: vectors along its last axis (channels lie last), its outer axes in parallel when
-it is large, a reduction in registers inside. A stage whose elements line up one to one with those of all it
-reads runs over flat memory.
+Elementwise stages are substituted into their readers where that computes nothing twice. Every
+remaining stage becomes one loop nest: vectors along its last axis (channels lie last), its outer
+axes in parallel when it is large, a reduction in registers inside. A stage whose elements line up
+one to one with those of all it reads runs over flat memory.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from tvm import ir, tirx
 from ..targets import Target
 from .emit import Emitter, dtype_bits
 from .fused import FusedFunction, Index, Stage, loads, rewrite
+from .spec import ceil_div
 
 # Elements (times terms of a reduction) below which starting threads costs more than it saves.
 _PARALLEL_WORK = 200_000
@@ -30,7 +32,8 @@ _EXPENSIVE = frozenset(
 def schedule_default(
     func: tirx.PrimFunc, fused: FusedFunction | None, target: Target
 ) -> tuple[tirx.PrimFunc, str]:
-    """The scheduled function and the name of the form. A function we cannot take apart stays as it is."""
+    """The scheduled function and the name of the form. A function we cannot take apart stays as it
+    is."""
     if fused is None or not _supported(fused):
         return func, "default.naive"
     kept = _kept_stages(fused)
@@ -60,7 +63,8 @@ def _form(fused: FusedFunction) -> str:
 
 
 def _supported(fused: FusedFunction) -> bool:
-    """Every stage an equation over constant extents, every parameter of constant shape, written once."""
+    """Every stage an equation over constant extents, every parameter of constant shape, written
+    once."""
     for param in fused.func.params:
         if not hasattr(param, "shape"):
             return False
@@ -124,7 +128,8 @@ def _rereads(stage: Stage) -> bool:
 
 
 def _is_costly(stage: Stage) -> bool:
-    """Whether computing an element again is dearer than a store and a load; a border's test counts."""
+    """Whether computing an element again is dearer than a store and a load; a border's test
+    counts."""
     count = 0
     costly = False
 
@@ -194,7 +199,7 @@ class _Nest:
         parallel = self._parallel
         if parallel and count < self.target.threads and self.shape[-1] >= 2 * self.lanes:
             pieces = min(4 * self.target.threads, self.shape[-1] // self.lanes)
-        per_piece = -(-self.shape[-1] // pieces)
+        per_piece = ceil_div(self.shape[-1], pieces)
         with e.loop("task", count * pieces, "parallel" if parallel else "serial") as task:
             rest = task // pieces if pieces > 1 else task
             indices: list[Any] = []
@@ -291,7 +296,8 @@ class _Nest:
         return rewrite(self.stage.value, binding, load)
 
     def _write_flat(self) -> bool:
-        """One loop over flat memory when every element depends on its own position only; else False."""
+        """One loop over flat memory when every element depends on its own position only; else
+        False."""
         variables = [tirx.Var(f"v{i}", "int32") for i in range(len(self.shape))]
         flat = tirx.Var("flat", "int32")
 
@@ -300,9 +306,11 @@ class _Nest:
                 return None
             shape = tuple(int(n) for n in buffer.shape)
             known = buffer in self.views
-            if known and shape == self.shape:
-                if all(a.same_as(v) for a, v in zip(where, variables, strict=True)):
-                    return self.views[buffer][flat]
+            in_place = len(where) == len(variables) and all(
+                a.same_as(v) for a, v in zip(where, variables, strict=True)
+            )
+            if known and shape == self.shape and in_place:
+                return self.views[buffer][flat]
             if known and buffer in self.buffers:
                 return self.buffers[buffer][_offset(buffer, where)]
             return buffer[where] if known else None
@@ -317,8 +325,8 @@ class _Nest:
         tasks = 1
         if self._parallel:
             tasks = min(4 * self.target.threads, max(1, size // (16 * self.lanes)))
-        per_task = -(-(-(-size // tasks)) // self.lanes) * self.lanes
-        tasks, per_task = -(-size // per_task), min(per_task, size)
+        per_task = ceil_div(ceil_div(size, tasks), self.lanes) * self.lanes
+        tasks, per_task = ceil_div(size, per_task), min(per_task, size)
         with self.e.loop("task", tasks, "parallel") as task:
             first = self.e.bind("first", tirx.min(task * per_task, size - per_task))
 

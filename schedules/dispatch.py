@@ -1,4 +1,5 @@
-"""The two entry points of lowering: pack a weight for a target, schedule a fused function for it."""
+"""The two entry points of lowering: pack a weight for a target, schedule a fused function for
+it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Template = Callable[["FusedFunction", Target], "tirx.PrimFunc | None"]
 def pack_weight(
     spec: KernelSpec, weight: np.ndarray, target: Target
 ) -> tuple[WeightedSpec, np.ndarray] | None:
-    """(spec', weight') of the same layer in the form the target's kernel reads; None: nothing to change."""
+    """(spec', weight') of the same layer in the form the target's kernel reads; None: nothing to
+    change."""
     if not isinstance(spec, WeightedSpec) or not target.is_x86:
         return None
     from .x86.pack import pack_weight as pack
@@ -30,7 +32,8 @@ def pack_weight(
 
 
 def templates(target: Target) -> list[tuple[str, Template]]:
-    """Named templates for anchors on this target, tried in order; None from one means: not applicable."""
+    """Named templates for anchors on this target, tried in order; None from one means: not
+    applicable."""
     if not target.is_x86:
         return []
     from .x86 import TEMPLATES
@@ -41,7 +44,8 @@ def templates(target: Target) -> list[tuple[str, Template]]:
 def schedule(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
     """`func`, naive and fused, as a scheduled function for `target`, marked "tirx.is_scheduled".
 
-    `SCHEDULE_ATTR` names the form that was chosen. Whatever no template takes gets the generic schedule.
+    `SCHEDULE_ATTR` names the form that was chosen. Whatever no template takes gets the generic
+    schedule.
     """
     from .default import schedule_default
     from .fused import analyse
@@ -57,7 +61,7 @@ def schedule(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
 
 
 def _finish(scheduled: tirx.PrimFunc, func: tirx.PrimFunc, name: str) -> tirx.PrimFunc:
-    attrs = {key: value for key, value in (func.attrs or {}).items()}
+    attrs = dict((func.attrs or {}).items())
     return scheduled.with_attr(
         {**attrs, "tirx.noalias": True, "tirx.is_scheduled": True, SCHEDULE_ATTR: name}
     )

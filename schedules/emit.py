@@ -57,7 +57,8 @@ class Emitter:
         self._add(For(variable, 0, extent, _KINDS[kind], body))
 
     def each(self, name: str, extent: int, unrolled: bool) -> Iterator[Any]:
-        """The values of a loop variable: numbers, the body written out, or one variable of a loop."""
+        """The values of a loop variable: numbers, the body written out, or one variable of a
+        loop."""
         if unrolled:
             for number in range(extent):
                 yield tirx.const(number, "int32")
@@ -84,7 +85,8 @@ class Emitter:
         self._add(IfThenElse(condition, yes, self._close()))
 
     def alloc(self, size: int, dtype: str, name: str, registers: bool = False) -> tirx.Buffer:
-        """A flat buffer, on the stack (and in registers, if always indexed by constants) or in workspace."""
+        """A flat buffer, on the stack (and in registers, if always indexed by constants) or in
+        workspace."""
         buffer = tirx.decl_buffer((size,), dtype, name, scope="local" if registers else "global")
         self._add(AllocBuffer(buffer))
         return buffer
@@ -116,7 +118,8 @@ class Emitter:
         self.store(buffer, value, base if lanes == 1 else tirx.Ramp(base, 1, lanes))
 
     def chunks(self, extent: int, lanes: int) -> Iterator[tuple[Any, int]]:
-        """Cover 0..extent: yields (start, width) inside the loops made for it, widths descending from `lanes`."""
+        """Cover 0..extent: yields (start, width) inside the loops made for it, widths descending
+        from `lanes`."""
         start = 0
         while extent - start > 0:
             while lanes > extent - start:
@@ -129,7 +132,8 @@ class Emitter:
     def elementwise(
         self, extent: int, lanes: int, body: Callable[[Any], None], name: str = "l"
     ) -> None:
-        """body(i) for i in 0..extent in vectorised loops of at most `lanes`, the rest in smaller ones."""
+        """body(i) for i in 0..extent in vectorised loops of at most `lanes`, the rest in smaller
+        ones."""
         for start, width in self.chunks(extent, lanes):
             with self.loop(name, width, "vectorized") as lane:
                 body(start + lane)

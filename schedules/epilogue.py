@@ -1,8 +1,8 @@
 """What follows the anchor in a fused function, computed while the accumulators are still at hand.
 
-Stages whose elements line up with the accumulators (bias, requantisation, activation, residual) are written
-per row of `lanes` channels by `Epilogue.emit`. Whatever does not line up (a reshape behind the layer) is
-computed in `emit_rest`, as loops over buffers.
+Stages whose elements line up with the accumulators (bias, requantisation, activation, residual) are
+written per row of `lanes` channels by `Epilogue.emit`. Whatever does not line up (a reshape behind
+the layer) is computed in `emit_rest`, as loops over buffers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Epilogue:
         return sum(count_nodes(stage.value) for stage in self.aligned if stage is not self.anchor)
 
     def _aligned(self, after: Sequence[Stage]) -> list[Stage]:
-        """Stages that read the accumulators, or other aligned stages, only at their own position."""
+        """Stages that read the accumulators, or other aligned stages, only at their own
+        position."""
         found = [self.anchor]
         for stage in after:
             if not stage.is_map or stage.extents != self.shape:
@@ -106,8 +107,8 @@ class Epilogue:
     ) -> None:
         """Compute and store `lanes` channels from `channel` on at one position.
 
-        `position` numbers the positions of the result in memory order; `indices(c)` is the full index of
-        channel c there; `accumulator(lane)` the anchor's value.
+        `position` numbers the positions of the result in memory order; `indices(c)` is the full
+        index of channel c there; `accumulator(lane)` the anchor's value.
         """
         channels = self.shape[-1]
         temporaries: dict[tirx.Buffer, tirx.Buffer] = {}

@@ -1,9 +1,9 @@
 """A fused PrimFunc seen as data: its stages, the anchor among them, and values by substitution.
 
-After FuseTIR a function is a sequence of loop nests, each around one block that stores one buffer. A stage
-that only computes elements (no reduction) is an equation `buffer[i...] = value(i...)`; reading such a
-buffer somewhere can be replaced by its value there. Schedules that write their own loops use this to carry
-producers into the copy of the input and consumers into the epilogue.
+After FuseTIR a function is a sequence of loop nests, each around one block that stores one buffer.
+A stage that only computes elements (no reduction) is an equation `buffer[i...] = value(i...)`;
+reading such a buffer somewhere can be replaced by its value there. Schedules that write their own
+loops use this to carry producers into the copy of the input and consumers into the epilogue.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class FusedFunction:
     ) -> ir.Expr:
         """The value of `buffer[indices]` with every stage but what `leaf` answers substituted.
 
-        `leaf` is asked first, for every load; None means: substitute the producer, or load if there is none.
+        `leaf` is asked first, for every load; None means: substitute the producer, or load if there
+        is none.
         """
         found = leaf(buffer, tuple(indices))
         if found is not None:
@@ -98,7 +99,8 @@ class FusedFunction:
 
 
 def analyse(func: tirx.PrimFunc) -> FusedFunction | None:
-    """The stages of `func`, or None when it is not a plain sequence of loop nests with constant extents."""
+    """The stages of `func`, or None when it is not a plain sequence of loop nests with constant
+    extents."""
     root = func.body
     if not isinstance(root, s_tir.SBlockRealize) or root.block.iter_vars:
         return None

@@ -1,11 +1,11 @@
 """Packed weight layouts: a [K, N] weight cut into blocks that one vector instruction reads.
 
-A layout's name is `O<width><axis><group>`: blocks of `width` output channels, inside a block `group` consecutive
-reduction positions of one output side by side (4 for a byte dot product, 2 for a 16-bit multiply-add, 1 for
-float). `axis` says what is padded to a multiple of `group`: `I` the input channels of every tap, `R` every
-kernel row (its columns and channels lie side by side in NHWC data), `K` the whole reduction axis.
-The array is [groups, blocks, K / group, width, group], zero-filled; int4 codes lie two in a byte, K-step 2j in the
-low nibble and 2j + 1 in the high one.
+A layout's name is `O<width><axis><group>`: blocks of `width` output channels, inside a block
+`group` consecutive reduction positions of one output side by side (4 for a byte dot product, 2 for
+a 16-bit multiply-add, 1 for float). `axis` says what is padded to a multiple of `group`: `I` the
+input channels of every tap, `R` every kernel row (its columns and channels lie side by side in NHWC
+data), `K` the whole reduction axis. The array is [groups, blocks, K / group, width, group],
+zero-filled; int4 codes lie two in a byte, K-step 2j in the low nibble and 2j + 1 in the high one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Linear layer: acc[m, n] = sum over k of data[m, k] * w[k, n], the weight known at compile time."""
+"""Linear layer: acc[m, n] = sum over k of data[m, k] * w[k, n], the weight known at compile
+time."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from .spec import Conv2dSpec, WeightedSpec
 
 @dataclass(frozen=True)
 class Operands:
-    """Buffers of a weighted anchor; `window` is what the block reads, `data` what lies behind the padding."""
+    """Buffers of a weighted anchor; `window` is what the block reads, `data` what lies behind the
+    padding."""
 
     window: tirx.Buffer
     data: tirx.Buffer

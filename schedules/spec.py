@@ -1,17 +1,17 @@
 """What a kernel computes, as data: one frozen dataclass per family.
 
-A spec names everything a kernel depends on at compile time and nothing else, so two layers with equal
-specs share one kernel. Its JSON travels on the PrimFunc and on the compute block as `KERNEL_ATTR`; that
-is how a kernel is recognised after fusion. This file imports nothing heavy.
+A spec names everything a kernel depends on at compile time and nothing else, so two layers with
+equal specs share one kernel. Its JSON travels on the PrimFunc and on the compute block as
+`KERNEL_ATTR`; that is how a kernel is recognised after fusion. This file imports nothing heavy.
 
-Integers: an integer kernel returns the raw sum over taps of `x * (w - weight_zero_point)`. The input's zero
-point only appears as `pad_value`, the value of the taps outside the input, so that the caller may subtract
-`zero_point * sum(w)` as a constant per channel, borders included.
+Integers: an integer kernel returns the raw sum over taps of `x * (w - weight_zero_point)`. The
+input's zero point only appears as `pad_value`, the value of the taps outside the input, so that the
+caller may subtract `zero_point * sum(w)` as a constant per channel, borders included.
 
-Weight-only (float32 data with integer codes): the codes are converted to float32 and summed; a scale per
-output channel is the caller's business, after the sum. With `group_size` the scales are the kernel's: one
-per `group_size` consecutive positions of the flattened reduction axis (kernel row, kernel column, input
-channel; the last group may be shorter) and output channel.
+Weight-only (float32 data with integer codes): the codes are converted to float32 and summed; a
+scale per output channel is the caller's business, after the sum. With `group_size` the scales are
+the kernel's: one per `group_size` consecutive positions of the flattened reduction axis (kernel
+row, kernel column, input channel; the last group may be shorter) and output channel.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ class Conv2dSpec(WeightedSpec):
         _require(min(self.padding) >= 0, f"negative padding {self.padding}")
         _require(
             self.in_channels % self.groups == 0 and self.out_channels % self.groups == 0,
-            f"{self.groups} groups divide neither {self.in_channels} nor {self.out_channels} channels",
+            f"{self.groups} groups do not divide {self.in_channels} and {self.out_channels}",
         )
         _require(
             self.out_height >= 1 and self.out_width >= 1,
@@ -324,9 +324,10 @@ class Conv2dSpec(WeightedSpec):
 class Conv2dTransposeSpec(WeightedSpec):
     """2-D transposed convolution, NHWC data, weight [kh, kw, in_channels / groups, out_channels].
 
-    Defined as: insert strides - 1 times `pad_value` between the input's values, pad that with `pad_value`,
-    and correlate with the kernel turned by 180 degrees. `padding` (top, left, bottom, right) is what the
-    operator cuts off the full result; `output_padding` (rows, columns) is added at the bottom and right.
+    Defined as: insert strides - 1 times `pad_value` between the input's values, pad that with
+    `pad_value`, and correlate with the kernel turned by 180 degrees. `padding` (top, left, bottom,
+    right) is what the operator cuts off the full result; `output_padding` (rows, columns) is added
+    at the bottom and right.
     """
 
     family: ClassVar[str] = "conv2d_transpose"
@@ -354,7 +355,7 @@ class Conv2dTransposeSpec(WeightedSpec):
         _require(min(self.padding + self.output_padding) >= 0, f"negative padding in {self}")
         _require(
             self.in_channels % self.groups == 0 and self.out_channels % self.groups == 0,
-            f"{self.groups} groups divide neither {self.in_channels} nor {self.out_channels} channels",
+            f"{self.groups} groups do not divide {self.in_channels} and {self.out_channels}",
         )
         _require(
             self.out_height >= 1 and self.out_width >= 1, f"padding cuts everything off: {self}"
@@ -454,8 +455,8 @@ class MatmulSpec(WeightedSpec):
 class BatchMatmulSpec(KernelSpec):
     """sum over k of (a - a_zero_point) * (b - b_zero_point), both operands known at run time only.
 
-    a [batch, rows, depth], b [batch or 1, depth, columns] ([.., columns, depth] with `transpose_b`),
-    result [batch, rows, columns].
+    a [batch, rows, depth], b [batch or 1, depth, columns] ([.., columns, depth] with
+    `transpose_b`), result [batch, rows, columns].
     """
 
     family: ClassVar[str] = "batch_matmul"

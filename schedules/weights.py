@@ -1,4 +1,5 @@
-"""Reading one weight value inside a naive kernel, and the same in NumPy: every layout and code width."""
+"""Reading one weight value inside a naive kernel, and the same in NumPy: every layout and code
+width."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def weight_value(
     channel: tirx.PrimExpr,
     column: tirx.PrimExpr,
 ) -> tirx.PrimExpr:
-    """Decoded weight in the accumulator's dtype; `tap` is () or (ky, kx), `column` counts all groups."""
+    """Decoded weight in the accumulator's dtype; `tap` is () or (ky, kx), `column` counts all
+    groups."""
     from tvm import tirx
 
     weight = tensors[0]
@@ -66,7 +68,8 @@ def weight_value(
 
 
 def _nibble(byte: tirx.PrimExpr, which: tirx.PrimExpr) -> tirx.PrimExpr:
-    """Low (0) or high (1) nibble of a uint8, sign-extended: shift it to the top of a byte and back."""
+    """Low (0) or high (1) nibble of a uint8, sign-extended: shift it to the top of a byte and
+    back."""
     from tvm import tirx
 
     signed = byte.astype("int8")

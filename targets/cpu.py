@@ -25,7 +25,8 @@ _LINUX_TO_LLVM = {
 
 @dataclass(frozen=True)
 class HostCpu:
-    """Machine (as `platform.machine`, lower case), LLVM feature names, usable cores, cache sizes."""
+    """Machine (as `platform.machine`, lower case), LLVM feature names, usable cores, cache
+    sizes."""
 
     machine: str
     features: frozenset[str]

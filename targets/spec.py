@@ -1,4 +1,5 @@
-"""A target as data: what the compiler needs to know about the machine that will run the artefact."""
+"""A target as data: what the compiler needs to know about the machine that will run the
+artefact."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ class Target:
         """The `tvm.target.Target` to compile for."""
         import tvm
 
-        return tvm.target.Target({k: v for k, v in self.tvm_options.items()})
+        return tvm.target.Target(dict(self.tvm_options))
 
     def missing_here(self) -> frozenset[str]:
         """Capabilities of this target that the machine we are on lacks."""

@@ -1,4 +1,5 @@
-"""The x86-64 targets, by the psABI's micro-architecture levels: any CPU of a level runs its artefacts."""
+"""The x86-64 targets, by the psABI's micro-architecture levels: any CPU of a level runs its
+artefacts."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ X86_TARGETS: tuple[Target, ...] = (
 def host_target(cpu: HostCpu) -> Target:
     """The best level the host has, plus what it has beyond.
 
-    The CPU's own LLVM name is not used: under a hypervisor it may promise features that are masked out.
+    The CPU's own LLVM name is not used: under a hypervisor it may promise features that are masked
+    out.
     """
     fitting = [t for t in X86_TARGETS if t.capabilities <= cpu.features]
     level = fitting[-1] if fitting else None

@@ -1,4 +1,5 @@
-"""The copy of a band of input rows: bordered, converted, channels padded; what a task's reduction reads."""
+"""The copy of a band of input rows: bordered, converted, channels padded; what a task's reduction
+reads."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from .window import Window
 
 @dataclass(frozen=True)
 class Source:
-    """The flat buffer a reduction reads: pitches in elements, and the offset of the band's first position."""
+    """The flat buffer a reduction reads: pitches in elements, and the offset of the band's first
+    position."""
 
     buffer: tirx.Buffer
     base: Any

@@ -1,12 +1,14 @@
-"""Depthwise convolution: vectors along the channels, a few neighbouring outputs at a time in registers.
+"""Depthwise convolution: vectors along the channels, a few neighbouring outputs at a time in
+registers.
 
-Order of loops: tasks (batch, bands of output rows), the copy of the band's input with its border, blocks of
-channels, rows, groups of `columns` outputs, kernel taps written out. Within a row neighbouring outputs share
-the input they have in common, and a block's weights stay in registers.
+Order of loops: tasks (batch, bands of output rows), the copy of the band's input with its border,
+blocks of channels, rows, groups of `columns` outputs, kernel taps written out. Within a row
+neighbouring outputs share the input they have in common, and a block's weights stay in registers.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from tvm import ir, tirx
@@ -32,7 +34,8 @@ _SMALL_TAPS = 9
 
 
 def schedule_depthwise(fused: FusedFunction, target: Target) -> tirx.PrimFunc | None:
-    """The whole fused function with its depthwise anchor vectorised over channels; None: no form for it."""
+    """The whole fused function with its depthwise anchor vectorised over channels; None: no form
+    for it."""
     anchor = fused.anchor
     if anchor is None or not isinstance(anchor.spec, Conv2dSpec):
         return None
@@ -141,11 +144,11 @@ class _DepthwiseKernel:
         for c in range(count):
             self.epilogue.emit(
                 e,
-                lambda channel, c=c: window.indices(b, y + row, x + c, channel),
+                partial(window.indices, b, y + row, x + c),
                 (b * window.rows + y + row) * window.columns + x + c,
                 channel,
                 lanes,
-                lambda lane, c=c: acc[c * lanes + lane].astype(spec.acc_dtype),
+                partial(_element, acc, c * lanes, spec.acc_dtype),
             )
 
     def _kernel_row(
@@ -186,3 +189,7 @@ class _DepthwiseKernel:
 
 def _vector_type(dtype: str, lanes: int) -> str:
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def _element(buffer: tirx.Buffer, start: int, dtype: str, lane: Any) -> ir.Expr:
+    return buffer[start + lane].astype(dtype)

@@ -1,14 +1,15 @@
 """The inner instruction of a matrix kernel, per capability: what one step of the reduction does.
 
-A step multiplies `group` consecutive reduction positions of one data value, broadcast, with as many of
-`lanes` outputs and adds to their accumulators. Three forms:
+A step multiplies `group` consecutive reduction positions of one data value, broadcast, with as many
+of `lanes` outputs and adds to their accumulators. Three forms:
 
 - FloatDot: fused multiply-add, group 1; integer codes of weight-only layers are converted on load.
-- WordDot: both sides 16 bits wide, pairs multiplied and added to 32 bits (vpmaddwd), group 2. Exact: a pair
-  of products is at most 2 * 2**15 * 2**8 for 8-bit weights. (With AVX512-VNNI the addition is included.)
-- ByteDot: unsigned by signed bytes, four products and the addition in one instruction (vpdpbusd), group 4.
-  Exact, it does not saturate. int8 data becomes x + 128 by flipping its top bit when it is copied, and
-  128 * sum(w) is subtracted from the accumulators' initial value.
+- WordDot: both sides 16 bits wide, pairs multiplied and added to 32 bits (vpmaddwd), group 2.
+  Exact: a pair of products is at most 2 * 2**15 * 2**8 for 8-bit weights. (With AVX512-VNNI the
+  addition is included.)
+- ByteDot: unsigned by signed bytes, four products and the addition in one instruction (vpdpbusd),
+  group 4. Exact, it does not saturate. int8 data becomes x + 128 by flipping its top bit when it is
+  copied, and 128 * sum(w) is subtracted from the accumulators' initial value.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Convolution, transposed convolution and linear layers: one register-tiled kernel.
 
-Order of loops, from the outside: tasks (batch, bands of output rows, perhaps groups of output channels; in
-parallel), the copy of the band's input with its border, groups of output channels, tiles of positions, the
-reduction. One tile is `Tile.positions` outputs by `Tile.vectors` registers of channels, held in registers
-over the whole reduction, then put through the epilogue. Ragged ends are covered by moving the last tile back
-inside, so that there is one tile shape only.
+Order of loops, from the outside: tasks (batch, bands of output rows, perhaps groups of output
+channels; in parallel), the copy of the band's input with its border, groups of output channels,
+tiles of positions, the reduction. One tile is `Tile.positions` outputs by `Tile.vectors` registers
+of channels, held in registers over the whole reduction, then put through the epilogue. Ragged ends
+are covered by moving the last tile back inside, so that there is one tile shape only.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from tvm import ir, tirx
@@ -18,20 +19,23 @@ from ..emit import Emitter, vector
 from ..epilogue import Epilogue
 from ..fused import FusedFunction, Stage
 from ..operands import Operands, find_operands
-from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
+from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, ceil_div
 from .band import Band, BandReader, Source
 from .dot import ByteDot, Dot, FloatDot, WordDot, select_dot
 from .tile import Tile, choose_tile
 from .window import Window, window_of
 
-# Starting the thread pool costs 5-10 us: below this many multiply-adds (float; a byte dot does four times
-# as many in the time) a layer stays on one thread.
+# Starting the thread pool costs 5-10 us: below this many multiply-adds (float; a byte dot does four
+# times as many in the time) a layer stays on one thread.
 _PARALLEL_MACS = 500_000
-# Operations of a whole tile's epilogue up to which it is written out: the accumulators then go through it
-# in registers, otherwise through the stack. A matter of compile time.
+# Operations of a whole tile's epilogue up to which it is written out: the accumulators then go
+# through it in registers, otherwise through the stack. A matter of compile time.
 _UNROLLED_EPILOGUE = 1000
 # Input copied for one task should stay in the second-level cache beside the weights.
 _BAND_SHARE_OF_L2 = 4
+
+
+MatrixSpec = Conv2dSpec | Conv2dTransposeSpec | MatmulSpec
 
 
 def schedule_matrix(fused: FusedFunction, target: Target) -> tirx.PrimFunc | None:
@@ -77,7 +81,7 @@ class _MatrixKernel:
         self,
         fused: FusedFunction,
         anchor: Stage,
-        spec: WeightedSpec,
+        spec: MatrixSpec,
         operands: Operands,
         window: Window,
         dot: Dot,
@@ -92,7 +96,8 @@ class _MatrixKernel:
         self.lanes = dot.lanes
         self.steps = packed.steps(spec.reduction)
         self.blocks = ceil_div(window.out_channels, self.lanes)
-        # The correction for x + 128: known before the tiles, or summed beside them if there is one only.
+        # The correction for x + 128: known before the tiles, or summed beside them if there is one
+        # only.
         self.corrected = isinstance(dot, ByteDot) and spec.data_dtype == "int8"
         self.tile = self._choose_tile()
         self.acc_dtype = spec.acc_dtype
@@ -126,7 +131,8 @@ class _MatrixKernel:
         )
 
     def _choose_band(self) -> Band:
-        """Copied when there is a border, a conversion, padded channels, skipped columns or a producer."""
+        """Copied when there is a border, a conversion, padded channels, skipped columns or a
+        producer."""
         window, dot, spec = self.window, self.dot, self.spec
         direct = (
             not any(window.padding)
@@ -141,7 +147,7 @@ class _MatrixKernel:
         else:
             group_pitch = ceil_div(window.channels, dot.group) * dot.group
             direct &= group_pitch == window.channels
-        pad_value = 0 if isinstance(spec, MatmulSpec) else getattr(spec, "pad_value")
+        pad_value = 0 if isinstance(spec, MatmulSpec) else spec.pad_value
         return Band(
             window,
             not direct,
@@ -173,7 +179,8 @@ class _MatrixKernel:
         bands = ceil_div(window.rows, self.rows)
         channel_groups = ceil_div(self.blocks, tile.vectors)
         outer = window.batch * bands * window.groups
-        # Too few bands for the threads: channel groups become tasks as well, each with its own copy.
+        # Too few bands for the threads: channel groups become tasks as well, each with its own
+        # copy.
         split = self._parallel and outer < 2 * self.target.threads
         tiles_per_weight = ceil_div(window.rows, tile.rows) * ceil_div(window.columns, tile.columns)
         self.correct_inside = self.corrected and window.batch * tiles_per_weight == 1
@@ -309,7 +316,8 @@ class _MatrixKernel:
             e.store_vector(result, value, i * lanes, lanes)
 
     def _chunk(self) -> int | None:
-        """Steps after which the registers are added to the tile: a scale group, or before int32 overflows."""
+        """Steps after which the registers are added to the tile: a scale group, or before int32
+        overflows."""
         if self.spec.group_size:
             return self.spec.group_size
         if self.spec.data_dtype == "int16":
@@ -319,7 +327,8 @@ class _MatrixKernel:
         return None
 
     def _nest(self, source: Source) -> list[tuple[int, int, int]]:
-        """Loops of the reduction: extent, stride in the source, stride in steps. The last one is contiguous."""
+        """Loops of the reduction: extent, stride in the source, stride in steps. The last one is
+        contiguous."""
         window, group = self.window, self.dot.group
         kh, kw = window.kernel
         row_pitch, column_pitch = (p // group for p in self.packed.pitches(self.spec.reduction))
@@ -433,7 +442,8 @@ class _MatrixKernel:
     # Group-wise codes
 
     def _scale_vector(self, buffer: tirx.Buffer, group_of_k: Any, block: Any, v: int) -> ir.Expr:
-        """Row `group_of_k` of a [K/g, N] buffer, at the channels of block + v; ragged ends are clamped."""
+        """Row `group_of_k` of a [K/g, N] buffer, at the channels of block + v; ragged ends are
+        clamped."""
         channels = self.window.out_channels
         first = (block + v) * self.lanes
         if channels % self.lanes == 0:
@@ -483,7 +493,8 @@ class _MatrixKernel:
     # Epilogue
 
     def _finish(self, result: tirx.Buffer, b: Any, y: Any, x: Any, group: Any, block: Any) -> None:
-        """Every position of the tile through the epilogue, channels in vectors, the last one perhaps partly."""
+        """Every position of the tile through the epilogue, channels in vectors, the last one
+        perhaps partly."""
         e, window, tile, lanes = self.e, self.window, self.tile, self.lanes
         ragged = window.out_channels % lanes
         copies = tile.positions * tile.vectors * (2 if ragged and self.blocks > 1 else 1)
@@ -502,11 +513,11 @@ class _MatrixKernel:
             for start, width in parts:
                 self.epilogue.emit(
                     e,
-                    lambda channel: window.indices(b, row, column, channel),
+                    partial(window.indices, b, row, column),
                     (b * window.rows + row) * window.columns + column,
                     group * window.out_channels + (block + v) * lanes + start,
                     width,
-                    lambda lane, start=start: result[place + start + lane],
+                    partial(_element, result, place + start),
                 )
 
         for v in e.each("v", tile.vectors, unrolled):
@@ -517,8 +528,8 @@ class _MatrixKernel:
             else:
                 e.branch(
                     block + v == self.blocks - 1,
-                    lambda v=v: positions(v, _parts(ragged, lanes)),
-                    lambda v=v: positions(v, [(0, lanes)]),
+                    partial(positions, v, _parts(ragged, lanes)),
+                    partial(positions, v, [(0, lanes)]),
                 )
 
 
@@ -531,3 +542,7 @@ def _parts(count: int, lanes: int) -> list[tuple[int, int]]:
         parts.append((start, lanes))
         start += lanes
     return parts
+
+
+def _element(buffer: tirx.Buffer, start: Any, lane: Any) -> ir.Expr:
+    return buffer[start + lane]

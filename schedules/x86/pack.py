@@ -56,12 +56,14 @@ def without_zero_point(spec: WeightedSpec, codes: np.ndarray) -> tuple[WeightedS
 def pack_weight(
     spec: WeightedSpec, weight: np.ndarray, target: Target
 ) -> tuple[WeightedSpec, np.ndarray] | None:
-    """The spec and weight array of the same layer in the layout the target's kernel reads; None: keep both."""
+    """The spec and weight array of the same layer in the layout the target's kernel reads; None:
+    keep both."""
     if spec.weight_layout != spec.plain_layout:
         return None
     codes = weight_codes(spec, weight)
     if isinstance(spec, Conv2dSpec) and spec.is_depthwise:
-        # [G, K, m] -> [kh, kw, 1, G*m]: depthwise reads the plain layout, its channels are contiguous.
+        # [G, K, m] -> [kh, kw, 1, G*m]: depthwise reads the plain layout, its channels are
+        # contiguous.
         changed, codes = without_zero_point(spec, codes)
         if changed == spec:
             return None

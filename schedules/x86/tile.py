@@ -1,4 +1,5 @@
-"""How many outputs one pass over the reduction computes: the register tile, chosen by a small cost model."""
+"""How many outputs one pass over the reduction computes: the register tile, chosen by a small cost
+model."""
 
 from __future__ import annotations
 
@@ -40,11 +41,12 @@ def choose_tile(
     weight_instructions: int,
     spare: int,
 ) -> Tile:
-    """The cheapest tile for `rows` x `columns` positions, `blocks` registers of channels, `steps` steps.
+    """The cheapest tile for `rows` x `columns` positions, `blocks` registers of channels, `steps`
+    steps.
 
-    A step issues `instructions` per accumulator and `weight_instructions` per weight register; `spare`
-    registers are needed besides accumulators and weights. Ragged ends are computed twice (the last
-    tile is moved back inside), which is what the rounded-up counts below charge.
+    A step issues `instructions` per accumulator and `weight_instructions` per weight register;
+    `spare` registers are needed besides accumulators and weights. Ragged ends are computed twice
+    (the last tile is moved back inside), which is what the rounded-up counts below charge.
     """
     best, best_cost = Tile(1, 1, 1), float("inf")
     for vectors in range(1, min(blocks, 8) + 1):

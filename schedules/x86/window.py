@@ -1,7 +1,8 @@
 """The loops of a layer, simplified: every matrix-like layer is a convolution of some window.
 
-A linear layer is a 1x1 convolution whose rows are positions; a 1x1 convolution without padding or stride
-forgets where image rows end. A transposed convolution is one over its spread-out input, kernel turned.
+A linear layer is a 1x1 convolution whose rows are positions; a 1x1 convolution without padding or
+stride forgets where image rows end. A transposed convolution is one over its spread-out input,
+kernel turned.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec
 
 @dataclass(frozen=True)
 class Window:
-    """Output `batch` x `rows` x `columns` positions, input rows/columns, kernel geometry; channels per group."""
+    """Output `batch` x `rows` x `columns` positions, input rows/columns, kernel geometry; channels
+    per group."""
 
     batch: int
     in_rows: int

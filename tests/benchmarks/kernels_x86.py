@@ -2,9 +2,10 @@
 
     python tests/benchmarks/kernels_x86.py [--target x86-64-v3] [--threads 1] [--only mobilenet]
 
-Every layer is a convolution with bias and ReLU (float32) or bias, requantisation and clipping to int8. The
-contestants take turns; the figure is the best of many runs, in 10^9 operations a second, two operations a
-multiply-add. ONNX Runtime gets its own layout (NCHW) and its own reordering; our kernels NHWC.
+Every layer is a convolution with bias and ReLU (float32) or bias, requantisation and clipping to
+int8. The contestants take turns; the figure is the best of many runs, in 10^9 operations a second,
+two operations a multiply-add. ONNX Runtime gets its own layout (NCHW) and its own reordering; our
+kernels NHWC.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def compare(layer: tuple[Any, ...], target: Any, threads: int) -> None:
 
 
 def ours(spec: Any, target: Any) -> Callable[[], float]:
-    """The layer as this project builds it, with the epilogue of its kind: returns seconds of one call."""
+    """The layer as this project builds it, with the epilogue of its kind: returns seconds of one
+    call."""
     import tvm
     from tvm import te, tirx
 
@@ -220,7 +222,8 @@ def onnxruntime(spec: Any, threads: int, quantised: bool) -> Callable[[], float]
 
 
 def calls(macs: int) -> int:
-    """Calls per measurement: about half a millisecond, short enough to fall between interruptions."""
+    """Calls per measurement: about half a millisecond, short enough to fall between
+    interruptions."""
     return max(1, int(2e7 / macs))
 
 

@@ -1,4 +1,5 @@
-"""The targets that kernels are tested for: every one is compiled, those the host can run are run."""
+"""The targets that kernels are tested for: every one is compiled, those the host can run are
+run."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tvm
@@ -20,10 +21,10 @@ from tvm_compress.schedules import (
 )
 from tvm_compress.targets import Target
 
-INT8 = {"data_dtype": "int8", "weight_dtype": "int8", "acc_dtype": "int32"}
-UINT8 = {"data_dtype": "uint8", "weight_dtype": "uint8", "acc_dtype": "int32"}
-INT16 = {"data_dtype": "int16", "weight_dtype": "int8", "acc_dtype": "int64"}
-FLOAT: dict[str, str] = {}
+INT8: dict[str, Any] = {"data_dtype": "int8", "weight_dtype": "int8", "acc_dtype": "int32"}
+UINT8: dict[str, Any] = {"data_dtype": "uint8", "weight_dtype": "uint8", "acc_dtype": "int32"}
+INT16: dict[str, Any] = {"data_dtype": "int16", "weight_dtype": "int8", "acc_dtype": "int64"}
+FLOAT: dict[str, Any] = {}
 FLOAT_TOLERANCE = 1e-5
 
 

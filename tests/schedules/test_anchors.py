@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tvm_compress.schedules import (
@@ -18,7 +20,7 @@ from tvm_compress.targets import get_target
 
 from .kernels import FLOAT, INT8, INT16, UINT8, arguments, assert_same, run
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "batch": 2,
     "height": 7,
     "width": 6,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -56,7 +58,7 @@ def test_other_json_is_refused(text: str) -> None:
         ({"group_size": 4}, "group_size"),
     ],
 )
-def test_bad_specs_are_refused(changes: dict[str, object], message: str) -> None:
+def test_bad_specs_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         CONV.replace(**changes)
 

@@ -1,4 +1,5 @@
-"""Register-tiled kernels: exact over ragged shapes, every dtype, and the values that would saturate."""
+"""Register-tiled kernels: exact over ragged shapes, every dtype, and the values that would
+saturate."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from tvm_compress.targets import Target, get_target
 from .kernels import FLOAT, INT8, INT16, UINT8, check
 
 FORM = "x86.matrix"
-DTYPES = {
+DTYPES: dict[str, dict[str, Any]] = {
     "float": FLOAT,
     "int8": INT8,
     "uint8": {**UINT8, "weight_zero_point": 128},
@@ -135,7 +136,8 @@ def test_transposed(main_target: Target, dtypes: dict[str, Any], strides: tuple[
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_large_layers_in_parallel(threads: int) -> None:
-    """Bands, channel groups as tasks, tiles moved back inside: every element is written all the same."""
+    """Bands, channel groups as tasks, tiles moved back inside: every element is written all the
+    same."""
     target = dataclasses.replace(get_target("host"), threads=threads)
     for shape in [(32, 64, 3), (5, 200, 3), (50, 96, 1)]:
         size, channels, kernel = shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_a_target_the_host_lacks_features_for_does_not_run() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"threads": 0}, {"vector_bits": 12}, {"runner": "magic"}])
-def test_bad_targets_are_refused(changes: dict[str, object]) -> None:
+def test_bad_targets_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="target x86-64-v3"):
         dataclasses.replace(get_target("x86-64-v3"), **changes)
 
@@ -75,5 +76,5 @@ def test_cpuinfo_is_spelled_as_llvm_does() -> None:
 
 
 def test_importing_targets_is_cheap() -> None:
-    code = "import sys; import tvm_compress.targets as t; t.list_targets(); assert 'tvm' not in sys.modules"
+    code = "import sys, tvm_compress.targets as t; t.list_targets(); sys.exit('tvm' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
