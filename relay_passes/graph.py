@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import tvm
 from tvm import relax
 
 from .ir import bindings, constant, op_name, shape_of
+from .pass_errors import register_errors
+
+register_errors()
 
 # Who reads a value: the variable that the reading binding defines, None for the function's result.
-Reader = relax.Var | None
+Reader: TypeAlias = "relax.Var | None"
 
 
 class Graph:
@@ -105,7 +109,8 @@ def rebuild(
 
     `read(reader, variable)` names the variable that `reader` reads instead; `replace` gives other
     values to variables; `before` and `after` list bindings around the definition of a variable (or
-    at the function's entry, after a parameter); `result` lists the variables returned instead, as a tuple.
+    at the function's entry, after a parameter); `result` lists the variables returned instead, as a
+    tuple.
     """
     replace, before, after = replace or {}, before or {}, after or {}
     blocks = []

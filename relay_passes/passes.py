@@ -69,6 +69,13 @@ PASSES: dict[str, PassEntry] = {
         pass_at="equalize:Equalize",
         keeps_statistics=False,
     ),
+    "equalize_activations": PassEntry(
+        summary="even out activation ranges of the channels between neighbouring layers",
+        config_at="equalize_activations:EqualizeActivationsConfig",
+        pass_at="equalize_activations:EqualizeActivations",
+        observe_at="equalize_activations:observe",
+        keeps_statistics=False,
+    ),
     "quantize": PassEntry(
         summary="integer weights and activations, or integer weights alone",
         config_at="quantize_config:QuantizeConfig",

@@ -15,7 +15,7 @@ domain starts at the input of the first quantised layer and ends behind the last
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -173,7 +173,7 @@ def _moves_integers(graph: Graph, call: relax.Call) -> bool:
     return True
 
 
-def _is_bias(graph: Graph, variable: relax.Var, layers: Mapping[relax.Var, QuantizeConfig]) -> bool:
+def _is_bias(graph: Graph, variable: relax.Var, layers: Container[relax.Var]) -> bool:
     """add(layer, constant) with one number for each output channel."""
     if graph.op(variable) != "relax.add":
         return False
@@ -224,6 +224,7 @@ def _float_gaps(
         operands = [v for v in graph.operands(variable) if isinstance(v, relax.Var)]
         if variable in layers or any(item in above for item in operands):
             above.add(variable)
+    epilogues = _float_epilogues(graph)
     below: set[relax.Var] = set()
     gaps = []
     for variable in reversed(graph.values):
@@ -231,12 +232,24 @@ def _float_gaps(
         if any(item in layers or item in below for item in readers):
             below.add(variable)
         is_between = variable in above and variable in below and variable not in layers
-        if is_between and variable not in domain.members:
+        if is_between and variable not in domain.members and variable not in epilogues:
             op = graph.op(variable) or type(graph.values[variable]).__name__
             reason = _float_reason(graph, variable)
             if reason is not None:
                 gaps.append(LeftFloat(variable.name, op.removeprefix("relax."), reason))
     return gaps[::-1]
+
+
+def _float_epilogues(graph: Graph) -> set[relax.Var]:
+    """Bias and clamps behind a layer with a float result: part of the layer's own kernel."""
+    anchors = {item for item in graph.values if graph.op(item) in ANCHORS}
+    found: set[relax.Var] = set()
+    for variable in graph.values:
+        operands = graph.tensor_operands(variable)
+        continues = len(operands) == 1 and (operands[0] in anchors or operands[0] in found)
+        if continues and (graph.op(variable) in CLAMPS or _is_bias(graph, variable, anchors)):
+            found.add(variable)
+    return found
 
 
 def _float_reason(graph: Graph, variable: relax.Var) -> str | None:

@@ -220,7 +220,7 @@ class _Writer:
         weight = self._graph.constant(call.args[1])
         if weight is None:  # a product of two activations
             return
-        input_scale = self._parameters[call.args[0]].scale[()]
+        input_scale = float(self._parameters[call.args[0]].scale)
         bias_reader, bias_array = self._bias_of(variable)
         bias = None if bias_array is None else bias_vector(bias_array, call, variable)
         layer = quantize_layer(weight, bias, input_scale, call, config)

@@ -32,7 +32,7 @@ class IntegerLayer:
 def quantize_layer(
     weight: NDArray[np.float32],
     bias: NDArray[np.float32] | None,
-    input_scale: np.float32,
+    input_scale: float,
     call: relax.Call,
     config: QuantizeConfig,
 ) -> IntegerLayer:

@@ -5,7 +5,7 @@ Memory does not depend on the number of samples: every sample only updates obser
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import TYPE_CHECKING
 
 from .errors import DataError, RecipeError
@@ -39,7 +39,7 @@ def calibrate(
     a tensor holds NaN or infinity, `RecipeError` when a name is not in the model.
     """
     watched = list(_watched(model.module, observations))
-    total = len(samples) if hasattr(samples, "__len__") else 0
+    total = len(samples) if isinstance(samples, Sized) else 0
     tracked = (progress or Progress()).track(samples, "calibrate", total)
     count = 0
     for count, tensors in enumerate(_observed_runs(model, tracked, watched, target), start=1):

@@ -89,13 +89,13 @@ def choose_parameters(
     scale = np.where(is_empty, 1.0, np.maximum(scale, SMALLEST_SCALE))
     if power_of_two:
         scale = 2.0 ** np.ceil(np.log2(scale))
-    scale = scale.astype(np.float32)
+    single = scale.astype(np.float32)
 
-    zero_point = np.full(scale.shape, middle, np.int32)
+    zero_point = np.full(single.shape, middle, np.int32)
     if not symmetric:
-        nearest = np.clip(np.rint(lowest - bottom / scale), lowest, highest)
+        nearest = np.clip(np.rint(lowest - bottom / single), lowest, highest)
         zero_point = np.where(is_empty, max(lowest, 0), nearest).astype(np.int32)
-    return QuantizationParameters(scale, zero_point, dtype, axis, lowest, highest)
+    return QuantizationParameters(single, zero_point, dtype, axis, lowest, highest)
 
 
 def _along(axis: int | None, rank: int, values: NDArray) -> NDArray:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LARGEST_SCALE = 2.0**16  # keeps a nearly dead channel from overflowing its partner's weights
+LARGEST_ACTIVATION_SCALE = 2.0**8  # a channel this much smaller than others lies within one step
 
 
 def equalizing_scales(
@@ -23,3 +24,16 @@ def equalizing_scales(
     used = (output_ranges > 0) & (input_ranges > 0)
     ratio = np.divide(output_ranges, input_ranges, out=np.ones_like(output_ranges), where=used)
     return np.clip(np.sqrt(ratio), 1.0 / LARGEST_SCALE, LARGEST_SCALE)
+
+
+def activation_scales(
+    ranges: NDArray[np.float64], strength: float, bound: float | None
+) -> NDArray[np.float64]:
+    """s >= 1 that brings each channel's range towards the largest one, or towards `bound`. [C]
+
+    (largest / range) ** strength: SmoothQuant's equation 4 without the weights' part. A channel
+    that is always zero keeps s = 1.
+    """
+    largest = ranges.max(initial=0.0) if bound is None else bound
+    ratio = np.divide(largest, ranges, out=np.ones_like(ranges), where=ranges > 0)
+    return np.clip(ratio**strength, 1.0, LARGEST_ACTIVATION_SCALE)

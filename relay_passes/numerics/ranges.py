@@ -46,10 +46,11 @@ class Entropy:
 
 @dataclass(frozen=True)
 class Mse:
-    """Least mean squared error between the values and their quantised form.
+    """Least squared error between the values and their quantised form, relative by sample.
 
     Banner et al. 2019, "Post-training 4-bit quantization of convolution networks", section 3,
-    found on the histogram itself rather than on a fitted distribution.
+    found on the histogram itself rather than on a fitted distribution. The error of each sample
+    counts relative to its energy: a few loud samples do not set the range for all.
     """
 
 
@@ -101,8 +102,10 @@ def _search(
     """Coordinate descent over the two ends; one shared end for a symmetric grid."""
     used = np.flatnonzero(histogram.counts[0])
     window = slice(used[0], used[-1] + 1)
-    counts, x = histogram.counts[0][window], histogram.centers()[window]
+    x = histogram.centers()[window]
+    counts = histogram.shares[0][window]
     if measure is _divergence:
+        counts = histogram.counts[0][window]
         # Zero is exact on every grid; after ReLU its bin would outweigh all others.
         counts = np.where(np.abs(x) <= histogram.width[0], 0, counts)
     fractions = np.linspace(0.25, 1.0, CANDIDATES)

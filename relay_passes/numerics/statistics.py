@@ -80,6 +80,7 @@ class Statistics(Mapping[str, TensorStatistics]):
             )
             arrays[f"{prefix}.counts"] = tensor.histogram.counts
             arrays[f"{prefix}.width"] = tensor.histogram.width
+            arrays[f"{prefix}.shares"] = tensor.histogram.shares
             if tensor.channels is not None:
                 for item in fields(ChannelStatistics):
                     value = getattr(tensor.channels, item.name)
@@ -116,7 +117,7 @@ def _read(arrays: Mapping[str, NDArray]) -> Statistics:
                 high=arrays[f"{prefix}.channel_high"],
                 mean=arrays[f"{prefix}.channel_mean"],
             )
-        histogram = Histogram(arrays[f"{prefix}.counts"], arrays[f"{prefix}.width"])
+        histogram = Histogram(*(arrays[f"{prefix}.{k}"] for k in ("counts", "width", "shares")))
         tensors[name] = TensorStatistics(low, high, average_low, average_high, histogram, channels)
     moments: dict[str, LayerMoments] = {}
     for index, name in enumerate(arrays["layers"].tolist()):
