@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import tvm
 from tvm import relax
+from tvm.ir import Expr
 
 from ..ir import op_name, shape_of
-from .rewrite import Expr
 
 CONVOLUTIONS: dict[str, Callable[..., Expr]] = {
     "relax.nn.conv1d": relax.op.nn.conv1d,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 import tvm
 from tvm import relax
+from tvm.ir import Expr
 
 from ..ir import array_const, constant, dtype_of, op_name, shape_of
 from .anchors import (
@@ -22,7 +23,7 @@ from .anchors import (
     scaled_weight,
     with_weight,
 )
-from .rewrite import Expr, Rewriter, Var, rewrite_module
+from .rewrite import Rewriter, Var, rewrite_module
 
 
 @tvm.transform.module_pass(opt_level=0, name="FoldBatchNorm")
@@ -135,12 +136,12 @@ class _FoldAffine(Rewriter):
     def _anchor_and_bias(self, x: Expr) -> tuple[Var | None, np.ndarray | None]:
         """The anchor's variable and bias `[C]` when `x` is an anchor or anchor + constant."""
         call = self.value(x)
-        if is_anchor(call) and isinstance(x, Var):
+        if is_anchor(call) and isinstance(x, tvm.ir.Var):
             return x, None
         if op_name(call) != "relax.add":
             return None, None
         anchor, array = _with_constant(call, "relax.add")
-        if array is None or not isinstance(anchor, Var) or not is_anchor(self.value(anchor)):
+        if array is None or not isinstance(anchor, tvm.ir.Var) or not is_anchor(self.value(anchor)):
             return None, None
         bias = per_channel(array, self.value(anchor))
         if bias is None or self.uses(anchor) != 1:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import relax
+from tvm.ir import Expr
 from tvm_ffi import structural_equal
 
 from ..ir import array_const, constant, dtype_of, op_name, shape_of
-from .rewrite import Expr, Rewriter, Var, rewrite_module
+from .rewrite import Rewriter, Var, rewrite_module
 
 # Results larger than their inputs are folded up to this many elements.
 MAX_GROWN_ELEMENTS = 1 << 20
@@ -231,56 +232,54 @@ def _split(attrs: Any, x: Array) -> list[Array]:
     return np.array_split(x, parts, int(attrs.axis))
 
 
-FOLDS: dict[str, Callable[..., Any]] = {
-    f"relax.{name}": fold
-    for name, fold in {
-        # shape and layout
-        "reshape": lambda attrs, x, shape: x.reshape(shape),
-        "shape_to_tensor": lambda attrs, shape: np.array(shape, "int64"),
-        "permute_dims": _permute,
-        "squeeze": lambda attrs, x: np.squeeze(x, _axes(attrs)),
-        "expand_dims": _expand_dims,
-        "flatten": lambda attrs, x: x.reshape(-1),
-        "broadcast_to": lambda attrs, x, shape: np.broadcast_to(x, shape),
-        "concat": lambda attrs, xs: np.concatenate(xs, axis=int(attrs.axis)),
-        "strided_slice": _strided_slice,
-        "split": _split,
-        "take": _take,
-        "tile": lambda attrs, x: np.tile(x, [int(r) for r in attrs.repeats]),
-        # elements
-        "astype": lambda attrs, x: x,
-        "add": _binary(np.add),
-        "subtract": _binary(np.subtract),
-        "multiply": _binary(np.multiply),
-        "divide": _divide,
-        "maximum": _binary(np.maximum),
-        "minimum": _binary(np.minimum),
-        "power": _binary(np.power),
-        "equal": _binary(np.equal),
-        "not_equal": _binary(np.not_equal),
-        "greater": _binary(np.greater),
-        "greater_equal": _binary(np.greater_equal),
-        "less": _binary(np.less),
-        "less_equal": _binary(np.less_equal),
-        "logical_and": _binary(np.logical_and),
-        "logical_or": _binary(np.logical_or),
-        "logical_not": _unary(np.logical_not),
-        "where": lambda attrs, condition, x, y: np.where(condition, x, y),
-        "clip": lambda attrs, x, low, high: np.clip(x, low, high),
-        "negative": _unary(np.negative),
-        "abs": _unary(np.abs),
-        "sqrt": _unary(np.sqrt),
-        "rsqrt": _unary(lambda x: 1 / np.sqrt(x)),
-        "exp": _unary(np.exp),
-        "square": _unary(np.square),
-        "tanh": _unary(np.tanh),
-        "floor": _unary(np.floor),
-        "ceil": _unary(np.ceil),
-        "round": _unary(np.round),
-        # reductions
-        "sum": _reduce(np.sum),
-        "mean": _reduce(np.mean),
-        "max": _reduce(np.max),
-        "min": _reduce(np.min),
-    }.items()
+_NUMPY: dict[str, Callable[..., Any]] = {
+    # shape and layout
+    "reshape": lambda attrs, x, shape: x.reshape(shape),
+    "shape_to_tensor": lambda attrs, shape: np.array(shape, "int64"),
+    "permute_dims": _permute,
+    "squeeze": lambda attrs, x: np.squeeze(x, _axes(attrs)),
+    "expand_dims": _expand_dims,
+    "flatten": lambda attrs, x: x.reshape(-1),
+    "broadcast_to": lambda attrs, x, shape: np.broadcast_to(x, shape),
+    "concat": lambda attrs, xs: np.concatenate(xs, axis=int(attrs.axis)),
+    "strided_slice": _strided_slice,
+    "split": _split,
+    "take": _take,
+    "tile": lambda attrs, x: np.tile(x, [int(r) for r in attrs.repeats]),
+    # elements
+    "astype": lambda attrs, x: x,
+    "add": _binary(np.add),
+    "subtract": _binary(np.subtract),
+    "multiply": _binary(np.multiply),
+    "divide": _divide,
+    "maximum": _binary(np.maximum),
+    "minimum": _binary(np.minimum),
+    "power": _binary(np.power),
+    "equal": _binary(np.equal),
+    "not_equal": _binary(np.not_equal),
+    "greater": _binary(np.greater),
+    "greater_equal": _binary(np.greater_equal),
+    "less": _binary(np.less),
+    "less_equal": _binary(np.less_equal),
+    "logical_and": _binary(np.logical_and),
+    "logical_or": _binary(np.logical_or),
+    "logical_not": _unary(np.logical_not),
+    "where": lambda attrs, condition, x, y: np.where(condition, x, y),
+    "clip": lambda attrs, x, low, high: np.clip(x, low, high),
+    "negative": _unary(np.negative),
+    "abs": _unary(np.abs),
+    "sqrt": _unary(np.sqrt),
+    "rsqrt": _unary(lambda x: 1 / np.sqrt(x)),
+    "exp": _unary(np.exp),
+    "square": _unary(np.square),
+    "tanh": _unary(np.tanh),
+    "floor": _unary(np.floor),
+    "ceil": _unary(np.ceil),
+    "round": _unary(np.round),
+    # reductions
+    "sum": _reduce(np.sum),
+    "mean": _reduce(np.mean),
+    "max": _reduce(np.max),
+    "min": _reduce(np.min),
 }
+FOLDS = {f"relax.{name}": fold for name, fold in _NUMPY.items()}

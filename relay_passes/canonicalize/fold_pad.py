@@ -6,10 +6,11 @@ import math
 
 import tvm
 from tvm import relax
+from tvm.ir import Expr
 
 from ..ir import constant, ints, op_name, shape_of
 from .anchors import CONVOLUTIONS, with_data_and_padding
-from .rewrite import Expr, Rewriter, Var, rewrite_module
+from .rewrite import Rewriter, Var, rewrite_module
 
 
 @tvm.transform.module_pass(opt_level=0, name="FoldPad")

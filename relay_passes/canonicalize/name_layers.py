@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 import tvm
 from tvm import relax
+from tvm.ir import Expr
 
 from ..ir import op_name
 from .anchors import is_anchor
-from .rewrite import Expr, Rewriter, Var, rewrite_module
+from .rewrite import Rewriter, Var, rewrite_module
 
 # What block builders call a value nobody named.
 _ANONYMOUS = re.compile(r"(lv|gv|v|alloc|branch|var)\d*")

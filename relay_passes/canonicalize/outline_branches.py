@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import tvm
 from tvm import relax
+from tvm.ir import Expr
 
-from .rewrite import Expr, Rewriter, Var, renamed_seq, rewrite_module
+from .rewrite import Rewriter, Var, renamed_seq, rewrite_module
 
 
 @tvm.transform.module_pass(opt_level=0, name="OutlineBranches")

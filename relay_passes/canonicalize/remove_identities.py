@@ -8,10 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import tvm
 from tvm import relax
+from tvm.ir import Expr
 from tvm_ffi import structural_equal
 
 from ..ir import constant, dtype_of, ints, op_name, shape_of
-from .rewrite import Expr, Rewriter, Var, rewrite_module
+from .rewrite import Rewriter, Var, rewrite_module
 
 # These only give the same elements, in the same order, another shape.
 _RESHAPES = frozenset(
@@ -226,14 +227,14 @@ _RULES: dict[str, Callable[[_RemoveIdentities, Expr], Expr | None]] = {
 
 def _slices(call: Expr, shape: tuple[int, ...]) -> dict[int, tuple[int, int, int]] | None:
     """Axis => (begin, end, step) of a constant forward slice, bounds inside the axis."""
-    fields = [
-        None if not isinstance(a, relax.Tuple) else [_number(v) for v in a.fields]
-        for a in call.args[1:]
-    ]
-    if any(field is None or None in field for field in fields):
-        return None
-    axes, begins, ends = ([int(v) for v in field or []] for field in fields[:3])
-    steps = [int(v) for v in fields[3] or []] if len(fields) > 3 else [1] * len(axes)
+    fields: list[list[int]] = []
+    for argument in call.args[1:]:
+        numbers = [_number(v) for v in getattr(argument, "fields", [None])]
+        if None in numbers:
+            return None
+        fields.append([int(number) for number in numbers if number is not None])
+    axes, begins, ends = fields[:3]
+    steps = fields[3] if len(fields) > 3 else [1] * len(axes)
     slices = {}
     for axis, begin, end, step in zip(axes, begins, ends, steps, strict=True):
         if step < 1:

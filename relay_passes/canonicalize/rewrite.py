@@ -45,13 +45,13 @@ class Rewriter:
 
     def value(self, expr: Expr) -> Expr:
         """What a variable is bound to (itself for a parameter, and for anything else)."""
-        if isinstance(expr, Var):
+        if isinstance(expr, tvm.ir.Var):
             return self._values.get(expr, expr)
         return expr
 
     def uses(self, expr: Expr) -> int:
         """How many places read a variable."""
-        return self._uses.get(expr, 0) if isinstance(expr, Var) else 0
+        return self._uses.get(expr, 0) if isinstance(expr, tvm.ir.Var) else 0
 
     def emit(self, expr: Expr, name: str) -> Var:
         """Bind `expr` before the binding being rewritten."""
@@ -134,9 +134,9 @@ class Rewriter:
             self._count(new, 1)
             self._count(value, -1)
             value = new
-        if isinstance(value, Var | tvm.ir.Constant | relax.ShapeExpr):
+        if isinstance(value, tvm.ir.Var | tvm.ir.Constant | relax.ShapeExpr):
             self._replaced[var] = value
-            if isinstance(value, Var):
+            if isinstance(value, tvm.ir.Var):
                 self._uses[value] = self._uses.get(value, 0) - 1 + self._uses.get(var, 0)
             return
         if not structural_equal(value.ty, var.ty):
@@ -173,7 +173,7 @@ class Rewriter:
         return expr
 
     def _substitute(self, expr: Expr) -> Expr:
-        if isinstance(expr, Var):
+        if isinstance(expr, tvm.ir.Var):
             while expr in self._replaced:
                 expr = self._replaced[expr]
             return expr
@@ -249,7 +249,7 @@ def rewrite_module(module: tvm.IRModule, rewriter: type[Rewriter]) -> tvm.IRModu
 
 def _variables(expr: Expr) -> Iterator[Var]:
     """Variables that an expression reads, one for each place."""
-    if isinstance(expr, Var):
+    if isinstance(expr, tvm.ir.Var):
         yield expr
     elif isinstance(expr, tvm.ir.Call):
         for argument in expr.args:
@@ -281,7 +281,7 @@ def _removable(value: Expr) -> bool:
 def _own_result(seq: relax.SeqExpr) -> relax.SeqExpr:
     """A branch must end in a variable bound in it; one that passes a value on gets a binding."""
     own = {binding.var for block in seq.blocks for binding in block.bindings}
-    if isinstance(seq.body, Var) and seq.body in own:
+    if isinstance(seq.body, tvm.ir.Var) and seq.body in own:
         return seq
     var = relax.Var("branch", seq.body.ty)
     block = relax.BindingBlock([relax.VarBinding(var, seq.body)])
@@ -318,7 +318,7 @@ def _renamed_binding(binding: relax.Binding, renamed: dict[Var, Expr]) -> relax.
 
 
 def _renamed(expr: Expr, renamed: dict[Var, Expr]) -> Expr:
-    if isinstance(expr, Var):
+    if isinstance(expr, tvm.ir.Var):
         return renamed.get(expr, expr)
     if not any(var in renamed for var in _variables(expr)):
         return expr

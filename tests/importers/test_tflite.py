@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.tflite_builder import Operator, Reference, Tensor, build
 from tvm import relax
 
 from tvm_compress.errors import ModelError
@@ -18,6 +17,8 @@ from tvm_compress.importers import load_model
 from tvm_compress.importers.tflite import layer_name
 from tvm_compress.model import REQUANTIZE_ATTR, Model
 from tvm_compress.relay_passes.ir import constant, dtype_of, op_name
+
+from ..relay_passes.tflite_builder import Operator, Reference, Tensor, build
 
 Run = Callable[..., dict[str, np.ndarray]]
 Count = Callable[[Model], Counter[str]]
@@ -34,13 +35,13 @@ def integers(*shape: int, dtype: str = "int8") -> np.ndarray:
 
 
 def weight(name: str, *shape: int, axis: int) -> Tensor:
-    scales = np.linspace(0.01, 0.02, shape[axis])
+    scales = np.linspace(0.01, 0.02, shape[axis]).tolist()
     zeros = [0] * shape[axis]
     return Tensor(name, shape, "int8", scales, zeros, axis, np.clip(integers(*shape), -127, 127))
 
 
 def bias(name: str, size: int) -> Tensor:
-    scales = 0.05 * np.linspace(0.01, 0.02, size)
+    scales = (0.05 * np.linspace(0.01, 0.02, size)).tolist()
     values = rng.integers(-400, 400, size)
     return Tensor(name, (size,), "int32", scales, [0] * size, 0, values)
 
@@ -316,7 +317,7 @@ def test_float_model(tmp_path: Path, run: Run) -> None:
     model = load(content, tmp_path)
     x = rng.normal(size=(2, 4)).astype("float32")
     (output,) = run(model, {"x": x}).values()
-    np.testing.assert_allclose(output, np.maximum(x @ w.T, 0), rtol=1e-5)
+    np.testing.assert_allclose(output, np.maximum(x @ w.T, 0), rtol=1e-5, atol=1e-6)
     assert REQUANTIZE_ATTR not in model.module["main"].attrs
     names = [b.var.name for b in model.module["main"].body.blocks[0].bindings]
     assert "dense" in names

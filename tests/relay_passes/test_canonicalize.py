@@ -22,6 +22,7 @@ from tvm_compress.relay_passes.ir import array_const, constant, dtype_of, op_nam
 
 Expr = Any
 rng = np.random.default_rng(1)
+TARGET = tvm.target.Target({"kind": "llvm", "opt-level": 0})  # compiling dominates
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -52,7 +53,7 @@ def module(
 
 
 def run(mod: tvm.IRModule, x: np.ndarray) -> np.ndarray:
-    vm = relax.VirtualMachine(tvm.compile(mod, "llvm"), tvm.cpu())
+    vm = relax.VirtualMachine(tvm.compile(mod, TARGET), tvm.cpu())
     return vm["main"](tvm.runtime.tensor(x)).numpy()
 
 
@@ -614,7 +615,7 @@ def test_branches_become_functions() -> None:
     clipped = np.clip(array, 0, 6)
     for taken, expected in ((True, clipped @ weight), (False, clipped + added)):
         arguments = [tvm.runtime.tensor(array), tvm.runtime.tensor(np.array(taken))]
-        vm = relax.VirtualMachine(tvm.compile(after, "llvm"), tvm.cpu())
+        vm = relax.VirtualMachine(tvm.compile(after, TARGET), tvm.cpu())
         result = vm["main"](*arguments).numpy()
         np.testing.assert_allclose(result, np.maximum(expected, 0), rtol=1e-5, atol=1e-6)
     again = canonicalize()(after)
