@@ -153,7 +153,9 @@ def requantize(
         raise ValueError(f"unknown requantisation rule {rule!r}; known: {known}")
     out = te.compute(shape, compute, name="requantize")
     roles = ["data", "bias", *["scales"] * len(factors)]
-    return make_prim_func("requantize", [acc, bias, *factors], out, roles, BROADCAST, {"rule": rule})
+    return make_prim_func(
+        "requantize", [acc, bias, *factors], out, roles, BROADCAST, {"rule": rule}
+    )
 
 
 @dataclass(frozen=True)

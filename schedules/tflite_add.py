@@ -1,4 +1,7 @@
-"""ADD and SUB of two tensors of codes under the TFLite rule; numerics in relay_passes/numerics/tflite.py."""
+"""ADD and SUB of two tensors of codes under the TFLite rule.
+
+Numerics in relay_passes/numerics/tflite.py.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,9 @@ def tflite_add(
     out_shape: Sequence[int],
     out_dtype: str,
 ) -> tirx.PrimFunc:
-    """(a, b) -> clamp(scale_y(scale_a((a - z_a) << s) + sign * scale_b((b - z_b) << s)) + z_y).
+    """(a, b) -> clamp(scale(scale_a((a - z_a) << s) + sign * scale_b((b - z_b) << s)) + z_y).
 
-    `zero_points` and `multipliers` are those of a, b and the result; operands broadcast as in NumPy.
+    `zero_points` and `multipliers` are those of a, b and the result; operands broadcast.
     """
     a = te.placeholder(shapes[0], dtype, name="a")
     b = te.placeholder(shapes[1], dtype, name="b")
@@ -38,7 +41,7 @@ def tflite_add(
         product = rounding_doubling_high_mul(x << const(max(exponent, 0)), const(mantissa))
         if exponent >= 0:
             return product
-        # Half away from zero; few copies of `product`, for TVM's simplifier takes seconds over many.
+        # Half away from zero; few copies of `product`: many cost TVM's simplifier seconds.
         half = const(1 << (-exponent - 1)) + (product >> const(31))
         return (product + half) >> const(-exponent)
 

@@ -1,7 +1,7 @@
 """Softmax under the TFLite rule; numerics in relay_passes/numerics/tflite_softmax.py.
 
-Exponentials of all distances to the maximum come from a table; what is left is the reciprocal of their
-sum, once a row: by Newton steps for 8-bit codes, from a second table for 16-bit ones.
+Exponentials of all distances to the maximum come from a table; what is left is the reciprocal of
+their sum, once a row: by Newton steps for 8-bit codes, from a second table for 16-bit ones.
 """
 
 from __future__ import annotations

@@ -116,7 +116,14 @@ def _logical(physical: tuple[int, ...] | None, layout: str) -> tuple[int, ...]:
 
 
 def _counts(
-    size: int, pool: int, stride: int, before: int, after: int, dilation: int, out: int, include_pad: bool
+    size: int,
+    pool: int,
+    stride: int,
+    before: int,
+    after: int,
+    dilation: int,
+    out: int,
+    include_pad: bool,
 ) -> np.ndarray:
     """Positions that each window averages along one axis."""
     starts = np.arange(out) * stride - before

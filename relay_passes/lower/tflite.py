@@ -1,7 +1,7 @@
-"""What differs under the TFLite rule: the integers of TensorFlow Lite's reference kernels, bit for bit.
+"""What differs under the TFLite rule: the integers of TensorFlow Lite's reference kernels.
 
-Graph form of an imported `.tflite` has one quantise behind every operator, so each region is one TFLite
-operator, whose own way of forming multipliers and of rounding applies:
+Graph form of an imported `.tflite` has one quantise behind every operator, so each region is one
+TFLite operator, whose own way of forming multipliers and of rounding applies, bit for bit:
 
     conv       Q31 multiplier from float64 scales, double rounding; 16 bits: Q15, one rounding
     matmul     float64 multiplication, half away from zero
@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import tvm
-from tvm import relax
 
 from ...schedules import requantize as kernels
 from ...schedules.divide import divide_half_away
@@ -240,6 +239,17 @@ def multiply(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     return _typed(elementwise.product_of(ctx, name, *operands), Product)
 
 
+def extremum(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
+    """MAXIMUM and MINIMUM of codes with equal parameters."""
+    operands = _operands(ctx, name, call)
+    if operands is None or operands[0].quant != operands[1].quant:
+        return elementwise.bound(ctx, name, call)
+    a, b = operands
+    shape = np.broadcast_shapes(a.shape, b.shape)
+    expr = ctx.emit(tvm.ir.Call(call.op, [a.expr, b.expr], call.attrs, call.ty_args), name)
+    return Dequantised(replace(a, expr=expr, shape=shape))
+
+
 # Forms: a value and its output's parameters => codes --------------------------------------------
 
 
@@ -286,9 +296,7 @@ def _fixed_point(
     return _rescaled_sums(ctx, value, params, name, "tflite", constants)
 
 
-def convolution(
-    ctx: Lowering, value: Accumulator, params: QuantParams, name: str
-) -> Tensor | None:
+def convolution(ctx: Lowering, value: Accumulator, params: QuantParams, name: str) -> Tensor | None:
     """CONV_2D, DEPTHWISE_CONV_2D, TRANSPOSE_CONV."""
     multiplier = (
         numerics.rounded_product_multiplier
@@ -336,18 +344,14 @@ def product(ctx: Lowering, value: Accumulator, params: QuantParams, name: str) -
     return _fixed_point(ctx, value, params, name, real)
 
 
-def mean_of_codes(
-    ctx: Lowering, value: Mean, params: QuantParams, name: str
-) -> Tensor | None:
+def mean_of_codes(ctx: Lowering, value: Mean, params: QuantParams, name: str) -> Tensor | None:
     """MEAN."""
     pair = numerics.mean_multiplier(value.unit, params.scale, value.count)
     constants = [np.array(part, np.int32) for part in pair]
     return _rescaled_sums(ctx, value, params, name, "tflite", constants)
 
 
-def sum_of_codes(
-    ctx: Lowering, value: CodeSum, params: QuantParams, name: str
-) -> Tensor | None:
+def sum_of_codes(ctx: Lowering, value: CodeSum, params: QuantParams, name: str) -> Tensor | None:
     """ADD, SUB."""
     (_, left), (sign, right) = value.terms
     if not isinstance(left, Dequantised) or not isinstance(right, Dequantised):
@@ -370,9 +374,7 @@ def sum_of_codes(
     return Tensor(expr, shape, params.dtype, a.perm, params)
 
 
-def rescaled(
-    ctx: Lowering, value: Dequantised, params: QuantParams, name: str
-) -> Tensor | None:
+def rescaled(ctx: Lowering, value: Dequantised, params: QuantParams, name: str) -> Tensor | None:
     """QUANTIZE of codes: a table, or arithmetic for wide ones."""
     codes = value.codes
     own = codes.quant
@@ -399,16 +401,12 @@ def _looked_up(
 _Table = Callable[[tables.Codes, tables.Codes, tvm.ir.Call], np.ndarray]
 
 
-def _clip_table(
-    source: tables.Codes, target: tables.Codes, call: tvm.ir.Call
-) -> np.ndarray:
+def _clip_table(source: tables.Codes, target: tables.Codes, call: tvm.ir.Call) -> np.ndarray:
     low, high = (elementwise.number(bound) for bound in call.args[1:3])
     return tables.clipped(source, target, low, high)
 
 
-def _logistic_table(
-    source: tables.Codes, target: tables.Codes, _call: tvm.ir.Call
-) -> np.ndarray:
+def _logistic_table(source: tables.Codes, target: tables.Codes, _call: tvm.ir.Call) -> np.ndarray:
     if source.dtype == "int16":
         return tables.logistic_16(source, target)
     return tables.evaluated(source, target, tables.sigmoid_float32)
@@ -466,7 +464,10 @@ def joined(ctx: Lowering, value: Concat, params: QuantParams, name: str) -> Tens
 
 
 HANDLERS = {
-    **{f"relax.nn.{name}": conv for name in ("conv1d", "conv2d", "conv1d_transpose", "conv2d_transpose")},
+    "relax.nn.conv1d": conv,
+    "relax.nn.conv2d": conv,
+    "relax.nn.conv1d_transpose": conv,
+    "relax.nn.conv2d_transpose": conv,
     "relax.matmul": matmul,
     "relax.mean": mean,
     "relax.sum": total,
@@ -475,6 +476,8 @@ HANDLERS = {
     "relax.add": add,
     "relax.subtract": add,
     "relax.multiply": multiply,
+    "relax.maximum": extremum,
+    "relax.minimum": extremum,
 }  # fmt: skip
 
 FORMS = {

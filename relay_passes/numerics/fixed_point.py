@@ -1,7 +1,7 @@
 """Fixed-point functions of gemmlowp that TensorFlow Lite's softmax uses; int32 arrays throughout.
 
-A raw value x with k integer bits stands for x / 2^(31-k). "Doubling high multiplication" of raw values
-with j and k integer bits gives one with j + k.
+A raw value x with k integer bits stands for x / 2^(31-k). "Doubling high multiplication" of raw
+values with j and k integer bits gives one with j + k.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ def reciprocal_of_one_plus(a: np.ndarray) -> np.ndarray:
 
 def reciprocal(x: np.ndarray, integer_bits: int) -> tuple[np.ndarray, np.ndarray]:
     """1 / x for positive x with `integer_bits` => (raw in [1/2, 1], bits of x over one)."""
-    headroom = 32 - np.vectorize(int.bit_length, otypes=[np.int64])(x.astype(np.int64).astype(object))
+    headroom = 32 - np.vectorize(int.bit_length, otypes=[np.int64])(
+        x.astype(np.int64).astype(object)
+    )
     shifted = (x.astype(np.int64) << headroom) - (1 << 31)
     return reciprocal_of_one_plus(shifted.astype(np.int32)), integer_bits - headroom

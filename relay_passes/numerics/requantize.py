@@ -70,7 +70,7 @@ def saturating_rounding_doubling_high_mul(a: np.ndarray, b: np.ndarray) -> np.nd
     return np.where(overflow, np.int64((1 << 31) - 1), high).astype(np.int32)
 
 
-def rounding_divide_by_pot(x: np.ndarray, exponent: np.ndarray) -> np.ndarray:
+def rounding_divide_by_pot(x: np.ndarray, exponent: np.ndarray | np.integer) -> np.ndarray:
     """gemmlowp: x / 2^exponent rounded half away from zero."""
     exponent = np.broadcast_to(np.asarray(exponent, np.int32), np.shape(x))
     mask = ((np.int64(1) << exponent) - 1).astype(np.int32)
@@ -80,7 +80,7 @@ def rounding_divide_by_pot(x: np.ndarray, exponent: np.ndarray) -> np.ndarray:
 
 
 def multiply_by_quantized_multiplier(
-    x: np.ndarray, mantissa: np.ndarray, exponent: np.ndarray
+    x: np.ndarray, mantissa: np.ndarray | np.integer, exponent: np.ndarray | np.integer
 ) -> np.ndarray:
     """TFLite `MultiplyByQuantizedMultiplier`, double rounding: int32 -> int32."""
     left = np.maximum(exponent, 0)

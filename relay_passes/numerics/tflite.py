@@ -1,9 +1,9 @@
 """The arithmetic of TensorFlow Lite's 8- and 16-bit reference kernels, operator by operator.
 
-Source: the TensorFlow Lite quantisation specification and the behaviour of its reference kernels, which
-differ from operator to operator in how a multiplier is formed (float32 or float64 products) and
-rounded. `requantize.py` has the common Q31 multiplication; the functions here are what is special.
-Scales are float32 values throughout.
+Source: the TensorFlow Lite quantisation specification and the behaviour of its reference kernels,
+which differ from operator to operator in how a multiplier is formed (float32 or float64 products)
+and rounded. `requantize.py` has the common Q31 multiplication; the functions here are what is
+special. Scales are float32 values throughout.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ def _scaled(x: np.ndarray, multiplier: tuple[int, int]) -> np.ndarray:
 
 
 def add(
-    a: np.ndarray, b: np.ndarray, parameters: tuple[tuple[float, int], ...], dtype: str, sign: int = 1
+    a: np.ndarray,
+    b: np.ndarray,
+    parameters: tuple[tuple[float, int], ...],
+    dtype: str,
+    sign: int = 1,
 ) -> np.ndarray:
     """ADD (sign 1) and SUB (-1); `parameters` are (scale, zero point) of a, b and the result."""
     (scale_a, zero_a), (scale_b, zero_b), (scale_y, zero_y) = parameters

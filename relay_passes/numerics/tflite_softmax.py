@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .fixed_point import exp_negative, multiply, reciprocal
@@ -21,7 +23,7 @@ EXP_RANGE = 10.0
 
 
 def exponentials(scale: float, beta: float = 1.0) -> np.ndarray:
-    """exp(-d * scale * beta) for d = 0..255 as int32 with no integer bits; 0 beyond the range of exp."""
+    """exp(-d * scale * beta) for d = 0..255, int32 with no integer bits; 0 beyond exp's range."""
     real = np.float64(beta) * np.float64(np.float32(scale)) * (1 << (31 - DIFFERENCE_INTEGER_BITS))
     mantissa, shift = quantize_multiplier(float(min(real, 2.0**31 - 1)))
     radius = (1 << DIFFERENCE_INTEGER_BITS) - 1
@@ -47,7 +49,11 @@ def softmax_8(codes: np.ndarray, scale: float, dtype: str, beta: float = 1.0) ->
 
 
 def interpolation_table(
-    function: np.ufunc, low: float, high: float, scale_out: float, dtype: type = np.float64
+    function: Callable[[np.ndarray], np.ndarray],
+    low: float,
+    high: float,
+    scale_out: float,
+    dtype: type = np.float64,
 ) -> np.ndarray:
     """513 int16 entries of `function` on [low, high] at `scale_out`, biased so that linear
     interpolation errs evenly."""
@@ -58,7 +64,7 @@ def interpolation_table(
     def at(position: np.ndarray) -> np.ndarray:
         return function(position).astype(dtype)
 
-    index = np.arange(TABLE_STEPS).astype(dtype)
+    index: np.ndarray = np.arange(TABLE_STEPS).astype(dtype)
     value, following = at(low + index * step), at(low + (index + 1) * step)
     middle = at(low + index * step + step / 2)
     sample = round_half_away(value * inverse)
@@ -80,7 +86,8 @@ def interpolate(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 def exponentials_16(scale: float, beta: float = 1.0) -> np.ndarray:
     """exp(-d * scale * beta) for d = 0..65535, Q0.15."""
-    mantissa, exponent = quantize_multiplier(float(np.float64(np.float32(scale) * np.float32(beta)) / (EXP_RANGE / 65535.0)))
+    step = np.float64(np.float32(scale) * np.float32(beta))
+    mantissa, exponent = quantize_multiplier(float(step / (EXP_RANGE / 65535.0)))
     distance = -np.arange(65536, dtype=np.int64).astype(np.int32)
     scaled = multiply_by_quantized_multiplier(distance, np.int32(mantissa), np.int32(exponent))
     table = interpolation_table(np.exp, -EXP_RANGE, 0.0, 2.0 / 65535)

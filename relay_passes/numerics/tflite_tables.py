@@ -1,7 +1,7 @@
-"""Functions of one quantised tensor, evaluated for every code as TensorFlow Lite's reference kernels do.
+"""Functions of one quantised tensor for every code, as TensorFlow Lite's reference kernels do.
 
-Each takes the parameters (scale, zero point, dtype) of input and output and returns one output code per
-input code, smallest first: 256 entries for 8 bits, 65,536 for 16.
+Each takes the parameters (scale, zero point, dtype) of input and output and returns one output code
+per input code, smallest first: 256 entries for 8 bits, 65,536 for 16.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Codes(NamedTuple):
         """The real value of every code, float32."""
         return np.float32(self.scale) * self.centred.astype(np.float32)
 
-    def clamp(self, codes: np.ndarray, low: int | None = None, high: int | None = None) -> np.ndarray:
+    def clamp(
+        self, codes: np.ndarray, low: int | None = None, high: int | None = None
+    ) -> np.ndarray:
         """To the dtype, and to [low, high]."""
         info = np.iinfo(self.dtype)
         lowest = info.min if low is None else max(low, info.min)
@@ -91,7 +93,7 @@ def evaluated(
 
 
 def joined(source: Codes, target: Codes) -> np.ndarray:
-    """An operand of CONCATENATION with other parameters (8-bit unsigned only): float32 arithmetic."""
+    """An operand of CONCATENATION with other parameters (uint8 only): float32 arithmetic."""
     scale = np.float32(source.scale) * (np.float32(1) / np.float32(target.scale))
     bias = np.float32(-source.zero_point) * scale
     raw = source.centred + source.zero_point
@@ -119,8 +121,8 @@ SIGMOID_STEPS = 24  # table entries a unit
 def _sigmoid_table() -> np.ndarray:
     """sigmoid(k / 24), k = 0..255, 16 fraction bits: 16-bit LOGISTIC and TANH interpolate in it.
 
-    Entries are raised by h^2 |f''| / 16, which halves the largest error of linear interpolation, and
-    the last one is that of infinity.
+    Entries are raised by h^2 |f''| / 16, which halves the largest error of linear interpolation,
+    and the last one is that of infinity.
     """
     value = 1 / (1 + np.exp(-np.arange(256) / SIGMOID_STEPS))
     curvature = value * (1 - value) * (1 - 2 * value)

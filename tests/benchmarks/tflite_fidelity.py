@@ -1,10 +1,10 @@
 """Compiled int8 `.tflite` models against TensorFlow Lite's reference interpreter, byte for byte.
 
-    python tests/benchmarks/tflite_fidelity.py [--inputs 200] [--intermediates 20] [--models kws_ref_model]
+    python tests/benchmarks/tflite_fidelity.py [--inputs 200] [--intermediates 20] [--models A,B]
 
-One row per model: bytes of the outputs that were compared and elements that differ over `--inputs` real
-inputs, and the same for every intermediate tensor over `--intermediates`. Exit status 1 when any
-differs. The models and data are those of the folder that TVM_COMPRESS_ASSETS names.
+One row per model: bytes of the outputs that were compared and elements that differ over `--inputs`
+real inputs, and the same for every intermediate tensor over `--intermediates`. Exit status 1 when
+any differs. The models and data are those of the folder that TVM_COMPRESS_ASSETS names.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from asset_data import ASSETS
+
 from tests.relay_passes.tflite_fidelity import MODELS, compare
 
 

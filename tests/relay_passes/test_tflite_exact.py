@@ -1,7 +1,8 @@
 """Imported TFLite models give the bytes of TensorFlow Lite's reference interpreter.
 
-One file per dtype holds every operator as a branch of its own, so that one build tests them all; the
-real models are compared on a few inputs here and on many by tests/benchmarks/tflite_fidelity.py.
+A file per dtype and family holds every operator as a branch of its own, so that one build tests
+them all; real models are compared on a few inputs here, on many by the script
+tests/benchmarks/tflite_fidelity.py.
 """
 
 from __future__ import annotations
@@ -187,8 +188,19 @@ def _add_pools(b: Branches, x: str) -> None:
     b.constant("channel", [3])
     mean = dict(table="ReducerOptions", version=3)
     b.branch("MEAN", [x, "hw"], (1, 5), scale=0.021, keepDims=False, **mean)
-    b.branch("MEAN", [x, "hw"], (1, 1, 1, 5), label="_kept", scale=0.05, zero=b.zero, keepDims=True, **mean)
-    b.branch("MEAN", [x, "channel"], (1, 9, 10), label="_channels", scale=0.03, keepDims=False, **mean)
+    b.branch(
+        "MEAN",
+        [x, "hw"],
+        (1, 1, 1, 5),
+        label="_kept",
+        scale=0.05,
+        zero=b.zero,
+        keepDims=True,
+        **mean,
+    )
+    b.branch(
+        "MEAN", [x, "channel"], (1, 9, 10), label="_channels", scale=0.03, keepDims=False, **mean
+    )
     if b.dtype == "uint8":  # the interpreter reads any other dtype as unsigned
         b.branch("SUM", [x, "hw"], (1, 5), keepDims=False, **(mean | dict(version=2)))
 
@@ -201,41 +213,136 @@ def _add_unary(b: Branches, x: str, flat: str) -> None:
         if b.dtype != "int16":
             b.branch("RELU_N1_TO_1", [x], shape, label=label, scale=scale, zero=zero, version=1)
     for alpha in (0.1, 0.3, 1.5):
-        b.branch("LEAKY_RELU", [x], shape, label=f"_{alpha}", scale=0.031, table="LeakyReluOptions", alpha=alpha)
+        b.branch(
+            "LEAKY_RELU",
+            [x],
+            shape,
+            label=f"_{alpha}",
+            scale=0.031,
+            table="LeakyReluOptions",
+            alpha=alpha,
+        )
     bits = 16 if b.dtype == "int16" else 8
     low = {"int8": -128, "uint8": 0, "int16": 0}[b.dtype]
     fraction = 2.0**-15 if bits == 16 else 2.0**-8
     half = {"int8": 0, "uint8": 128, "int16": 0}[b.dtype]
     for k, source in enumerate((flat, "wide", "fine")):
-        b.branch("LOGISTIC", [source], rows, label=f"_{k}", scale=fraction / b.unit, zero=low, version=3)
-        b.branch("TANH", [source], rows, label=f"_{k}", scale=(fraction if bits == 16 else 2 * fraction) / b.unit, zero=half, version=3)
-        b.branch("SOFTMAX", [source], rows, label=f"_{k}", scale=fraction / b.unit, zero=low, table="SoftmaxOptions", beta=1.0, version=3)
+        b.branch(
+            "LOGISTIC", [source], rows, label=f"_{k}", scale=fraction / b.unit, zero=low, version=3
+        )
+        b.branch(
+            "TANH",
+            [source],
+            rows,
+            label=f"_{k}",
+            scale=(fraction if bits == 16 else 2 * fraction) / b.unit,
+            zero=half,
+            version=3,
+        )
+        b.branch(
+            "SOFTMAX",
+            [source],
+            rows,
+            label=f"_{k}",
+            scale=fraction / b.unit,
+            zero=low,
+            table="SoftmaxOptions",
+            beta=1.0,
+            version=3,
+        )
         if bits == 8:
-            b.branch("HARD_SWISH", [source], rows, label=f"_{k}", scale=(0.06, 0.33, 0.005)[k], version=1)
-    b.branch("SOFTMAX", [x], shape, label="_image", scale=fraction / b.unit, zero=low, table="SoftmaxOptions", beta=1.0, version=3)
-    b.branch("QUANTIZE", [x], shape, scale=0.031, dtype="int16" if bits == 16 else "int8", zero=0 if bits == 16 else 3, table="QuantizeOptions")
-    b.branch("QUANTIZE", [x], shape, label="_coarse", scale=0.4, dtype="int16" if bits == 16 else "int8", zero=0 if bits == 16 else -9, table="QuantizeOptions")
+            b.branch(
+                "HARD_SWISH", [source], rows, label=f"_{k}", scale=(0.06, 0.33, 0.005)[k], version=1
+            )
+    b.branch(
+        "SOFTMAX",
+        [x],
+        shape,
+        label="_image",
+        scale=fraction / b.unit,
+        zero=low,
+        table="SoftmaxOptions",
+        beta=1.0,
+        version=3,
+    )
+    b.branch(
+        "QUANTIZE",
+        [x],
+        shape,
+        scale=0.031,
+        dtype="int16" if bits == 16 else "int8",
+        zero=0 if bits == 16 else 3,
+        table="QuantizeOptions",
+    )
+    b.branch(
+        "QUANTIZE",
+        [x],
+        shape,
+        label="_coarse",
+        scale=0.4,
+        dtype="int16" if bits == 16 else "int8",
+        zero=0 if bits == 16 else -9,
+        table="QuantizeOptions",
+    )
 
 
 def _add_movement(b: Branches, x: str, y: str) -> None:
     same = dict(scale=0.05, zero=b.zero)
-    b.branch("CONCATENATION", [x, "x_again"], (1, 9, 10, 10), table="ConcatenationOptions", axis=3, **same)
+    b.branch(
+        "CONCATENATION",
+        [x, "x_again"],
+        (1, 9, 10, 10),
+        table="ConcatenationOptions",
+        axis=3,
+        **same,
+    )
     if b.dtype == "uint8":  # others have one scale
-        b.branch("CONCATENATION", [x, y], (1, 9, 10, 10), label="_rescaled", table="ConcatenationOptions", axis=3, scale=0.09, version=1)
+        b.branch(
+            "CONCATENATION",
+            [x, y],
+            (1, 9, 10, 10),
+            label="_rescaled",
+            table="ConcatenationOptions",
+            axis=3,
+            scale=0.09,
+            version=1,
+        )
     b.constant("widths", [[0, 0], [1, 2], [2, 1], [0, 0]])
     b.constant("value", b.zero + 21, b.dtype, scale=0.05 * b.unit, zero_point=b.zero)
     b.branch("PAD", [x, "widths"], (1, 12, 13, 5), table="PadOptions", **same)
     b.branch("PADV2", [x, "widths", "value"], (1, 12, 13, 5), table="PadV2Options", **same)
     b.constant("shape", [3, 150])
-    b.branch("RESHAPE", [x, "shape"], (3, 150), table="ReshapeOptions", newShape=[3, 150], version=1, **same)
+    b.branch(
+        "RESHAPE",
+        [x, "shape"],
+        (3, 150),
+        table="ReshapeOptions",
+        newShape=[3, 150],
+        version=1,
+        **same,
+    )
     b.constant("order", [0, 2, 3, 1])
     b.branch("TRANSPOSE", [x, "order"], (1, 10, 5, 9), table="TransposeOptions", **same)
     for name, values in (("begin", [0, 1, 0, 1]), ("end", [1, 8, 10, 5]), ("step", [1, 2, 3, 1])):
         b.constant(name, values)
-    b.branch("STRIDED_SLICE", [x, "begin", "end", "step"], (1, 4, 4, 4), table="StridedSliceOptions", **same)
+    b.branch(
+        "STRIDED_SLICE",
+        [x, "begin", "end", "step"],
+        (1, 4, 4, 4),
+        table="StridedSliceOptions",
+        **same,
+    )
     b.constant("size", [18, 20])
-    b.branch("RESIZE_NEAREST_NEIGHBOR", [x, "size"], (1, 18, 20, 5), table="ResizeNearestNeighborOptions", **same)
-    b.branch("PACK", [x, "x_again"], (2, 1, 9, 10, 5), table="PackOptions", valuesCount=2, axis=0, **same)
+    b.branch(
+        "RESIZE_NEAREST_NEIGHBOR",
+        [x, "size"],
+        (1, 18, 20, 5),
+        table="ResizeNearestNeighborOptions",
+        **same,
+    )
+    b.branch(
+        "PACK", [x, "x_again"], (2, 1, 9, 10, 5), table="PackOptions", valuesCount=2, axis=0, **same
+    )
     b.branch("MAXIMUM", [x, "x_again"], (1, 9, 10, 5), table="MaximumMinimumOptions", **same)
 
 

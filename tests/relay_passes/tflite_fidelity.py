@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,9 @@ def compare(path: Path, inputs: Sequence[np.ndarray], scratch: Path, every: bool
         path = scratch / path.name
         path.write_bytes(content)
     model = load_model(path)
-    session = Session(build(model.module, get_target("host")).executable, model.inputs, model.outputs)
+    session = Session(
+        build(model.module, get_target("host")).executable, model.inputs, model.outputs
+    )
     detail = reference.inputs[0]
     bad: dict[str, int] = {}
     size = 0
@@ -73,7 +76,7 @@ def _images(archive: Path, size: int) -> Iterator[np.ndarray]:
 
     with np.load(archive) as data:
         blob, offsets = data["blob"], data["offsets"]
-    for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for begin, end in itertools.pairwise(offsets):
         image = Image.open(io.BytesIO(blob[begin:end].tobytes())).convert("RGB")
         yield np.asarray(image.resize((size, size), Image.Resampling.BILINEAR), np.float32)
 

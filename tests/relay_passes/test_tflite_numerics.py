@@ -1,0 +1,220 @@
+"""The TFLite rule's mathematics against exact rational arithmetic, and its kernels against both."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import tvm
+from tvm import tirx
+
+from tvm_compress.relay_passes.numerics import requantize as rules
+from tvm_compress.relay_passes.numerics import tflite as numerics
+from tvm_compress.relay_passes.numerics import tflite_softmax as softmax
+from tvm_compress.relay_passes.numerics.fixed_point import exp_negative, reciprocal
+from tvm_compress.relay_passes.numerics.tflite_tables import Codes, clipped, rescale
+from tvm_compress.schedules.divide import divide_half_away
+from tvm_compress.schedules.requantize import requantize
+from tvm_compress.schedules.tflite_add import tflite_add
+from tvm_compress.schedules.tflite_softmax import tflite_softmax_8, tflite_softmax_16
+
+EXTREMES = np.array(
+    [0, 1, -1, 2, -2, 3, -3, 2**15, -(2**15), 2**30, -(2**30), 2**31 - 1, -(2**31) + 1], np.int64
+)
+
+
+def half_away(value: Fraction) -> int:
+    """Nearest integer, ties away from zero."""
+    magnitude = math.floor(abs(value) + Fraction(1, 2))
+    return magnitude if value >= 0 else -magnitude
+
+
+def q31(x: int, mantissa: int, exponent: int) -> int:
+    """Multiplication in two roundings: half up to an integer, then half away after the shift."""
+    first = math.floor(Fraction(x * 2 ** max(exponent, 0) * mantissa, 2**31) + Fraction(1, 2))
+    return half_away(Fraction(first, 2 ** max(-exponent, 0)))
+
+
+def run(
+    function: tirx.PrimFunc, *arrays: np.ndarray, shape: tuple[int, ...], dtype: str
+) -> np.ndarray:
+    """A kernel on arrays."""
+    built = tvm.compile(function.with_attr("global_symbol", "main"), target="llvm")
+    result = tvm.runtime.tensor(np.zeros(shape, dtype))
+    built["main"](*(tvm.runtime.tensor(array) for array in arrays), result)
+    return result.numpy()
+
+
+def sums(rng: np.random.Generator, count: int, bits: int) -> np.ndarray:
+    """Random integers of every magnitude, and the extremes that fit."""
+    magnitude = 2.0 ** rng.uniform(0, bits, count)
+    random = (rng.choice([-1, 1], count) * magnitude).astype(np.int64)
+    return np.concatenate([random, EXTREMES[np.abs(EXTREMES) < 2**bits]])
+
+
+@pytest.mark.parametrize("real", [0.9999999, 0.5, 0.25, 3.7e-3, 1.1e-6, 2.0**-31, 1.0, 1.7, 250.3])
+def test_q31_multiplication(real: float) -> None:
+    rng = np.random.default_rng(0)
+    x = sums(rng, 2000, 31 if real < 1 else 22)
+    mantissa, exponent = rules.quantize_multiplier(real)
+    expected = [q31(int(v), mantissa, exponent) for v in x]
+    found = rules.multiply_by_quantized_multiplier(
+        x.astype(np.int32), np.int32(mantissa), np.int32(exponent)
+    )
+    np.testing.assert_array_equal(found, expected)
+    constants = (np.array([mantissa], np.int32), np.array([exponent], np.int32))
+    kernel = requantize(x.shape, "int32", (1,), 0, (-(2**15), 2**15 - 1), "int16", "tflite")
+    arrays = (x.astype(np.int32), np.zeros(1, np.int32), *constants)
+    np.testing.assert_array_equal(
+        run(kernel, *arrays, shape=x.shape, dtype="int16"), np.clip(expected, -(2**15), 2**15 - 1)
+    )
+
+
+@pytest.mark.parametrize("real", [0.5, 0.125, 1 / 6, 0.3, 0.0123, 3e-7, 7.25])
+def test_float64_multiplication(real: float) -> None:
+    """round(fl(x * m)): ties of the rounded product, such as 3 * (1/6), included."""
+    rng = np.random.default_rng(1)
+    x = np.concatenate([sums(rng, 2000, 24), np.arange(-600, 601)])
+    expected = np.clip([half_away(Fraction(float(v) * real)) for v in x], -128, 127)
+    np.testing.assert_array_equal(
+        np.clip(numerics.scale_float64(x, np.array(real)), -128, 127), expected
+    )
+    kernel = requantize(x.shape, "int32", (1,), 0, (-128, 127), "int8", "float64")
+    arrays = (x.astype(np.int32), np.zeros(1, np.int32), np.array([real]))
+    np.testing.assert_array_equal(run(kernel, *arrays, shape=x.shape, dtype="int8"), expected)
+
+
+@pytest.mark.parametrize("real", [0.99, 3.1e-3, 2.2e-6, 1.5])
+def test_wide_multiplication(real: float) -> None:
+    rng = np.random.default_rng(2)
+    x = sums(rng, 2000, 40 if real < 1e-2 else 20)
+    mantissa, exponent = (
+        np.atleast_1d(part) for part in rules.quantize_multipliers(np.array(real))
+    )
+    reduced = min((int(mantissa[0]) + 2**15) >> 16, 0x7FFF)
+    unit = Fraction(2) ** (15 - int(exponent[0]))
+    expected = [math.floor(Fraction(int(v) * reduced) / unit + Fraction(1, 2)) for v in x]
+    np.testing.assert_array_equal(numerics.scale_wide(x, mantissa, exponent), expected)
+    low, high = -(2**15), 2**15 - 1
+    kernel = requantize(x.shape, "int64", (1,), 0, (low, high), "int16", "tflite_wide")
+    arrays = (x, np.zeros(1, np.int64), numerics.reduce_mantissa(mantissa), exponent)
+    inside = np.abs(expected) < 2**31
+    found = run(kernel, *arrays, shape=x.shape, dtype="int16")
+    np.testing.assert_array_equal(found[inside], np.clip(expected, low, high)[inside])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("dtype", "scales"),
+    [
+        ("int8", (0.05, 0.083, 0.11)),
+        ("int8", (0.5, 0.0007, 0.5)),
+        ("uint8", (0.02, 0.02, 0.02)),
+        ("int16", (2e-4, 3e-4, 5e-4)),
+    ],
+)
+def test_sums(dtype: str, scales: tuple[float, float, float], sign: int) -> None:
+    rng = np.random.default_rng(3)
+    info = np.iinfo(dtype)
+    zeros = (
+        (0, 0, 0)
+        if dtype == "int16"
+        else tuple(int(z) for z in rng.integers(info.min, info.max, 3))
+    )
+    a, b = (rng.integers(info.min, info.max + 1, (40, 50)).astype(dtype) for _ in range(2))
+    multipliers = numerics.sum_multipliers(scales[:2], scales[2], info.bits)
+    shift = numerics.SUM_LEFT_SHIFT[info.bits]
+    expected = np.zeros(a.shape, dtype)
+    for index in np.ndindex(a.shape):
+        left = q31((int(a[index]) - zeros[0]) << shift, *multipliers[0])
+        right = q31((int(b[index]) - zeros[1]) << shift, *multipliers[1])
+        total = q31(left + sign * right, *multipliers[2]) + zeros[2]
+        expected[index] = min(max(total, info.min), info.max)
+    parameters = tuple(zip(scales, zeros, strict=True))
+    np.testing.assert_array_equal(numerics.add(a, b, parameters, dtype, sign), expected)
+    bounds = (info.min, info.max)
+    kernel = tflite_add(
+        (a.shape, b.shape), dtype, zeros, multipliers, shift, sign, bounds, a.shape, dtype
+    )  # fmt: skip
+    np.testing.assert_array_equal(run(kernel, a, b, shape=a.shape, dtype=dtype), expected)
+    real = (
+        scales[0] * (a.astype(float) - zeros[0]) + sign * scales[1] * (b.astype(float) - zeros[1])
+    ) / scales[2]
+    inside = np.clip(real + zeros[2], info.min, info.max)
+    assert np.abs(expected - inside).max() <= 0.51
+
+
+def test_average_rounds_half_away() -> None:
+    totals = np.arange(-1000, 1001).astype(np.int32)
+    for count in (1, 2, 3, 4, 9, 49):
+        expected = [half_away(Fraction(int(total), count)) for total in totals]
+        counts = np.full(1, count, np.int32)
+        np.testing.assert_array_equal(numerics.divide_half_away(totals, counts), expected)
+        kernel = divide_half_away(totals.shape, (1,), (-128, 127), "int8")
+        found = run(kernel, totals, counts, shape=totals.shape, dtype="int8")
+        np.testing.assert_array_equal(found, np.clip(expected, -128, 127))
+
+
+def test_fixed_point_functions_approximate() -> None:
+    raw = -np.unique((2.0 ** np.linspace(0, 30.99, 4000)).astype(np.int64))
+    found = exp_negative(raw.astype(np.int32)) / 2.0**31
+    np.testing.assert_allclose(found, np.exp(raw / 2.0**26), atol=2e-7)
+    assert exp_negative(np.zeros(1, np.int32))[0] == 2**31 - 1
+    x = np.unique((2.0 ** np.linspace(19, 30.9, 4000)).astype(np.int64)).astype(np.int32)
+    inverse, over = reciprocal(x, 12)
+    np.testing.assert_allclose(inverse / 2.0**31 / 2.0**over, 2.0**19 / x, rtol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+@pytest.mark.parametrize("scale", [0.004, 0.1, 1.0, 9.0])
+def test_softmax_of_bytes(dtype: str, scale: float) -> None:
+    rng = np.random.default_rng(4)
+    info = np.iinfo(dtype)
+    codes = rng.integers(info.min, info.max + 1, (6, 33)).astype(dtype)
+    codes[0] = info.min
+    codes[1, 1:] = info.min
+    codes[1, 0] = info.max
+    expected = softmax.softmax_8(codes, scale, dtype)
+    kernel = tflite_softmax_8(codes.shape, 1, dtype, dtype)
+    found = run(kernel, codes, softmax.exponentials(scale), shape=codes.shape, dtype=dtype)
+    np.testing.assert_array_equal(found, expected)
+    real = np.exp(scale * (codes.astype(float) - codes.max(axis=1, keepdims=True).astype(float)))
+    real /= real.sum(axis=1, keepdims=True)
+    assert np.abs(expected.astype(float) - info.min - np.minimum(256 * real, 255)).max() < 0.6
+
+
+@pytest.mark.parametrize("scale", [1e-5, 3e-4, 0.01])
+def test_softmax_of_words(scale: float) -> None:
+    rng = np.random.default_rng(5)
+    codes = rng.integers(-32768, 32768, (5, 40)).astype(np.int16)
+    expected = softmax.softmax_16(codes, scale)
+    reciprocals = softmax.interpolate(np.arange(-32768, 32768), softmax.reciprocal_table())
+    tables = [softmax.exponentials_16(scale).astype(np.int16), reciprocals.astype(np.int16)]
+    kernel = tflite_softmax_16(codes.shape, 1)
+    np.testing.assert_array_equal(
+        run(kernel, codes, *tables, shape=codes.shape, dtype="int16"), expected
+    )
+    real = np.exp(scale * (codes.astype(float) - codes.max(axis=1, keepdims=True)))
+    real /= real.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(expected / 32768, real, atol=3e-3)
+
+
+def test_tables_clamp_and_round() -> None:
+    source = Codes(0.5, -3, "int8")
+    np.testing.assert_array_equal(rescale(source, source), np.arange(-128, 128))
+    half = Codes(1.0, 0, "int8")
+    # A multiplier of 1/2 needs no shift, and the multiplication itself rounds half up.
+    wanted = [math.floor(Fraction(code + 4, 2)) for code in range(-128, 128)]
+    np.testing.assert_array_equal(rescale(source, half), wanted)
+    np.testing.assert_array_equal(clipped(source, half, 0.0, 6.0), np.clip(wanted, 0, 6))
+    assert Codes(0.16, 0, "int8").bound(6.0) == 38  # 37.5 in float32: half away from zero
+
+
+@pytest.mark.parametrize("count", [1, 2, 49, 63, 4096])
+def test_mean_multiplier_is_close_and_fits(count: int) -> None:
+    mantissa, exponent = numerics.mean_multiplier(0.05, 0.021, count)
+    assert 0 < mantissa < 2**31
+    exact = 0.05 / 0.021 / count
+    assert mantissa * 2.0 ** (exponent - 31) == pytest.approx(exact, rel=1e-6)
