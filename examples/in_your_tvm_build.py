@@ -3,7 +3,8 @@
     python examples/in_your_tvm_build.py
 
 The model, the calibration samples and the way you compile stay yours; the five marked lines are all
-that tvm-compress adds. The compiled module is an ordinary TVM library: it runs without tvm-compress.
+that tvm-compress adds. The compiled module is an ordinary TVM library: it runs without
+tvm-compress.
 """
 
 from pathlib import Path

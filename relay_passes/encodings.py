@@ -2,9 +2,9 @@
 
     w  =>  decode(codes, scales)        a private Relax function tagged `tvm_compress.encoding`
 
-The function's body, in plain TIR, is the definition of the decoding, so every intermediate module runs anywhere;
-kernels that read the parts directly replace it when they can. Plain int8/int16 weights need none of this:
-`R.dequantize` of a constant is their encoding.
+The function's body, in plain TIR, is the definition of the decoding, so every intermediate module
+runs anywhere; kernels that read the parts directly replace it when they can. Plain int8/int16
+weights need none of this: `R.dequantize` of a constant is their encoding.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class GroupWise:
         if dtype not in ("int8", "int4"):
             raise ValueError(f"group-wise codes of {dtype}; allowed: int8, int4")
         stored = pack_int4(codes) if dtype == "int4" else codes.astype(np.int8)
-        return cls(dtype, group_size, layout, tuple(shape), stored, scales.astype(np.float32), zero_points)
+        return cls(
+            dtype, group_size, layout, tuple(shape), stored, scales.astype(np.float32), zero_points
+        )
 
     @property
     def reduction_size(self) -> int:
@@ -84,7 +86,9 @@ class GroupWise:
 
     def codes(self) -> np.ndarray:
         """int8 [K, N]."""
-        return unpack_int4(self.stored, self.reduction_size) if self.dtype == "int4" else self.stored
+        return (
+            unpack_int4(self.stored, self.reduction_size) if self.dtype == "int4" else self.stored
+        )
 
     def decode(self) -> np.ndarray:
         """float32 weight in the graph's layout."""
@@ -159,6 +163,11 @@ def match_encoding(expr: tvm.ir.Expr, module: tvm.IRModule) -> GroupWise | None:
     assert stored is not None and scales is not None
     assert shape_of(expr) in (None, tuple(spec["shape"]))
     return GroupWise(
-        spec["dtype"], int(spec["group_size"]), spec["layout"], tuple(spec["shape"]), stored, scales,
+        spec["dtype"],
+        int(spec["group_size"]),
+        spec["layout"],
+        tuple(spec["shape"]),
+        stored,
+        scales,
         zero_points[0] if zero_points else None,
-    )  # fmt: skip
+    )

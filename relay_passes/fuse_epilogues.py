@@ -2,10 +2,10 @@
 
     y = requantize(conv2d(x, w), b, m)  =>  y = fused(x, w, b, m)     one private Primitive function
 
-TVM's FuseOps renames every variable and does not fuse a residual addition whose other operand is used
-elsewhere; this pass keeps the names (they are the layers' names in reports) and fuses whenever the
-intermediate has exactly one user. FuseTIR then makes one PrimFunc of each group. The order of kernel calls with the
-layers they hold is left on `main` as `tvm_compress.calls` (JSON).
+TVM's FuseOps renames every variable and does not fuse a residual addition whose other operand is
+used elsewhere; this pass keeps the names (they are the layers' names in reports) and fuses whenever
+the intermediate has exactly one user. FuseTIR then makes one PrimFunc of each group. The order of
+kernel calls with the layers they hold is left on `main` as `tvm_compress.calls` (JSON).
 
 Runs on legalised modules (call_tir only), after AnnotateTIROpPattern.
 """
@@ -127,7 +127,8 @@ class _Fusion:
     def _joinable(
         self, call: tvm.ir.Call, var: relax.Var, owner: dict[tvm.ir.Expr, _Group]
     ) -> list[_Group]:
-        """Groups whose only user is this element-wise call, those with an anchor and the latest first."""
+        """Groups whose only user is this element-wise call, those with an anchor and the latest
+        first."""
         pattern = self.pattern(call)
         if pattern > INJECTIVE:
             return []
@@ -147,11 +148,15 @@ class _Fusion:
             if pattern == INJECTIVE:
                 if group.has_anchor or self.pattern(last) > BROADCAST:
                     continue
-            elif ir.shape_of(argument) != ir.shape_of(var) or self.pattern(last) > OUT_ELEMWISE_FUSABLE:
+            elif (
+                ir.shape_of(argument) != ir.shape_of(var)
+                or self.pattern(last) > OUT_ELEMWISE_FUSABLE
+            ):
                 continue
             if all(group is not other for other in found):
                 found.append(group)
-        return sorted(found[::-1], key=lambda group: not group.has_anchor)
+        latest_first = found[::-1]
+        return sorted(latest_first, key=lambda group: not group.has_anchor)
 
     def _emit(
         self, groups: list[_Group], mapping: dict, renamer: _Substitute, in_dataflow: bool

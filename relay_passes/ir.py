@@ -64,7 +64,8 @@ def renormalise_perm(rank: int) -> tuple[int, ...]:
 
 
 def anchor_spec(function: tvm.ir.BaseFunc) -> KernelSpec | None:
-    """The spec of a kernel with multiply-accumulates (conv, matmul ...), `None` for other functions."""
+    """The spec of a kernel with multiply-accumulates (conv, matmul ...), `None` for other
+    functions."""
     text = (function.attrs or {}).get(KERNEL_ATTR)
     if text is None:
         return None

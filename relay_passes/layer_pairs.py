@@ -41,7 +41,8 @@ class FloatLayer:
 
 @dataclass(frozen=True)
 class LayerPair:
-    """`second` alone reads what `first` computes: `value`, clipped to `bound` where there is one."""
+    """`second` alone reads what `first` computes: `value`, clipped to `bound` where there is
+    one."""
 
     first: FloatLayer
     second: FloatLayer

@@ -1,7 +1,7 @@
 """Give TVM's own legalised kernels the 32-bit index types of ours, so that both fuse.
 
-FuseTIR insists on identical buffer types; LegalizeOps makes 64-bit shapes, TE 32-bit ones. 32 bits also
-vectorise better. Kernels that hold 64-bit data keep their types.
+FuseTIR insists on identical buffer types; LegalizeOps makes 64-bit shapes, TE 32-bit ones. 32 bits
+also vectorise better. Kernels that hold 64-bit data keep their types.
 """
 
 from __future__ import annotations

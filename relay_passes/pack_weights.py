@@ -2,8 +2,8 @@
 
     conv2d(x, w)  =>  conv2d_packed(x, pack(w))
 
-Packing happens in NumPy at compile time; the kernel's description changes with it, so the module still
-runs anywhere.
+Packing happens in NumPy at compile time; the kernel's description changes with it, so the module
+still runs anywhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Layers as matrices: which patches of its input a layer multiplies with which rows of its weight."""
+"""Layers as matrices: which patches of its input a layer multiplies with which rows of its
+weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Integer layer normalisation over the last axis: exact integer moments, one reciprocal square root."""
+"""Integer layer normalisation over the last axis: exact integer moments, one reciprocal square
+root."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def layer_norm(
     bounds: tuple[int, int],
     out_dtype: str,
 ) -> tirx.PrimFunc:
-    """(codes, gamma float32 [C], beta int32 [C]) -> codes of (x - mean) / sqrt(var + eps) * gamma + beta.
+    """(codes, gamma float32 [C], beta int32 [C]) -> codes of (x - mean) / sqrt(var + eps) * gamma +
+    beta.
 
     The input's zero point cancels. With n = C: n*q - Σq and n*Σq² - (Σq)² are exact integers;
     epsilon_codes = n² eps / s_x². gamma holds gamma / s_y * 2^FRACTION_BITS, beta holds

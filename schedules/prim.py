@@ -14,7 +14,6 @@ from tvm import te, tirx
 
 from .spec import KERNEL_ATTR
 
-
 ROLES_ATTR = "tvm_compress.roles"
 
 # tvm::relax::OpPatternKind

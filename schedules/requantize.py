@@ -1,7 +1,7 @@
 """Requantisation kernels: the naive description of `relay_passes/numerics/requantize.py` in TE.
 
-All are element-wise over the accumulator, so they fuse behind the kernel that produced it. Constants
-broadcast from the right as in NumPy: shape [C] against [N, H, W, C].
+All are element-wise over the accumulator, so they fuse behind the kernel that produced it.
+Constants broadcast from the right as in NumPy: shape [C] against [N, H, W, C].
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def multiply_wide(
 def multiply_float64(x: tirx.PrimExpr, multiplier: tirx.PrimExpr) -> tirx.PrimExpr:
     """round(float64(x) * multiplier), half away from zero.
 
-    Without a float addition, which a back end could contract: twice the product, truncated, is halved
-    in integers.
+    Without a float addition, which a back end could contract: twice the product, truncated, is
+    halved in integers.
     """
     twice = x.astype("float64") * (multiplier * _const(2.0, "float64"))
     limit = _const(float(1 << 30), "float64")
@@ -120,9 +120,9 @@ def requantize(
 ) -> tirx.PrimFunc:
     """(acc, bias, multiplier[, exponent]) -> clamp(scale(acc + bias) + zero_point).
 
-    bias and sum are int32 (int64 when acc_dtype is, or when `wide` says so). The multiplier is float32
-    (rule float32), float64 (rule float64) or an int32 mantissa with an int32 exponent (rules tflite and
-    tflite_wide); all constants are of `constant_shape`.
+    bias and sum are int32 (int64 when acc_dtype is, or when `wide` says so). The multiplier is
+    float32 (rule float32), float64 (rule float64) or an int32 mantissa with an int32 exponent
+    (rules tflite and tflite_wide); all constants are of `constant_shape`.
     """
     wide = wide or _wide(acc_dtype)
     acc = te.placeholder(shape, acc_dtype, name="acc")
@@ -182,10 +182,11 @@ def requantize_sum(
     fraction_bits: int,
     offset_shape: Sequence[int] = (1,),
 ) -> tirx.PrimFunc:
-    """(x0, bias0, mult0, x1, bias1, mult1, ..., offset) -> clamp(round(Σ clamp((x+b)*m) + o) + zero_point).
+    """(x0, bias0, mult0, x1, bias1, mult1, ..., offset) -> clamp(round(Σ clamp((x+b)*m) + o) +
+    zero_point).
 
-    Rule float32, half to even. The terms are accumulators or codes and broadcast as in NumPy; mult and
-    the int32 offset hold their reals times 2^fraction_bits. bias has the term's `wide` dtype.
+    Rule float32, half to even. The terms are accumulators or codes and broadcast as in NumPy; mult
+    and the int32 offset hold their reals times 2^fraction_bits. bias has the term's `wide` dtype.
     """
     inputs = [
         (
@@ -225,7 +226,8 @@ def round_shift(x: tirx.PrimExpr, bits: int) -> tirx.PrimExpr:
 def dequantize(
     shape: Sequence[int], dtype: str, constant_shape: Sequence[int], wide: str | None = None
 ) -> tirx.PrimFunc:
-    """(codes or accumulator, bias, scale) -> float32(x + bias) * scale. bias = -zero_point for codes.
+    """(codes or accumulator, bias, scale) -> float32(x + bias) * scale. bias = -zero_point for
+    codes.
 
     bias and sum are int32 (int64 when x is, or when `wide` says so).
     """

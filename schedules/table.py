@@ -10,7 +10,8 @@ from .prim import BROADCAST, make_prim_func
 
 
 def table_lookup(shape: Sequence[int], dtype: str, out_dtype: str) -> tirx.PrimFunc:
-    """(codes, table) -> table[code - min(dtype)]; table has 256 or 65,536 entries of `out_dtype`."""
+    """(codes, table) -> table[code - min(dtype)]; table has 256 or 65,536 entries of
+    `out_dtype`."""
     entries, offset = _codes(dtype)
     x = te.placeholder(shape, dtype, name="x")
     table = te.placeholder((entries,), out_dtype, name="table")

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class KernelCall:
     """One kernel call of the built module, in execution order.
 
-    `layers` are the layers whose multiply-accumulates it holds (none for a pool or a table), `output` the
-    name of the tensor that it writes.
+    `layers` are the layers whose multiply-accumulates it holds (none for a pool or a table),
+    `output` the name of the tensor that it writes.
     """
 
     symbol: str
@@ -95,7 +95,9 @@ def build(module: tvm.IRModule, target: Target) -> Built:
             )
         except RuntimeError as error:
             line = str(error).strip().splitlines()[-1]
-            raise ModelError(f"TVM could not compile the model for {target.name}: {line}") from error
+            raise ModelError(
+                f"TVM could not compile the model for {target.name}: {line}"
+            ) from error
     attrs = reference["main"].attrs or {}
     return Built(
         executable=executable,

@@ -1,7 +1,7 @@
 """Every error a user can meet. A leaf module: all folders may import it.
 
-The command line prints the message on one line and exits with `exit_status`: 2 for bad input, 1 for a
-check that was made and failed.
+The command line prints the message on one line and exits with `exit_status`: 2 for bad input, 1 for
+a check that was made and failed.
 """
 
 from __future__ import annotations

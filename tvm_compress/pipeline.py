@@ -1,7 +1,7 @@
 """The one ordered list of passes from graph form to scheduled kernels.
 
-`kernel_pipeline(target)` is what `build.build` runs; `relax.get_pipeline("tvm_compress", ...)`, registered on
-import of this module, is the same flow for somebody else's TVM build.
+`kernel_pipeline(target)` is what `build.build` runs; `relax.get_pipeline("tvm_compress", ...)`,
+registered on import of this module, is the same flow for somebody else's TVM build.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def tvm_compress_pipeline(
         tvm.compile(module, get_target("host").tvm_target(),
                     relax_pipeline=relax.get_pipeline("tvm_compress", calibration=samples))
 
-    `recipe`, `target` and `calibration` are what `tvm_compress.compress` takes. The module's `main` needs static
-    shapes and its weights as constants. Raises the errors of `tvm_compress.errors`.
+    `recipe`, `target` and `calibration` are what `tvm_compress.compress` takes. The module's `main`
+    needs static shapes and its weights as constants. Raises the errors of `tvm_compress.errors`.
     """
 
     @tvm.transform.module_pass(opt_level=0, name="tvm_compress")

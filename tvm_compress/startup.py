@@ -1,4 +1,5 @@
-"""Keep the command line quick: TVM imports torch wherever it is installed, at several seconds a start.
+"""Keep the command line quick: TVM imports torch wherever it is installed, at several seconds a
+start.
 
 Only the torch front end needs torch, and imports it itself.
 """
@@ -9,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from types import ModuleType
-
 
 # What imports torch at TVM's own import, and has a way without.
 OPTIONAL_USERS = ("tvm_ffi", "tvm.relax.base_py_module")

@@ -61,9 +61,7 @@ class LowerToKernels:
         return _lower(module, main, attrs, str(rule))  # type: ignore[arg-type]
 
 
-def _lower(
-    module: tvm.IRModule, main: relax.Function, attrs: dict, rule: Rule
-) -> tvm.IRModule:
+def _lower(module: tvm.IRModule, main: relax.Function, attrs: dict, rule: Rule) -> tvm.IRModule:
     rest = tvm.IRModule({gv: f for gv, f in module.functions.items() if gv.name_hint != "main"})
     builder = relax.BlockBuilder(rest)
     ctx = Lowering(module, builder, rule, *TABLES[rule])
@@ -71,7 +69,9 @@ def _lower(
     for param in main.params:
         shape = ir.shape_of(param)
         if shape is not None:
-            ctx.env[param] = Tensor(param, shape, ir.dtype_of(param), ir.renormalise_perm(len(shape)))
+            ctx.env[param] = Tensor(
+                param, shape, ir.dtype_of(param), ir.renormalise_perm(len(shape))
+            )
     with builder.function("main", list(main.params)):
         if pure:
             with builder.dataflow():
@@ -121,7 +121,9 @@ def _tensors(ctx: Lowering) -> dict[str, dict]:
 def _walk(ctx: Lowering, main: relax.Function) -> tvm.ir.Expr:
     for binding in ir.bindings(main):
         if not isinstance(binding, relax.VarBinding):
-            raise ModelError(f"{binding.var.name}: shapes that are only known at run time; give --shape")
+            raise ModelError(
+                f"{binding.var.name}: shapes that are only known at run time; give --shape"
+            )
         ctx.env[binding.var] = _bind(ctx, binding.var, binding.value)
     return _output(ctx, main.body.body)
 

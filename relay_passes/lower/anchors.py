@@ -2,13 +2,15 @@
 
     conv2d(dq(x), dq(w)) => (Σ x*w - z_x*Σw) * s_x*s_w       exact integers
 
-The kernel sums raw codes with the input's zero point as padding; `- z_x*Σw` joins the bias. Data goes
-channels-last. The accumulator is int32 when the weights prove that no sum can leave it, else int64.
+The kernel sums raw codes with the input's zero point as padding; `- z_x*Σw` joins the bias. Data
+goes channels-last. The accumulator is int32 when the weights prove that no sum can leave it, else
+int64.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import tvm
@@ -80,7 +82,9 @@ def weight_of(ctx: Lowering, expr: tvm.ir.Expr, layout: str, wanted: str) -> Wei
         # A zero point per channel: centred codes need one bit more.
         centred = ordered.astype(np.int64) - zero_point.astype(np.int64)  # [.., O] - [O]
         if np.abs(centred).max() > np.iinfo(np.int16).max:
-            return Weight(to_kernel_order(constant.array.astype(np.float32), layout, wanted), "float32")
+            return Weight(
+                to_kernel_order(constant.array.astype(np.float32), layout, wanted), "float32"
+            )
         return Weight(centred.astype(np.int16), "int16", scale)
     return Weight(ordered, str(codes.dtype), scale, int(zero_point.flat[0]))
 
@@ -111,9 +115,7 @@ def accumulator_dtype(limit: np.ndarray) -> str:
     return "int32" if int(limit.max()) <= INT32_LIMIT else "int64"
 
 
-def _note_float(
-    ctx: Lowering, name: str, call: tvm.ir.Call, source: Value, integer: bool
-) -> None:
+def _note_float(ctx: Lowering, name: str, call: tvm.ir.Call, source: Value, integer: bool) -> None:
     """List a layer that computes in float though its input was quantised."""
     if not integer and isinstance(source, QUANTISED):
         ctx.leave_float(name, call, "its weight or its input is not in integers")
@@ -179,14 +181,20 @@ def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     source = ctx.value(call.args[0])
     integer = isinstance(source, Dequantised) and weight.is_quantised and not weight.group_size
     _note_float(ctx, name, call, source, integer)
-    data = source.codes if integer and isinstance(source, Dequantised) else ctx.as_float(call.args[0])
+    data = (
+        source.codes if integer and isinstance(source, Dequantised) else ctx.as_float(call.args[0])
+    )
     perm = tuple(layout.index(letter) for letter in f"N{space}C")
     data = ctx.permuted(data, perm, f"{name}.nhwc")
-    strides, dilation, padding = ir.ints(attrs.strides), ir.ints(attrs.dilation), ir.ints(attrs.padding)
+    strides, dilation, padding = (
+        ir.ints(attrs.strides),
+        ir.ints(attrs.dilation),
+        ir.ints(attrs.padding),
+    )
     values = weight.values
     if rank == 3:
         n, width, channels = data.physical_shape
-        shape4 = (n, 1, width, channels)
+        shape4: tuple[int, ...] = (n, 1, width, channels)
         data_expr = ctx.reshape(data.expr, shape4, f"{name}.rows")
         strides, dilation = (1, *strides), (1, *dilation)
         padding = (0, padding[0], 0, padding[1])
@@ -196,7 +204,7 @@ def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     weight = replace(weight, values=values)
     out_channels = _out_channels(call, kernel_layout, groups, transposed)
     channel_shape = tuple(out_channels if letter == "C" else 1 for letter in layout)
-    common = dict(
+    common: dict[str, Any] = dict(
         batch=shape4[0], height=shape4[1], width=shape4[2], in_channels=shape4[3],
         out_channels=out_channels, kernel=_kernel_hw(call, kernel_layout), strides=strides,
         padding=padding, dilation=dilation, groups=groups, **_weight_fields(weight),
@@ -204,13 +212,15 @@ def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     if transposed:
         out_padding = ir.ints(attrs.output_padding)
         common["output_padding"] = (0, *out_padding) if rank == 3 else out_padding
-    family = Conv2dTransposeSpec if transposed else Conv2dSpec
+    family: Any = Conv2dTransposeSpec if transposed else Conv2dSpec
     if integer:
         assert data.quant is not None
         scale, bias = _scale_bias(data, weight, channel_shape)
         limit = largest_sums(data, weight).reshape(channel_shape)
         common |= dict(
-            data_dtype=data.dtype, acc_dtype=accumulator_dtype(limit), pad_value=data.quant.zero_point
+            data_dtype=data.dtype,
+            acc_dtype=accumulator_dtype(limit),
+            pad_value=data.quant.zero_point,
         )
     spec = family(**common)
     func = _with_roles(prim_func(spec), len(_arguments(data_expr, weight)))
@@ -245,7 +255,9 @@ def _transposed_groups(weight: Weight, groups: int) -> Weight:
     """Transposed convolution weights are [.., I, O/groups]; kernels want [.., I/groups, O]."""
     *space, channels, per_group = weight.values.shape
     split = weight.values.reshape(*space, groups, channels // groups, per_group)
-    values = np.moveaxis(split, len(space), -2).reshape(*space, channels // groups, groups * per_group)
+    values = np.moveaxis(split, len(space), -2).reshape(
+        *space, channels // groups, groups * per_group
+    )
     scale = weight.scale
     if scale is not None and scale.size > 1:
         scale = np.tile(scale, groups)
@@ -273,21 +285,29 @@ def matmul(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
 
 
 def _matmul_constant(
-    ctx: Lowering, name: str, call: tvm.ir.Call, left_shape: tuple[int, ...], right_shape: tuple[int, ...]
+    ctx: Lowering,
+    name: str,
+    call: tvm.ir.Call,
+    left_shape: tuple[int, ...],
+    right_shape: tuple[int, ...],
 ) -> Value | None:
     weight = weight_of(ctx, call.args[1], "IO", "IO")
     assert weight is not None
     source = ctx.value(call.args[0])
     integer = isinstance(source, Dequantised) and weight.is_quantised and not weight.group_size
     _note_float(ctx, name, call, source, integer)
-    data = source.codes if integer and isinstance(source, Dequantised) else ctx.as_float(call.args[0])
+    data = (
+        source.codes if integer and isinstance(source, Dequantised) else ctx.as_float(call.args[0])
+    )
     rank = len(left_shape)
     data = ctx.permuted(data, ir.renormalise_perm(rank), f"{name}.rows")
     rows = int(np.prod(left_shape[:-1]))
     features, columns = left_shape[-1], right_shape[1]
     data_expr = ctx.reshape(data.expr, (rows, features), f"{name}.rows")
     logical = (*left_shape[:-1], columns)
-    fields: dict = dict(rows=rows, in_features=features, out_features=columns, **_weight_fields(weight))
+    fields: dict = dict(
+        rows=rows, in_features=features, out_features=columns, **_weight_fields(weight)
+    )
     if integer:
         assert data.quant is not None
         scale, bias = _scale_bias(data, weight, (1,) * (rank - 1) + (columns,))
@@ -306,7 +326,11 @@ def _matmul_constant(
 
 
 def _matmul_activations(
-    ctx: Lowering, name: str, call: tvm.ir.Call, left_shape: tuple[int, ...], right_shape: tuple[int, ...]
+    ctx: Lowering,
+    name: str,
+    call: tvm.ir.Call,
+    left_shape: tuple[int, ...],
+    right_shape: tuple[int, ...],
 ) -> Value | None:
     left, right = (ctx.value(argument) for argument in call.args)
     integer = isinstance(left, Dequantised) and isinstance(right, Dequantised)
@@ -344,8 +368,9 @@ def _matmul_activations(
     spec = BatchMatmulSpec(**fields)
     func = _with_roles(prim_func(spec), 2).with_attr(ROLES_ATTR, ["data", "data"])
     arguments = [
-        ctx.reshape(a.expr, spec.a_shape, f"{name}.a"), ctx.reshape(b.expr, spec.b_shape, f"{name}.b"),
-    ]  # fmt: skip
+        ctx.reshape(a.expr, spec.a_shape, f"{name}.a"),
+        ctx.reshape(b.expr, spec.b_shape, f"{name}.b"),
+    ]
     expr = ctx.kernel(func, arguments, spec.output_shape, spec.acc_dtype, name, "batch_matmul")
     logical = (*batch_shape, rows, columns)
     perm = ir.renormalise_perm(len(logical))
@@ -362,6 +387,9 @@ def _broadcast(ctx: Lowering, tensor: Tensor, shape: tuple[int, ...], name: str)
     return replace(tensor, expr=expr, shape=shape, perm=ir.renormalise_perm(len(shape)))
 
 
-HANDLERS = {f"relax.nn.{name}": conv for name in ("conv1d", "conv2d", "conv1d_transpose", "conv2d_transpose")} | {
+HANDLERS = {
+    f"relax.nn.{name}": conv
+    for name in ("conv1d", "conv2d", "conv1d_transpose", "conv2d_transpose")
+} | {
     "relax.matmul": matmul,
 }

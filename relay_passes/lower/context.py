@@ -36,9 +36,10 @@ from .values import (
 ELEMENTWISE_OPS = frozenset(
     f"relax.{name}"
     for name in (
-        "abs add ceil clip cos divide erf exp floor log maximum minimum multiply negative power round "
-        "rsqrt sigmoid sign sin sqrt square subtract tanh astype greater greater_equal less less_equal "
-        "equal where nn.relu nn.relu6 nn.leakyrelu nn.gelu nn.gelu_tanh nn.silu nn.softplus"
+        "abs add astype ceil clip cos divide equal erf exp floor greater greater_equal less "
+        "less_equal log maximum minimum multiply negative power round rsqrt sigmoid sign sin sqrt "
+        "square subtract tanh where nn.gelu nn.gelu_tanh nn.leakyrelu nn.relu nn.relu6 nn.silu "
+        "nn.softplus"
     ).split()
 )
 
@@ -168,7 +169,9 @@ class Lowering:
             return value
         if isinstance(value, Constant):
             rank = value.array.ndim
-            return Tensor(value.expr, value.array.shape, str(value.array.dtype), ir.renormalise_perm(rank))
+            return Tensor(
+                value.expr, value.array.shape, str(value.array.dtype), ir.renormalise_perm(rank)
+            )
         if isinstance(value, Dequantised):
             tensor = self.dequantised(value, name)
         elif isinstance(value, Accumulator):
@@ -211,7 +214,8 @@ class Lowering:
         return replace(sums, expr=expr, dtype="float32", quant=None)
 
     def native(self, expr: tvm.ir.Expr) -> tvm.ir.Expr:
-        """The expression in graph form's own order and dtype, for an operator that stays as it is."""
+        """The expression in graph form's own order and dtype, for an operator that stays as it
+        is."""
         value = self.value(expr)
         if isinstance(value, Many):
             source = self.origin.get(expr, expr)
@@ -230,9 +234,7 @@ class Lowering:
             return relax.Tuple([self.native(field) for field in expr.fields])
         return expr
 
-    def fallback(
-        self, var: relax.Var, call: tvm.ir.Expr, record: bool = True
-    ) -> Tensor | Other:
+    def fallback(self, var: relax.Var, call: tvm.ir.Expr, record: bool = True) -> Tensor | Other:
         """The operator as it is, on real-valued operands.
 
         Element-wise operators keep the operands' physical order. Recorded as left in float when an
@@ -241,17 +243,14 @@ class Lowering:
         name = var.name
         arguments = list(call.args) if isinstance(call, tvm.ir.Call) else []
         operator = ir.op_name(call)
-        quantised = [
-            a for a in _leaves(arguments)
-            if isinstance(self.value(a), QUANTISED)
-        ]
+        quantised = [a for a in _leaves(arguments) if isinstance(self.value(a), QUANTISED)]
         if record and quantised:
             self.leave_float(name, call, self.reason or "no integer form")
         shape = ir.shape_of(var)
         perm = None
         if operator in ELEMENTWISE_OPS and shape is not None:
             perm = self._common_perm(arguments, shape)
-        if perm is not None:
+        if perm is not None and shape is not None:
             lowered = [self._in_perm(a, perm, shape) for a in arguments]
             expr = self._renew(call, lowered, name)
             return Tensor(expr, shape, ir.dtype_of(var), perm)
@@ -322,7 +321,9 @@ class Lowering:
             return np.ascontiguousarray(padded.reshape(-1))
         if physical == tensor.physical_shape:
             return np.ascontiguousarray(padded)
-        return np.ascontiguousarray(np.broadcast_to(padded, tensor.physical_shape).reshape(physical))
+        return np.ascontiguousarray(
+            np.broadcast_to(padded, tensor.physical_shape).reshape(physical)
+        )
 
     def constants_for(self, tensor: Tensor, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         """`constant_for` of several constants, brought to one shape."""
@@ -338,7 +339,9 @@ class Lowering:
         """Join codes of equal parameters along a logical axis, in the first part's order."""
         perm = parts[0].perm
         parts = [self.permuted(part, perm) for part in parts]
-        expr = self.emit(relax.op.concat([part.expr for part in parts], axis=perm.index(axis)), name)
+        expr = self.emit(
+            relax.op.concat([part.expr for part in parts], axis=perm.index(axis)), name
+        )
         shape = list(parts[0].shape)
         shape[axis] = sum(part.shape[axis] for part in parts)
         return replace(parts[0], expr=expr, shape=tuple(shape))
@@ -397,7 +400,10 @@ class Lowering:
         assert codes.quant is not None
         own = code_values(codes.dtype, codes.quant)
         low, high = float(value.values.min()), float(value.values.max())
-        if not np.array_equal(value.values, np.clip(own, low, high)) or not np.isin([low, high], own).all():
+        if (
+            not np.array_equal(value.values, np.clip(own, low, high))
+            or not np.isin([low, high], own).all()
+        ):
             return None
         return self.quantised(value, codes.quant, name)
 
@@ -414,9 +420,7 @@ class Lowering:
                 high = max(min(high, code), low)
         return low, high
 
-    def requantised(
-        self, value: Accumulator, params: QuantParams, name: str
-    ) -> Tensor | None:
+    def requantised(self, value: Accumulator, params: QuantParams, name: str) -> Tensor | None:
         sums = value.sums
         physical = ir.shape_of(sums.expr)
         assert physical is not None
@@ -444,7 +448,8 @@ class Lowering:
         return "int32" if int(largest.max()) < 2**31 else "int64"
 
     def exact(self, value: Accumulator, params: QuantParams, name: str) -> Tensor | None:
-        """int32 results (ConvInteger, MatMulInteger): the sums themselves, when the scale is theirs."""
+        """int32 results (ConvInteger, MatMulInteger): the sums themselves, when the scale is
+        theirs."""
         sums = value.sums
         ratio = np.asarray(value.scale, np.float64) / np.float64(np.float32(params.scale))
         if value.is_clamped or sums.dtype != "int32" or not np.all(ratio == 1.0):
@@ -502,7 +507,8 @@ class Lowering:
         return replace(frame, expr=expr, dtype=params.dtype, quant=params)
 
     def _frame(self, value: Sum, name: str) -> Tensor:
-        """A term of the sum's full shape, by whose physical order the others go; accumulators first.
+        """A term of the sum's full shape, by whose physical order the others go; accumulators
+        first.
 
         When some terms broadcast, its physical shape is the plain one.
         """
@@ -523,7 +529,8 @@ class Lowering:
         return frame
 
     def _broadcast_term(self, source: Tensor, frame: Tensor, name: str) -> Tensor:
-        """A smaller operand in the frame's rank and order, with axes of size 1 left to broadcast."""
+        """A smaller operand in the frame's rank and order, with axes of size 1 left to
+        broadcast."""
         rank = len(frame.shape)
         expr = self.reshape(source.expr, source.physical_shape, f"{name}.full")
         source = self.expanded(replace(source, expr=expr), rank, f"{name}.term")
@@ -534,7 +541,9 @@ class Lowering:
     ) -> tvm.ir.Expr:
         if ir.shape_of(source.expr) == physical and source.perm == frame.perm:
             return source.expr
-        full = replace(source, expr=self.reshape(source.expr, source.physical_shape, f"{name}.full"))
+        full = replace(
+            source, expr=self.reshape(source.expr, source.physical_shape, f"{name}.full")
+        )
         return self.reshape(self.permuted(full, frame.perm).expr, physical, f"{name}.term")
 
 

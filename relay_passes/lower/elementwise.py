@@ -1,8 +1,9 @@
 """Element-wise operators on quantised tensors.
 
-A function of one tensor of codes is evaluated once for every code: sigmoid, hard-swish, GELU or any graph of
-such operators becomes one table. On accumulators, ReLU and clip narrow the result's bounds, additions
-of constants go into the bias and multiplications into the scale, so nothing is left to run.
+A function of one tensor of codes is evaluated once for every code: sigmoid, hard-swish, GELU or any
+graph of such operators becomes one table. On accumulators, ReLU and clip narrow the result's
+bounds, additions of constants go into the bias and multiplications into the scale, so nothing is
+left to run.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ UNARY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "abs": np.abs, "ceil": np.ceil, "cos": np.cos, "erf": _erf, "exp": np.exp, "floor": np.floor,
     "log": np.log, "negative": np.negative, "round": np.rint, "rsqrt": lambda x: 1 / np.sqrt(x),
     "sigmoid": _sigmoid, "sign": np.sign, "sin": np.sin, "sqrt": np.sqrt, "square": np.square,
-    "tan": np.tan, "tanh": np.tanh, "nn.relu": lambda x: np.maximum(x, 0), "nn.relu6": lambda x: np.clip(x, 0, 6),
+    "tan": np.tan, "tanh": np.tanh, "nn.relu": lambda x: np.maximum(x, 0),
+    "nn.relu6": lambda x: np.clip(x, 0, 6),
     "nn.gelu": lambda x: 0.5 * x * (1 + _erf(x / math.sqrt(2))), "nn.gelu_tanh": _gelu_tanh,
     "nn.silu": lambda x: x * _sigmoid(x),
 }  # fmt: skip
@@ -63,7 +65,7 @@ BINARY: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 def number(expr: tvm.ir.Expr) -> float:
     """A scalar constant or immediate."""
     array = ir.constant(expr)
-    return float(array.reshape(())) if array is not None else float(expr.value)  # type: ignore[attr-defined]
+    return float(array.reshape(())) if array is not None else float(expr.value)
 
 
 def _evaluate(call: tvm.ir.Call, operands: Sequence[np.ndarray]) -> np.ndarray | None:
@@ -116,9 +118,7 @@ def _tabulate(ctx: Lowering, call: tvm.ir.Call, values: Sequence[Value]) -> Unar
 
 def _clamped(value: Accumulator | Sum, low: float, high: float) -> Accumulator | Sum:
     old_low, old_high = value.clamp
-    return replace(
-        value, clamp=(min(max(old_low, low), high), max(min(old_high, high), low))
-    )
+    return replace(value, clamp=(min(max(old_low, low), high), max(min(old_high, high), low)))
 
 
 def _bound_of(values: Sequence[Value]) -> tuple[Value, float] | None:
@@ -159,11 +159,19 @@ def bound(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
 
 def _bias_codes(constant: Constant, scale: np.ndarray, rank: int) -> np.ndarray | None:
     """A float (or int32-coded) bias in units of `scale`; None when it would not fit int32."""
-    if constant.codes is not None and constant.codes.dtype == np.int32 and constant.scale is not None:
+    if (
+        constant.codes is not None
+        and constant.codes.dtype == np.int32
+        and constant.scale is not None
+    ):
         own = np.asarray(constant.scale, np.float64)
         flat = np.ravel(np.broadcast_to(scale, np.broadcast_shapes(scale.shape, (1,))))
         sizes_fit = own.size in (1, flat.size) or flat.size == 1
-        if sizes_fit and not np.any(constant.zero_point) and np.allclose(own, flat, rtol=1e-4, atol=0):
+        if (
+            sizes_fit
+            and not np.any(constant.zero_point)
+            and np.allclose(own, flat, rtol=1e-4, atol=0)
+        ):
             return constant.codes.astype(np.int64)
     array = constant.array.astype(np.float64)
     codes = np.rint(array / scale)
@@ -200,7 +208,8 @@ def add(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
 
 
 def _term(ctx: Lowering, name: str, value: Value) -> Accumulator | Dequantised | None:
-    """What a sum can take: a function of codes becomes their clip, or a table of 24-bit integers."""
+    """What a sum can take: a function of codes becomes their clip, or a table of 24-bit
+    integers."""
     if isinstance(value, (Accumulator, Dequantised)):
         return value
     if not isinstance(value, Unary):
@@ -244,7 +253,8 @@ def _add_constant(
     if term is None or not _fits(right.array, _shape(term)):
         return None
     rank = len(_shape(term))
-    # Only sums of products are fine enough for a constant in their units; other integers get an offset.
+    # Only sums of products are fine enough for a constant in their units; other integers get an
+    # offset.
     if isinstance(term, Accumulator) and not term.is_clamped and term.layer is not None:
         bias = _bias_codes(right, np.asarray(term.scale), rank)
         if bias is not None:
@@ -275,13 +285,18 @@ def multiply(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
             zero_point = np.array(-left.codes.quant.zero_point, np.int64)
             left = Accumulator(left.codes, np.array(np.float64(left.codes.quant.scale)), zero_point)
         return None if left.is_clamped else replace(left, scale=left.scale * factor)
-    if ir.op_name(call) == "relax.multiply" and isinstance(left, Dequantised) and isinstance(right, Dequantised):
+    if (
+        ir.op_name(call) == "relax.multiply"
+        and isinstance(left, Dequantised)
+        and isinstance(right, Dequantised)
+    ):
         return product_of(ctx, name, left.codes, right.codes)
     return None
 
 
 def astype(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
-    """int32(sums) of scale 1 (ConvInteger) => the sums; float32(such sums) => integers of scale 1."""
+    """int32(sums) of scale 1 (ConvInteger) => the sums; float32(such sums) => integers of scale
+    1."""
     value, dtype = ctx.value(call.args[0]), str(call.attrs.dtype)
     if isinstance(value, Accumulator) and dtype == "int32":
         return ctx.quantised(value, QuantParams(1.0, 0, "int32"), name)
@@ -328,7 +343,7 @@ def product_of(ctx: Lowering, name: str, a: Tensor, b: Tensor) -> Accumulator | 
     other = ctx.permuted(other, lead.perm, f"{name}.operand")
     assert lead.quant is not None and other.quant is not None
     limit = math.prod(
-        max(abs(bound - t.quant.zero_point) for bound in t.quant.bounds) for t in (a, b)
+        max(abs(bound - quant.zero_point) for bound in quant.bounds) for quant in (a.quant, b.quant)
     )
     dtype = "int32" if limit < 2**31 else "int64"
     physical = tuple(shape[axis] for axis in lead.perm)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import tvm
@@ -54,7 +55,8 @@ def reshape(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
 
 
 def _channel_axis(shape: tuple[int, ...], scale: np.ndarray | None) -> int | None:
-    """Where a per-channel scale sits after a reshape: 0 when there is one scale, None when unclear."""
+    """Where a per-channel scale sits after a reshape: 0 when there is one scale, None when
+    unclear."""
     if scale is None or scale.size == 1:
         return 0
     candidates = [axis for axis, dim in enumerate(shape) if dim == scale.size]
@@ -115,9 +117,10 @@ def split(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     else:
         edges = [0, *ir.ints(sections), size]
     parts = []
-    for k, (begin, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for k, (begin, end) in enumerate(pairwise(edges)):
         expr = ctx.emit(
-            relax.op.strided_slice(data.expr, [data.perm.index(axis)], [begin], [end]), f"{name}.{k}"
+            relax.op.strided_slice(data.expr, [data.perm.index(axis)], [begin], [end]),
+            f"{name}.{k}",
         )
         shape = tuple(end - begin if a == axis else dim for a, dim in enumerate(data.shape))
         parts.append(wrap(replace(data, expr=expr, shape=shape)))
@@ -204,7 +207,8 @@ def as_it_is(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
 
 
 def take(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
-    """Rows of a quantised table (an embedding): take(dq(w), i) => dq(take(w, i)); else as any copy."""
+    """Rows of a quantised table (an embedding): take(dq(w), i) => dq(take(w, i)); else as any
+    copy."""
     table, axis, shape = ctx.value(call.args[0]), call.attrs.axis, _shape(call)
     if not isinstance(table, Constant) or table.codes is None or axis is None or shape is None:
         return as_it_is(ctx, name, call)
@@ -221,7 +225,9 @@ def take(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
 
     codes = picked(table.codes, f"{name}.codes")
     if table.scale.size == table.zero_point.size == 1:
-        params = QuantParams(float(table.scale[0]), int(table.zero_point[0]), str(table.codes.dtype))
+        params = QuantParams(
+            float(table.scale[0]), int(table.zero_point[0]), str(table.codes.dtype)
+        )
         identity = ir.renormalise_perm(len(shape))
         return Dequantised(Tensor(codes, shape, str(table.codes.dtype), identity, params))
     # A scale per row or per column: the picked rows become floats, the table stays codes.
@@ -232,7 +238,9 @@ def take(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
         zeros = np.broadcast_to(table.zero_point, table.scale.shape).astype(np.float32)
         shift = _like(ctx, picked(zeros.reshape(aligned), f"{name}.zeros"), axis, rank, shape, name)
         value = ctx.emit(relax.op.subtract(value, shift), f"{name}.centred")
-    scales = _like(ctx, picked(table.scale.reshape(aligned), f"{name}.scales"), axis, rank, shape, name)
+    scales = _like(
+        ctx, picked(table.scale.reshape(aligned), f"{name}.scales"), axis, rank, shape, name
+    )
     expr = ctx.emit(relax.op.multiply(value, scales), name)
     return Tensor(expr, shape, "float32", ir.renormalise_perm(len(shape)))
 
@@ -251,7 +259,10 @@ def _like(
 
 
 HANDLERS = {
-    **{f"relax.{name}": reshape for name in ("reshape", "squeeze", "expand_dims", "flatten", "nn.batch_flatten")},
+    **{
+        f"relax.{name}": reshape
+        for name in ("reshape", "squeeze", "expand_dims", "flatten", "nn.batch_flatten")
+    },
     "relax.permute_dims": permute_dims,
     "relax.concat": concat,
     "relax.split": split,
@@ -259,5 +270,8 @@ HANDLERS = {
     "relax.nn.pad": pad,
     "relax.take": take,
     "relax.image.resize2d": resize2d,
-    **{f"relax.{name}": as_it_is for name in ("tile", "repeat", "flip", "broadcast_to", "gather_nd")},
+    **{
+        f"relax.{name}": as_it_is
+        for name in ("tile", "repeat", "flip", "broadcast_to", "gather_nd")
+    },
 }

@@ -16,7 +16,8 @@ CODE_DTYPES = ("int8", "uint8", "int16", "uint16", "int32")
 
 
 def dequantize(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
-    """dequantize(codes, s, z) stays a note on the codes; of a constant it is an encoded constant."""
+    """dequantize(codes, s, z) stays a note on the codes; of a constant it is an encoded
+    constant."""
     source = ctx.value(call.args[0])
     scale, zero_point = ir.constant(call.args[1]), ir.constant(call.args[2])
     if scale is None or zero_point is None:
@@ -35,7 +36,8 @@ def dequantize(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
 def encoded_constant(
     codes: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, axis: int
 ) -> Constant:
-    """A quantised constant: its float value for the float operators, its codes for the integer ones."""
+    """A quantised constant: its float value for the float operators, its codes for the integer
+    ones."""
     scale, zero_point = np.atleast_1d(scale).ravel(), np.atleast_1d(zero_point).ravel()
     shape = [1] * codes.ndim
     if scale.size > 1 or zero_point.size > 1:

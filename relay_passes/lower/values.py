@@ -146,9 +146,7 @@ class Other:
     expr: tvm.ir.Expr
 
 
-Value = (
-    Tensor | Dequantised | Unary | Accumulator | Sum | Concat | Lazy | Many | Constant | Other
-)
+Value = Tensor | Dequantised | Unary | Accumulator | Sum | Concat | Lazy | Many | Constant | Other
 
 __all__ = [
     "Accumulator",

@@ -1,15 +1,15 @@
 """Requantisation: int32 accumulators to int8/int16 activations, one stated rule per module.
 
 A rule turns a positive-or-negative real multiplier into constants at compile time and says how an
-integer is scaled by them at run time. The functions here are the specification, in NumPy; the kernels
-in `schedules/requantize.py` follow them bit for bit on every target.
+integer is scaled by them at run time. The functions here are the specification, in NumPy; the
+kernels in `schedules/requantize.py` follow them bit for bit on every target.
 
     float32   y = clamp(rint(float32(acc) * float32(m)) + z)      round half to even
     tflite    y = clamp(MultiplyByQuantizedMultiplier(acc, m) + z)  Q31 multiplier, double rounding
 
 `float32` needs one correctly rounded conversion, one multiplication and one rounding: there is no
-float addition that a back end could contract into an FMA, so all IEEE targets agree. ONNX Runtime uses
-the same rule for QLinearConv. `tflite` is the rule of the TensorFlow Lite 8-bit quantisation
+float addition that a back end could contract into an FMA, so all IEEE targets agree. ONNX Runtime
+uses the same rule for QLinearConv. `tflite` is the rule of the TensorFlow Lite 8-bit quantisation
 specification (Jacob et al. 2018, section 2.2; gemmlowp fixed-point arithmetic) as its reference
 kernels execute it.
 """
@@ -25,8 +25,8 @@ import numpy as np
 Rule = Literal["float32", "tflite"]
 RULES: tuple[Rule, ...] = ("float32", "tflite")
 
-# Fraction bits that the terms of a rescaled sum keep at most: a term is a float32 product, so that more
-# than 24 significant bits would say nothing.
+# Fraction bits that the terms of a rescaled sum keep at most: a term is a float32 product, so that
+# more than 24 significant bits would say nothing.
 MAX_SUM_FRACTION_BITS = 20
 
 
@@ -39,7 +39,7 @@ def quantize_multiplier(real: float) -> tuple[int, int]:
     if real == 0.0:
         return 0, 0
     mantissa, exponent = math.frexp(real)
-    fixed = int(math.floor(abs(mantissa) * (1 << 31) + 0.5))
+    fixed = math.floor(abs(mantissa) * (1 << 31) + 0.5)
     fixed = fixed if mantissa > 0 else -fixed
     if abs(fixed) == 1 << 31:
         fixed //= 2
@@ -52,7 +52,8 @@ def quantize_multiplier(real: float) -> tuple[int, int]:
 
 
 def quantize_multipliers(real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Element-wise `quantize_multiplier`: float64[...] -> int32[...] mantissas, int32[...] exponents."""
+    """Element-wise `quantize_multiplier`: float64[...] -> int32[...] mantissas, int32[...]
+    exponents."""
     pairs = [quantize_multiplier(float(value)) for value in np.ravel(real)]
     mantissa = np.array([pair[0] for pair in pairs], np.int32).reshape(np.shape(real))
     exponent = np.array([pair[1] for pair in pairs], np.int32).reshape(np.shape(real))
@@ -93,7 +94,8 @@ def multiply_by_quantized_multiplier(
 
 
 def scale_float32(x: np.ndarray, multiplier: np.ndarray) -> np.ndarray:
-    """rint(float32(x) * multiplier), still float32: x int32[...], multiplier float32 broadcastable."""
+    """rint(float32(x) * multiplier), still float32: x int32[...], multiplier float32
+    broadcastable."""
     return np.rint(x.astype(np.float32) * np.asarray(multiplier, np.float32))
 
 
@@ -130,7 +132,8 @@ def requantize_sum(
     offset: np.ndarray | float = 0.0,
     clamps: Sequence[tuple[int, int]] | None = None,
 ) -> np.ndarray:
-    """clamp(round(Σ clamp(rint((x+b)*m*2^F)) + rint(o*2^F)) / 2^F) + zero_point) for terms (x, b, m).
+    """clamp(round(Σ clamp(rint((x+b)*m*2^F)) + rint(o*2^F)) / 2^F) + zero_point) for terms (x, b,
+    m).
 
     Rule float32. Residual addition without a float add: each term is rounded to F = `fraction_bits`
     fraction bits, the sum and its final rounding (half to even) are integer. `offset` is real, in
@@ -152,9 +155,9 @@ def plan_sum(
 ) -> tuple[int, tuple[float, ...]] | None:
     """Fraction bits of a rescaled sum, and the bounds that its terms are clamped to; None: no room.
 
-    `limits` bound the terms' magnitudes and `offset` the constant's, all in output steps; the output
-    has `codes` codes. The sum stays below 2^30. The largest term may be clamped where the others
-    cannot bring the sum back into the output's range: the result is saturated either way.
+    `limits` bound the terms' magnitudes and `offset` the constant's, all in output steps; the
+    output has `codes` codes. The sum stays below 2^30. The largest term may be clamped where the
+    others cannot bring the sum back into the output's range: the result is saturated either way.
     """
     bounds = list(limits)
     largest = max(range(len(bounds)), key=bounds.__getitem__)

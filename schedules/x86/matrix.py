@@ -9,13 +9,14 @@ are covered by moving the last tile back inside, so that there is one tile shape
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
 from tvm import ir, tirx
 
 from ...targets import Target
-from ..emit import Emitter, vector
+from ..emit import Emitter, dtype_bits, vector
 from ..epilogue import Epilogue
 from ..fused import FusedFunction, Stage
 from ..operands import Operands, find_operands
@@ -31,8 +32,10 @@ _PARALLEL_MACS = 500_000
 # Operations of a whole tile's epilogue up to which it is written out: the accumulators then go
 # through it in registers, otherwise through the stack. A matter of compile time.
 _UNROLLED_EPILOGUE = 1000
-# Input copied for one task should stay in the second-level cache beside the weights.
-_BAND_SHARE_OF_L2 = 4
+# Input of one task: half of the second-level cache, or more where the weights do not fit there
+# anyway, since they are read once for every task.
+_BAND_SHARE_OF_L2 = 2
+_BAND_SHARE_OF_WEIGHTS = 4
 
 
 MatrixSpec = Conv2dSpec | Conv2dTransposeSpec | MatmulSpec
@@ -102,9 +105,11 @@ class _MatrixKernel:
         self.tile = self._choose_tile()
         self.acc_dtype = spec.acc_dtype
         self.band = self._choose_band()
-        self.rows = self.band.choose_rows(
-            self.tile.rows, self._parallel, target, target.l2_bytes // _BAND_SHARE_OF_L2
+        weight_bytes = math.prod(spec.weight_shape) * dtype_bits(spec.weight_storage_dtype) // 8
+        cache_bytes = max(
+            target.l2_bytes // _BAND_SHARE_OF_L2, weight_bytes // _BAND_SHARE_OF_WEIGHTS
         )
+        self.rows = self.band.choose_rows(self.tile.rows, self._parallel, target, cache_bytes)
         self.e = Emitter()
 
     # Decisions

@@ -1,4 +1,5 @@
-"""The asset models with their data, preprocessed as each model was trained; see the assets' catalogue."""
+"""The asset models with their data, preprocessed as each model was trained; see the assets'
+catalogue."""
 
 from __future__ import annotations
 
@@ -6,14 +7,13 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 ASSETS = Path(
-    os.environ.get(
-        "TVM_COMPRESS_ASSETS", Path(__file__).resolve().parents[3] / "shared" / "assets"
-    )
+    os.environ.get("TVM_COMPRESS_ASSETS", Path(__file__).resolve().parents[3] / "shared" / "assets")
 )
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -45,7 +45,7 @@ def _jpegs(name: str) -> tuple[Iterator[np.ndarray], np.ndarray]:
         blob, offsets, labels = archive["blob"], archive["offsets"], archive["y"].astype(np.int64)
 
     def images() -> Iterator[np.ndarray]:
-        for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+        for begin, end in pairwise(offsets):
             yield np.asarray(Image.open(io.BytesIO(blob[begin:end].tobytes())).convert("RGB"))
 
     return images(), labels

@@ -1,9 +1,11 @@
 """Accuracy, size and latency of real models before and after a recipe, on the compiled artefacts.
 
-    python tests/benchmarks/assets_accuracy.py [--recipe int8] [--models resnet20,dscnn] [--json out.json]
+    python tests/benchmarks/assets_accuracy.py [--recipe int8] [--models resnet20,dscnn] [--json
+    out.json]
 
-One row per model and data set: top-1 of the float original and of the compressed library on the same
-inputs, the paired difference with its 95 % interval, emitted weight bytes against float32, latency.
+One row per model and data set: top-1 of the float original and of the compressed library on the
+same inputs, the paired difference with its 95 % interval, emitted weight bytes against float32,
+latency.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +22,10 @@ from asset_data import ASSETS, TASKS, Task
 
 from tvm_compress import compress
 from tvm_compress.measures import paired_difference
+from tvm_compress.runtime import Session
 
 
-def predictions(session, inputs) -> np.ndarray:
+def predictions(session: Session, inputs: Iterable[np.ndarray]) -> np.ndarray:
     """Class of every input by the first output."""
     name, output = session.inputs[0].name, session.outputs[0].name
     return np.array([int(session.run({name: x})[output].ravel().argmax()) for x in inputs])

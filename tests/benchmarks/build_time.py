@@ -2,8 +2,8 @@
 
     python tests/benchmarks/build_time.py [--layers 20,50,100,200]
 
-Random weights: first a MobileNetV2-class network at 224x224, then plain stacks of convolutions of growing
-depth (distinct shapes, so that no two layers share a kernel).
+Random weights: first a MobileNetV2-class network at 224x224, then plain stacks of convolutions of
+growing depth (distinct shapes, so that no two layers share a kernel).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 # (expansion, channels, repeats, stride): Sandler et al. 2018, table 2
 MOBILENET_V2 = [
-    (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
+    (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2),
+    (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
 ]  # fmt: skip
 
 
@@ -32,7 +34,7 @@ class Network:
         self.weights: list[onnx.TensorProto] = []
         self.random = np.random.default_rng(0)
 
-    def _node(self, kind: str, inputs: list[str], **attributes: object) -> str:
+    def _node(self, kind: str, inputs: list[str], **attributes: Any) -> str:
         name = f"{kind.lower()}{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
         return name

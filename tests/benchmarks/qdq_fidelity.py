@@ -1,17 +1,19 @@
 """Quantised ONNX models, imported and compiled, against ONNX Runtime on the same file.
 
-    python tests/benchmarks/qdq_fidelity.py [--inputs 20] [--models cifar10_resnet20] [--unoptimised]
+    python tests/benchmarks/qdq_fidelity.py [--inputs 20] [--models cifar10_resnet20]
+    [--unoptimised]
 
 Each asset model is quantised by ONNX Runtime's own static quantiser (per channel, as QDQ and as
-QOperator, s8s8 and u8s8), then run by both. Every quantised tensor is made an output, so a row says for
-all tensors of all inputs: elements, share that is equal, share within one step, largest difference in
-steps; and the same for the model's own outputs. A difference at one tensor is an input of the next
-layers, so differences grow with depth.
+QOperator, s8s8 and u8s8), then run by both. Every quantised tensor is made an output, so a row says
+for all tensors of all inputs: elements, share that is equal, share within one step, largest
+difference in steps; and the same for the model's own outputs. A difference at one tensor is an
+input of the next layers, so differences grow with depth.
 
 ONNX Runtime's graph optimisations turn the layers of either format into its integer kernels. With
-`--unoptimised` it computes QDQ as written, in float between the quantisers: float sums of products then
-fall on the other side of half a step now and then, and such a difference spreads through the network.
-Exit status 1 when an operator of ours is left float, or when less than 99.9 % lie within one step.
+`--unoptimised` it computes QDQ as written, in float between the quantisers: float sums of products
+then fall on the other side of half a step now and then, and such a difference spreads through the
+network. Exit status 1 when an operator of ours is left float, or when less than 99.9 % lie within
+one step.
 """
 
 from __future__ import annotations
@@ -56,8 +58,7 @@ def quantise(task: Task, path: Path, form: str, kind: str) -> None:
     class Reader(CalibrationDataReader):
         def __init__(self, name: str) -> None:
             self.items = (
-                {name: item}
-                for item in itertools.islice(task.calibration(), CALIBRATION_INPUTS)
+                {name: item} for item in itertools.islice(task.calibration(), CALIBRATION_INPUTS)
             )
 
         def get_next(self) -> dict[str, np.ndarray] | None:
@@ -178,7 +179,9 @@ def compare(path: Path, inputs: Iterator[np.ndarray], optimised: bool) -> dict[s
     everything, outputs = Tally(), Tally()
     worst: dict[str, Tally] = {}
     for item in inputs:
-        expected = dict(zip(names, theirs.run(None, {theirs.get_inputs()[0].name: item}), strict=True))
+        expected = dict(
+            zip(names, theirs.run(None, {theirs.get_inputs()[0].name: item}), strict=True)
+        )
         got = ours.run({model.inputs[0].name: item})
         for name in observed.codes:
             everything.add(got[name], expected[name])
@@ -217,7 +220,9 @@ def main() -> int:
             quantise(task, path, form, kind)
             inputs, _ = next(iter(task.tests.values()))()
             found = compare(path, itertools.islice(inputs, options.inputs), not options.unoptimised)
-        left = [f"{entry['name']} ({entry['op']}: {entry['reason']})" for entry in found["left_float"]]
+        left = [
+            f"{entry['name']} ({entry['op']}: {entry['reason']})" for entry in found["left_float"]
+        ]
         print(name, form, kind, found["tensors"], found["everything"], found["outputs"],
               "; ".join(left) or "none", sep=" | ", flush=True)  # fmt: skip
         if options.tensors:

@@ -71,7 +71,11 @@ class Graph:
         if axis is None:
             scales, zeros = scales.reshape(()), zeros.reshape(())
         expr = relax.op.dequantize(
-            ir.array_const(codes), ir.array_const(scales), ir.array_const(zeros), axis or 0, "float32"
+            ir.array_const(codes),
+            ir.array_const(scales),
+            ir.array_const(zeros),
+            axis or 0,
+            "float32",
         )
         return self.emit(expr, "weight")
 
@@ -119,9 +123,7 @@ def graph(
     return module
 
 
-def compile_module(
-    module: tvm.IRModule, target: tvm.target.Target = PLAIN
-) -> Callable[..., Any]:
+def compile_module(module: tvm.IRModule, target: tvm.target.Target = PLAIN) -> Callable[..., Any]:
     """The module as a function of NumPy arrays; the result is an array or a list of arrays."""
     machine = relax.VirtualMachine(tvm.compile(module, target=target), tvm.cpu())
 
@@ -226,7 +228,8 @@ def check(
     integer: bool = True,
     spread: float = 2.0,
 ) -> Lowered:
-    """Lower a graph and prove it: structure, the same numbers as its float simulation, fused or not.
+    """Lower a graph and prove it: structure, the same numbers as its float simulation, fused or
+    not.
 
     Results differ from the simulation by at most one quantisation step, and on at most `1 - equal`
     of all elements. A float result needs its step in `steps`; a step of 0 means sums without a
@@ -258,9 +261,7 @@ def _listed(result: Any) -> list[np.ndarray]:
     return result if isinstance(result, list) else [result]
 
 
-def assert_close(
-    got: np.ndarray, expected: np.ndarray, step: float | None, equal: float
-) -> None:
+def assert_close(got: np.ndarray, expected: np.ndarray, step: float | None, equal: float) -> None:
     """One step at most, and equal on the stated share of the elements."""
     assert got.shape == expected.shape
     assert got.dtype == expected.dtype

@@ -51,7 +51,9 @@ def groups(module: tvm.IRModule) -> dict[str, list[str]]:
             found[binding.var.name] = [value.args[0].name_hint]
         elif isinstance(value, tvm.ir.Call) and isinstance(value.op, tvm.ir.GlobalVar):
             inner = module[value.op].body.blocks[0].bindings
-            found[binding.var.name] = [b.value.args[0].name_hint.rstrip("0123456789") for b in inner]
+            found[binding.var.name] = [
+                b.value.args[0].name_hint.rstrip("0123456789") for b in inner
+            ]
     return found
 
 

@@ -1,8 +1,8 @@
 """The numerics contract: integers do not depend on the instruction set.
 
-A back end may contract a float multiplication and a following addition into one rounding. Every kernel
-that makes integers is compiled without FMA (nehalem) and with it (haswell), and must give the same bits;
-a kernel that holds such an addition shows that the test can tell.
+A back end may contract a float multiplication and a following addition into one rounding. Every
+kernel that makes integers is compiled without FMA (nehalem) and with it (haswell), and must give
+the same bits; a kernel that holds such an addition shows that the test can tell.
 """
 
 from __future__ import annotations
@@ -71,7 +71,11 @@ def requantize_sum_case(rng: np.random.Generator) -> tuple[tirx.PrimFunc, list[n
 
 def quantize_case(rng: np.random.Generator) -> tuple[tirx.PrimFunc, list[np.ndarray], str]:
     x = rng.normal(0, 3, SHAPE).astype(np.float32)
-    return kernels.quantize(SHAPE, (1,), 7, "int16", "float32"), [x, np.array([1e-4], np.float32)], "int16"
+    return (
+        kernels.quantize(SHAPE, (1,), 7, "int16", "float32"),
+        [x, np.array([1e-4], np.float32)],
+        "int16",
+    )
 
 
 def layer_norm_case(rng: np.random.Generator) -> tuple[tirx.PrimFunc, list[np.ndarray], str]:
@@ -160,7 +164,8 @@ def test_int64_sums_equal_numpy(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "offset", "codes"), [((300.0, 300.0), 0.0, 255), ((1e6, 200.0), 3.0, 255), ((7e4, 9e6, 1e5), 10.0, 65535)]
+    ("limits", "offset", "codes"),
+    [((300.0, 300.0), 0.0, 255), ((1e6, 200.0), 3.0, 255), ((7e4, 9e6, 1e5), 10.0, 65535)],
 )
 def test_plan_of_a_sum_leaves_no_overflow_and_no_wrong_saturation(
     limits: tuple[float, ...], offset: float, codes: int

@@ -41,7 +41,9 @@ def conv2d_graph(
             layout = options.get("data_layout", "NCHW" if len(shape) == 4 else "NCW")
             out_shape = ir.shape_of(y)
             assert out_shape is not None
-            channels = [d if letter == "C" else 1 for d, letter in zip(out_shape, layout, strict=True)]
+            channels = [
+                d if letter == "C" else 1 for d, letter in zip(out_shape, layout, strict=True)
+            ]
             y = g.emit(relax.op.add(y, g.bias(channels, x_scale)), "biased")
         if clamp is not None:
             y = g.emit(clamp(y), "clamped")
@@ -54,11 +56,19 @@ CONV2D = {
     "plain": ((1, 3, 7, 6), (5, 3, 3, 3), {}),
     "pointwise": ((2, 17, 5, 3), (9, 17, 1, 1), {}),
     "one": ((1, 1, 1, 1), (1, 1, 1, 1), {}),
-    "strided, asymmetric padding": ((1, 4, 9, 8), (6, 4, 3, 3), {"strides": 2, "padding": (0, 1, 2, 1)}),
+    "strided, asymmetric padding": (
+        (1, 4, 9, 8),
+        (6, 4, 3, 3),
+        {"strides": 2, "padding": (0, 1, 2, 1)},
+    ),
     "dilated": ((1, 4, 11, 9), (3, 4, 3, 2), {"dilation": (2, 3), "padding": (2, 1, 2, 2)}),
     "grouped": ((1, 6, 6, 5), (8, 3, 3, 3), {"groups": 2, "padding": 1}),
     "depthwise": ((1, 19, 7, 7), (19, 1, 3, 3), {"groups": 19, "padding": 1}),
-    "depthwise, multiplier 2": ((1, 5, 6, 7), (10, 1, 3, 3), {"groups": 5, "strides": 2, "padding": (0, 0, 1, 1)}),
+    "depthwise, multiplier 2": (
+        (1, 5, 6, 7),
+        (10, 1, 3, 3),
+        {"groups": 5, "strides": 2, "padding": (0, 0, 1, 1)},
+    ),
 }
 
 
@@ -66,7 +76,9 @@ CONV2D = {
 def test_conv2d_from_nchw(case: str) -> None:
     shape, weight, options = CONV2D[case]
     lowered = check(conv2d_graph(shape, weight, **options))
-    assert [k for k in lowered.kernels if k not in ("permute_dims", "reshape")] == CONV[0::2][:2] + ["requantize"]
+    assert [k for k in lowered.kernels if k not in ("permute_dims", "reshape")] == CONV[0::2][
+        :2
+    ] + ["requantize"]
     assert "conv" in lowered.names
     assert "y" in lowered.names
 
@@ -84,7 +96,9 @@ def test_padding_holds_the_zero_point(zero_point: int) -> None:
 
 def test_conv2d_equals_numpy_bit_for_bit() -> None:
     """Independent of every kernel description: sums by einsum, then the module's rule."""
-    module = conv2d_graph((2, 3, 8, 7), (5, 3, 3, 2), padding=(1, 0, 2, 1), strides=(2, 1), clamp=None)
+    module = conv2d_graph(
+        (2, 3, 8, 7), (5, 3, 3, 2), padding=(1, 0, 2, 1), strides=(2, 1), clamp=None
+    )
     lowered = lower(module)
     run = compile_module(lowered.module)
     calls = {b.var.name: b.value for b in ir.bindings(module["main"])}
@@ -135,7 +149,11 @@ def test_output_dtypes(out: tuple[float, int, str]) -> None:
     [("uint8", 128, 0), ("uint8", 7, None), ("int8", -3, 0), ("int16", 0, 0)],
 )
 def test_weight_dtypes_and_zero_points(dtype: str, zero_point: int, axis: int | None) -> None:
-    options = {"dtype": dtype, "zero_point": zero_point, "scale": 3e-5 if dtype == "int16" else 0.01}
+    options = {
+        "dtype": dtype,
+        "zero_point": zero_point,
+        "scale": 3e-5 if dtype == "int16" else 0.01,
+    }
     check(conv2d_graph((1, 5, 6, 6), (7, 5, 3, 3), axis, weight_options=options, padding=1), CONV)
 
 
@@ -152,9 +170,13 @@ def test_weight_with_a_scale_per_input_channel_is_left_float_and_listed() -> Non
 
 def test_int16_activations_sum_in_int64_where_int32_could_overflow() -> None:
     module = conv2d_graph((1, 128, 5, 5), (3, 128, 3, 3), dtype="int16", zero_point=0)
-    lowered = check(module, CONV, inputs=[[np.full((1, 128, 5, 5), 6.5, np.float32)], *extremes((1, 128, 5, 5))])
+    lowered = check(
+        module, CONV, inputs=[[np.full((1, 128, 5, 5), 6.5, np.float32)], *extremes((1, 128, 5, 5))]
+    )
     assert accumulators(lowered) == ["int64"]
-    small = conv2d_graph((1, 2, 5, 5), (3, 2, 3, 3), dtype="int16", zero_point=0, out=(0.0005, 0, "int16"))
+    small = conv2d_graph(
+        (1, 2, 5, 5), (3, 2, 3, 3), dtype="int16", zero_point=0, out=(0.0005, 0, "int16")
+    )
     assert accumulators(check(small, CONV)) == ["int32"]
 
 
@@ -220,7 +242,11 @@ def test_conv1d_from_nwc() -> None:
 
 TRANSPOSE = {
     "stride 2": ((1, 3, 4, 5), (3, 4, 3, 3), {"strides": 2, "padding": 1}),
-    "output padding": ((1, 3, 4, 5), (3, 4, 3, 3), {"strides": (2, 3), "padding": (1, 0, 1, 0), "output_padding": (1, 2)}),
+    "output padding": (
+        (1, 3, 4, 5),
+        (3, 4, 3, 3),
+        {"strides": (2, 3), "padding": (1, 0, 1, 0), "output_padding": (1, 2)},
+    ),
     "groups": ((1, 6, 4, 3), (6, 2, 2, 3), {"strides": 2, "groups": 3}),
     "dilated": ((1, 2, 5, 4), (2, 3, 3, 2), {"dilation": (2, 1), "padding": (1, 2, 0, 1)}),
     "depthwise": ((1, 4, 3, 3), (4, 1, 2, 2), {"strides": 2, "groups": 4}),
@@ -310,8 +336,12 @@ def test_attention_with_transposed_keys() -> None:
     def body(g: Graph, a: Expr, b: Expr) -> Expr:
         a, b = g.qdq(a, 0.0317), g.qdq(b, 0.0317, name="b")
         heads = [2, 5, 3, 4]
-        q = g.emit(relax.op.permute_dims(g.emit(relax.op.reshape(a, heads), "qr"), [0, 2, 1, 3]), "q")
-        k = g.emit(relax.op.permute_dims(g.emit(relax.op.reshape(b, heads), "kr"), [0, 2, 3, 1]), "k")
+        q = g.emit(
+            relax.op.permute_dims(g.emit(relax.op.reshape(a, heads), "qr"), [0, 2, 1, 3]), "q"
+        )
+        k = g.emit(
+            relax.op.permute_dims(g.emit(relax.op.reshape(b, heads), "kr"), [0, 2, 3, 1]), "k"
+        )
         scores = g.emit(relax.op.matmul(q, k), "scores")
         scores = g.emit(relax.op.multiply(scores, g.const(0.5)), "scaled")
         return g.quantize(scores, 0.1013)

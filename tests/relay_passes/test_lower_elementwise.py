@@ -1,5 +1,5 @@
-"""Sums, products, tables and clamps in integers. Scales have no round ratios: where a result falls on
-half a step exactly, the float simulation rounds by its own errors."""
+"""Sums, products, tables and clamps in integers. Scales have no round ratios: where a result falls
+on half a step exactly, the float simulation rounds by its own errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ A, B, OUT = (0.0317, 11), (0.0573, -20), (0.0731, 4)
 Shape = tuple[int, ...]
 
 
-def binary(op: Callable[[Expr, Expr], Expr], a: Shape, b: Shape, dtype: str = "int8") -> tvm.IRModule:
+def binary(
+    op: Callable[[Expr, Expr], Expr], a: Shape, b: Shape, dtype: str = "int8"
+) -> tvm.IRModule:
     factor = 1 / 256 if dtype == "int16" else 1.0
 
     def body(g: Graph, x: Expr, y: Expr) -> Expr:
@@ -93,7 +95,9 @@ RESIDUALS = {
         x, g.emit(relax.op.nn.relu6(acc), "early")
     ),
     "relu of the residual": lambda g, acc, x: relax.op.add(acc, g.emit(relax.op.nn.relu(x), "pos")),
-    "silu of the residual": lambda g, acc, x: relax.op.add(acc, g.emit(relax.op.nn.silu(x), "silu")),
+    "silu of the residual": lambda g, acc, x: relax.op.add(
+        acc, g.emit(relax.op.nn.silu(x), "silu")
+    ),
     "and a constant": lambda g, acc, x: relax.op.add(
         g.emit(relax.op.add(acc, x), "two"), g.const(g.rng.normal(0, 1, (1, 4, 1, 1)))
     ),
@@ -148,7 +152,9 @@ def test_residual_of_another_layout() -> None:
 def test_residual_of_int16_with_int64_sums() -> None:
     def body(g: Graph, x: Expr) -> Expr:
         x = g.qdq(x, 0.000207, 0, "int16")
-        y = g.emit(relax.op.nn.conv2d(x, g.weight((128, 128, 3, 3), scale=0.001), padding=1), "conv")
+        y = g.emit(
+            relax.op.nn.conv2d(x, g.weight((128, 128, 3, 3), scale=0.001), padding=1), "conv"
+        )
         return g.quantize(g.emit(relax.op.add(y, x), "sum"), 0.000411, 0, "int16")
 
     # The simulation's float32 sums of 1,152 products are coarser than an int16 step.
@@ -256,7 +262,9 @@ def test_every_code_of_a_table() -> None:
     for dtype in ("int8", "uint8"):
 
         def body(g: Graph, x: Expr) -> Expr:
-            return g.quantize(g.emit(relax.op.tanh(g.dequantize(x, 0.0317, 11)), "tanh"), 0.0079, 7, "int8")
+            return g.quantize(
+                g.emit(relax.op.tanh(g.dequantize(x, 0.0317, 11)), "tanh"), 0.0079, 7, "int8"
+            )
 
         info = np.iinfo(dtype)
         codes = np.arange(info.min, info.max + 1).astype(dtype)
@@ -281,7 +289,10 @@ def test_relu_at_equal_parameters_clips_the_codes() -> None:
     assert check(graph({"x": (3, 40)}, body), equal=1.0).kernels == ["quantize", "clip"]
 
 
-@pytest.mark.parametrize(("source", "target"), [("int8", "int8"), ("int8", "uint8"), ("int16", "int8"), ("int8", "int16")])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("int8", "int8"), ("int8", "uint8"), ("int16", "int8"), ("int8", "int16")],
+)
 def test_other_parameters_for_the_same_reals(source: str, target: str) -> None:
     def body(g: Graph, x: Expr) -> Expr:
         scale = 0.000217 if source == "int16" else 0.0317

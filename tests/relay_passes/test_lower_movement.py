@@ -68,7 +68,9 @@ def test_padded_max_pool_of_the_smallest_codes() -> None:
     """The border must lose against the smallest code."""
 
     def body(g: Graph, x: Expr) -> Expr:
-        return g.quantize(g.emit(relax.op.nn.max_pool2d(g.dequantize(x, *A), 3, padding=1), "pool"), *A)
+        return g.quantize(
+            g.emit(relax.op.nn.max_pool2d(g.dequantize(x, *A), 3, padding=1), "pool"), *A
+        )
 
     lowest = np.full((1, 2, 4, 4), -128, np.int8)
     check(graph({"x": ((1, 2, 4, 4), "int8")}, body), inputs=[[lowest]], equal=1.0)
@@ -111,7 +113,16 @@ def test_head_of_a_classifier() -> None:
 
     lowered = check(graph({"x": (1, 3, 7, 8)}, body), steps=0)
     kernels = [k for k in lowered.kernels if k != "reshape"]
-    assert kernels == ["quantize", "permute_dims", "conv2d", "requantize", "sum", "requantize", "matmul", "dequantize"]
+    assert kernels == [
+        "quantize",
+        "permute_dims",
+        "conv2d",
+        "requantize",
+        "sum",
+        "requantize",
+        "matmul",
+        "dequantize",
+    ]
 
 
 MOVES: dict[str, Callable[[Graph, Expr], Expr]] = {
@@ -129,7 +140,13 @@ MOVES: dict[str, Callable[[Graph, Expr], Expr]] = {
         x, relax.ShapeExpr([14, 12]), None, "NCHW", "nearest_neighbor", "asymmetric", "floor"
     ),
     "nearest, half pixel": lambda g, x: relax.op.image.resize2d(
-        x, relax.ShapeExpr([5, 16]), None, "NCHW", "nearest_neighbor", "half_pixel", "round_prefer_floor"
+        x,
+        relax.ShapeExpr([5, 16]),
+        None,
+        "NCHW",
+        "nearest_neighbor",
+        "half_pixel",
+        "round_prefer_floor",
     ),
     "tile": lambda g, x: relax.op.tile(x, [1, 2, 1, 1]),
     "repeat": lambda g, x: relax.op.repeat(x, 2, 3),
@@ -148,7 +165,10 @@ def test_codes_pass_through(case: str) -> None:
 
 
 def test_padding_value_without_a_code_stays_float() -> None:
-    lowered = check(behind_conv(lambda g, x: relax.op.nn.pad(x, [0] * 6 + [0, 1], "constant", -99.0)), integer=False)
+    lowered = check(
+        behind_conv(lambda g, x: relax.op.nn.pad(x, [0] * 6 + [0, 1], "constant", -99.0)),
+        integer=False,
+    )
     assert [e["name"] for e in lowered.left_float] == ["op"]
 
 
@@ -160,7 +180,9 @@ def split_in_two(g: Graph, x: Expr, sections: Any) -> Expr:
 @pytest.mark.parametrize("sections", [2, [1]])
 def test_split(sections: Any) -> None:
     def body(g: Graph, x: Expr) -> tuple[Expr, ...]:
-        return tuple(g.quantize(p, *A, name=f"y{k}") for k, p in enumerate(split_in_two(g, x, sections)))  # type: ignore[arg-type]
+        return tuple(
+            g.quantize(p, *A, name=f"y{k}") for k, p in enumerate(split_in_two(g, x, sections))
+        )  # type: ignore[arg-type]
 
     check(graph({"x": (1, 3, 5, 6)}, body), equal=1.0)
 
@@ -216,7 +238,10 @@ def test_layer_norm(shape: tuple[int, ...], dtype: str) -> None:
     def body(g: Graph, x: Expr) -> Expr:
         x = g.qdq(x, *((0.000217, 0) if dtype == "int16" else A), dtype)
         channels = shape[-1]
-        gamma, beta = g.const(g.rng.uniform(0.5, 1.5, channels)), g.const(g.rng.normal(0, 1, channels))
+        gamma, beta = (
+            g.const(g.rng.uniform(0.5, 1.5, channels)),
+            g.const(g.rng.normal(0, 1, channels)),
+        )
         y = g.emit(relax.op.nn.layer_norm(x, gamma, beta, axes=[-1]), "norm")
         return g.quantize(y, *((0.000193, 0) if dtype == "int16" else OUT), dtype)
 

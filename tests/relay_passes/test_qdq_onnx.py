@@ -31,8 +31,12 @@ class Builder:
         self.constants.append(numpy_helper.from_array(np.asarray(array), name))
         return name
 
-    def node(self, op: str, inputs: list[str], out: str, domain: str = "", **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(op, inputs, [out], name=out, domain=domain, **attributes))
+    def node(
+        self, op: str, inputs: list[str], out: str, domain: str = "", **attributes: Any
+    ) -> str:
+        self.nodes.append(
+            helper.make_node(op, inputs, [out], name=out, domain=domain, **attributes)
+        )
         return out
 
     def parameters(self, name: str, scale: float, zero_point: int) -> list[str]:
@@ -68,7 +72,8 @@ def kind_of(dtype: np.dtype) -> int:
 
 
 def qdq_model(path: Path, dtype: str) -> None:
-    """conv + relu, residual add, average pool, linear: each between QuantizeLinear and DequantizeLinear."""
+    """conv + relu, residual add, average pool, linear: each between QuantizeLinear and
+    DequantizeLinear."""
     b = Builder(dtype)
 
     def qdq(x: str, name: str, scale: float, zero_point: int) -> str:
@@ -112,7 +117,12 @@ def qoperator_model(path: Path, dtype: str) -> None:
            "act1_q", pads=[1, 1, 1, 1])  # fmt: skip
     b.node("QLinearConv", ["act1_q", *p["act1"], *b.weight("w2", (8, 1, 3, 3), 0), *p["act2"]],
            "act2_q", group=8, pads=[1, 1, 1, 1])  # fmt: skip
-    b.node("QLinearAdd", ["act2_q", *p["act2"], "act1_q", *p["act1"], *p["act3"]], "act3_q", "com.microsoft")
+    b.node(
+        "QLinearAdd",
+        ["act2_q", *p["act2"], "act1_q", *p["act1"], *p["act3"]],
+        "act3_q",
+        "com.microsoft",
+    )
     b.node("QLinearGlobalAveragePool", ["act3_q", *p["act3"], *p["act4"]], "act4_q", "com.microsoft",
            channels_last=0)  # fmt: skip
     b.node("Flatten", ["act4_q"], "flat")
