@@ -325,3 +325,24 @@ def test_function_that_returns_an_iterator() -> None:
 )
 def test_iterable_that_does_not_fit(source: Any, part: str) -> None:
     assert part in refusal(source)
+
+
+def test_mapping_of_arrays_is_read_like_an_npz() -> None:
+    images = np.arange(3 * 48, dtype=np.float32).reshape(3, 3, 4, 4)
+    data = load_data({"x": images, "labels": np.array([2, 0, 1])}, IMAGE)
+    runs = list(data.runs())
+    assert len(data) == 3
+    assert [int(run.labels[0]) for run in runs] == [2, 0, 1]
+    np.testing.assert_array_equal(np.concatenate([run.feed["x"] for run in runs]), images)
+
+
+@pytest.mark.parametrize(
+    ("source", "part"),
+    [
+        ({"y": np.zeros((2, 3, 4, 4), np.float32)}, "no input 'x'"),
+        ({"x": np.zeros((2, 3, 4, 4), np.float32), "labels": [1]}, "different numbers of samples"),
+        ({"x": np.float32(1)}, "holds no samples"),
+    ],
+)
+def test_mapping_that_does_not_fit(source: Any, part: str) -> None:
+    assert part in refusal(source)

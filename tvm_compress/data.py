@@ -120,16 +120,20 @@ class Dataset:
 
 
 def load_data(
-    source: str | Path | Iterable[Any] | Callable[[], Iterable[Any]] | Dataset,
+    source: str | Path | Mapping[str, Any] | Iterable[Any] | Callable[[], Iterable[Any]] | Dataset,
     model: Model,
     preprocessing: Preprocessing | None = None,
 ) -> Dataset:
     """Open data for `model`; checks names, shapes and dtypes now, values while streaming.
 
+    `source` is an .npz, a folder of images, a mapping laid out like an .npz (arrays by input name,
+    first axis = samples, optional `labels`), or an iterable of samples or (sample, label) pairs.
     Raises `DataError` when something does not fit.
     """
     if isinstance(source, Dataset):
         return source
+    if isinstance(source, Mapping):
+        return _from_iterable(_rows_of_arrays(source, model.inputs), model.inputs)
     if not isinstance(source, str | Path):
         return _from_iterable(source, model.inputs)
     path = Path(source)
@@ -530,6 +534,27 @@ def _from_iterable(source: Any, inputs: tuple[TensorSpec, ...]) -> Dataset:
         open_rows=open_rows,
         batch=_batch("data", inputs, whole),
     )
+
+
+def _rows_of_arrays(source: Mapping[str, Any], inputs: tuple[TensorSpec, ...]) -> list[Any]:
+    """Arrays by name => one (row, label) or row a sample."""
+    arrays = {}
+    for spec in inputs:
+        if spec.name not in source:
+            raise DataError(f"data: there is no input {spec.name!r}{nearest(spec.name, source)}")
+        arrays[spec.name] = np.asarray(source[spec.name])
+    labels = np.asarray(source[LABELS]).ravel() if LABELS in source else None
+    counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if labels is not None:
+        counts[LABELS] = len(labels)
+    if len(set(counts.values())) != 1:
+        found = ", ".join(f"{name!r} {count}" for name, count in counts.items())
+        raise DataError(f"data: the arrays hold different numbers of samples: {found}")
+    rows = [
+        {name: array[index] for name, array in arrays.items()}
+        for index in range(next(iter(counts.values())))
+    ]
+    return rows if labels is None else list(zip(rows, labels.tolist(), strict=True))
 
 
 def _arrays_of(item: Any, inputs: tuple[TensorSpec, ...], index: int) -> tuple[Rows, Any]:
