@@ -15,6 +15,11 @@ from ..fused import FusedFunction
 from ..operands import Operands
 from .window import Window
 
+_LINE_BYTES = 64
+# Rows at such a distance share a few sets of the first-level cache (64 sets of 64 bytes, 8 ways): the
+# rows of one tile would throw each other out.
+ALIASED_BYTES = 1024
+
 
 @dataclass(frozen=True)
 class Source:
@@ -69,6 +74,13 @@ class Band:
         """Columns of the copy."""
         return self.window.columns if self.skips else self.window.padded_columns
 
+    @property
+    def row_pitch(self) -> int:
+        """Elements from one row of the copy to the next: never a multiple of many cache lines."""
+        width = dtype_bits(self.dtype) // 8
+        row = self.columns * self.pitch
+        return row + (_LINE_BYTES // width if row * width % ALIASED_BYTES == 0 else 0)
+
     def rows(self, band: int) -> int:
         """Rows of the copy for `band` output rows."""
         return band if self.skips else self.window.input_rows(band)
@@ -76,7 +88,7 @@ class Band:
     def bytes(self, band: int) -> int:
         """Size of the copy, or of what is read in place, for `band` output rows."""
         width = dtype_bits(self.dtype) // 8
-        return self.rows(band) * self.columns * self.pitch * width
+        return self.rows(band) * self.row_pitch * width
 
     def choose_rows(self, tile_rows: int, parallel: bool, target: Target, cache_bytes: int) -> int:
         """Output rows of one task: enough tasks for the threads, input that stays in the cache."""
@@ -117,12 +129,12 @@ class BandReader:
         copy = self._copy(b, y, rows)
         strides = (1, 1) if band.skips else window.strides
         base = group * (band.group_pitch * band.repeat)
-        return Source(copy, base, band.columns * band.pitch, band.pitch, *strides)
+        return Source(copy, base, band.row_pitch, band.pitch, *strides)
 
     def _copy(self, b: Any, y: Any, rows: int) -> tirx.Buffer:
         e, band, window = self.e, self.band, self.band.window
         count, columns, pitch = band.rows(rows), band.columns, band.pitch
-        copy = e.alloc(count * columns * pitch + band.slack, band.dtype, "window")
+        copy = e.alloc(count * band.row_pitch + band.slack, band.dtype, "window")
         top, left, bottom, right = window.padding
         step_y, step_x = window.strides if band.skips else (1, 1)
         first = y * window.strides[0] - top
@@ -134,7 +146,7 @@ class BandReader:
                 e.store_vector(copy, splat(border, width), start + offset, width)
 
         def copy_row(row: Any, iy: Any) -> None:
-            start = row * columns * pitch
+            start = row * band.row_pitch
             if left:
                 fill(start, left)
             if self.data is not None and dense:
@@ -154,7 +166,7 @@ class BandReader:
                 e.branch(
                     tirx.all(iy >= 0, iy < window.in_rows),
                     lambda: copy_row(row, iy),
-                    lambda: fill(row * columns * pitch, columns),
+                    lambda: fill(row * band.row_pitch, columns),
                 )
             else:
                 copy_row(row, iy)

@@ -21,7 +21,7 @@ from ..epilogue import Epilogue
 from ..fused import FusedFunction, Stage
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, ceil_div
-from .band import Band, BandReader, Source
+from .band import ALIASED_BYTES, Band, BandReader, Source
 from .dot import ByteDot, Dot, FloatDot, WordDot, select_dot
 from .tile import Tile, choose_tile
 from .window import Window, window_of
@@ -36,6 +36,8 @@ _UNROLLED_EPILOGUE = 1000
 # anyway, since they are read once for every task.
 _BAND_SHARE_OF_L2 = 2
 _BAND_SHARE_OF_WEIGHTS = 4
+# Rows of a tile that may lie at a multiple of 2 KiB from one another: ways of a first-level cache.
+_SAFE_ROWS = 6
 
 
 MatrixSpec = Conv2dSpec | Conv2dTransposeSpec | MatmulSpec
@@ -130,7 +132,7 @@ class _MatrixKernel:
             self.blocks,
             self.steps,
             self.target.vector_registers,
-            1 if dot.fused else 2,
+            (1 if dot.fused else 2) / (1 if self.lanes > 8 else 2),
             weight_instructions,
             spare,
         )
@@ -145,6 +147,10 @@ class _MatrixKernel:
             and spec.data_dtype == dot.data_dtype
             and self.operands.data not in self.fused.producers
         )
+        if window.columns == 1:
+            # Few outputs a row repay no copy; many rows at an unlucky distance do.
+            row_bytes = window.channels * window.groups * dtype_bits(dot.data_dtype) // 8
+            direct &= row_bytes % (2 * ALIASED_BYTES) != 0 or self.tile.rows <= _SAFE_ROWS
         group_pitch = window.channels
         if self.packed.axis == "R":
             # Otherwise the last step of the last row would read behind the end of the input.

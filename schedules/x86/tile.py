@@ -37,14 +37,14 @@ def choose_tile(
     blocks: int,
     steps: int,
     registers: int,
-    instructions: int,
+    cycles: float,
     weight_instructions: int,
     spare: int,
 ) -> Tile:
     """The cheapest tile for `rows` x `columns` positions, `blocks` registers of channels, `steps`
     steps.
 
-    A step issues `instructions` per accumulator and `weight_instructions` per weight register;
+    A step takes `cycles` per accumulator and `weight_instructions` per weight register;
     `spare` registers are needed besides accumulators and weights. Ragged ends are computed twice
     (the last tile is moved back inside), which is what the rounded-up counts below charge.
     """
@@ -56,7 +56,7 @@ def choose_tile(
                 if positions * vectors + vectors + spare > registers:
                     break
                 accumulators = positions * vectors
-                issue = accumulators * instructions + vectors * weight_instructions
+                issue = accumulators * cycles + vectors * weight_instructions
                 step = max(issue, (positions + vectors) / _LOADS, _LATENCY) + 1
                 cost = (
                     -(-rows // tile_rows)
