@@ -426,14 +426,14 @@ class Lowering:
         assert physical is not None
         if params.dtype == "int32":
             return self.exact(value, params, name)
-        step = np.float64(np.float32(params.scale))
-        bias, real = self.constants_for(sums, value.bias, value.scale / step)
+        multiplier = rules.float32_multiplier(value.scale, params.scale)
+        bias, real = self.constants_for(sums, value.bias, multiplier)
         wide = self._width(value)
         func = requantize_kernels.requantize(
             physical, sums.dtype, real.shape, params.zero_point, self._bounds(value.clamp, params),
             params.dtype, "float32", wide,
         )  # fmt: skip
-        arguments = [sums.expr, bias.astype(wide), real.astype(np.float32)]
+        arguments = [sums.expr, bias.astype(wide), real]
         expr = self.kernel(func, arguments, physical, params.dtype, name, "requantize")
         expr = self.reshape(expr, sums.physical_shape, f"{name}.view")
         return replace(sums, expr=expr, dtype=params.dtype, quant=params)

@@ -99,6 +99,14 @@ def scale_float32(x: np.ndarray, multiplier: np.ndarray) -> np.ndarray:
     return np.rint(x.astype(np.float32) * np.asarray(multiplier, np.float32))
 
 
+def float32_multiplier(scale: np.ndarray | float, step: float) -> np.ndarray:
+    """float32(float32(scale) / float32(step)), scale = s_x * s_w: rounded twice, as ONNX Runtime does.
+
+    One rounding would be as good; with another last bit one element in 10^5 differs from it.
+    """
+    return np.asarray(np.asarray(scale, np.float64).astype(np.float32) / np.float32(step), np.float32)
+
+
 def requantize(
     accumulator: np.ndarray,
     bias: np.ndarray,

@@ -115,7 +115,8 @@ def test_conv2d_equals_numpy_bit_for_bit() -> None:
         windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 2), (2, 3))[:, :, ::2]
         sums = np.einsum("ncyxhw,ochw->noyx", windows, codes.astype(np.int64))
         total = (sums + bias).astype(np.int32)
-        multiplier = (x_scale * scale / np.float64(np.float32(0.07))).reshape(1, -1, 1, 1)
+        product = (x_scale * scale.astype(np.float64)).astype(np.float32)
+        multiplier = (product / np.float32(0.07)).reshape(1, -1, 1, 1)
         expected = rules.requantize(
             total, np.zeros((), np.int32), multiplier, -11, (-128, 127), "int8"
         )
