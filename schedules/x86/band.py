@@ -16,8 +16,8 @@ from ..operands import Operands
 from .window import Window
 
 _LINE_BYTES = 64
-# Rows at such a distance share a few sets of the first-level cache (64 sets of 64 bytes, 8 ways): the
-# rows of one tile would throw each other out.
+# Rows at such a distance share a few sets of the first-level cache (64 sets of 64 bytes, 8 ways):
+# the rows of one tile would throw each other out.
 ALIASED_BYTES = 1024
 
 
