@@ -100,11 +100,13 @@ def scale_float32(x: np.ndarray, multiplier: np.ndarray) -> np.ndarray:
 
 
 def float32_multiplier(scale: np.ndarray | float, step: float) -> np.ndarray:
-    """float32(float32(scale) / float32(step)), scale = s_x * s_w: rounded twice, as ONNX Runtime does.
+    """float32(float32(s_x * s_w) / float32(s_y)): rounded twice, as ONNX Runtime does.
 
     One rounding would be as good; with another last bit one element in 10^5 differs from it.
     """
-    return np.asarray(np.asarray(scale, np.float64).astype(np.float32) / np.float32(step), np.float32)
+    return np.asarray(
+        np.asarray(scale, np.float64).astype(np.float32) / np.float32(step), np.float32
+    )
 
 
 def requantize(
@@ -118,7 +120,7 @@ def requantize(
 ) -> np.ndarray:
     """clamp(scale(accumulator + bias) + zero_point): int32[...] -> dtype[...].
 
-    `multiplier` is the real s_x*s_w/s_y (float64), broadcastable to the accumulator like `bias`.
+    `multiplier` is s_x*s_w/s_y (`float32_multiplier` under rule float32), broadcastable like `bias`.
     """
     total = accumulator + bias
     low, high = bounds
