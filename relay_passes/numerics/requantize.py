@@ -120,7 +120,7 @@ def requantize(
 ) -> np.ndarray:
     """clamp(scale(accumulator + bias) + zero_point): int32[...] -> dtype[...].
 
-    `multiplier` is s_x*s_w/s_y (under rule float32: `float32_multiplier`) and broadcasts like `bias`.
+    `multiplier` is s_x*s_w/s_y (rule float32: `float32_multiplier`) and broadcasts like `bias`.
     """
     total = accumulator + bias
     low, high = bounds
