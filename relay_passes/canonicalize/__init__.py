@@ -11,6 +11,7 @@ from .fold_pad import FoldPad
 from .name_layers import NameLayers
 from .outline_branches import OutlineBranches
 from .remove_identities import RemoveIdentities
+from .split_concat import SplitConcat
 
 __all__ = [
     "FoldBatchNorm",
@@ -19,6 +20,7 @@ __all__ = [
     "NameLayers",
     "OutlineBranches",
     "RemoveIdentities",
+    "SplitConcat",
     "canonicalize",
 ]
 
@@ -33,6 +35,7 @@ def canonicalize() -> tvm.transform.Sequential:
             RemoveIdentities(),
             FoldPad(),
             FoldBatchNorm(),
+            SplitConcat(),
             # A batch-norm that stayed may have become `x * 1`, a bias `x + 0`.
             FoldConstants(),
             RemoveIdentities(),

@@ -16,6 +16,7 @@ from tvm_compress.relay_passes.canonicalize import (
     FoldPad,
     NameLayers,
     RemoveIdentities,
+    SplitConcat,
     canonicalize,
 )
 from tvm_compress.relay_passes.ir import array_const, constant, dtype_of, op_name, shape_of
@@ -660,3 +661,36 @@ def test_each_pass_alone_in_a_sequential() -> None:
     after = tvm.transform.Sequential(passes)(before)
     assert ops(after) == ["conv2d", "add"]
     unchanged_numbers(before, after)
+
+
+def test_product_of_joined_operands_is_split() -> None:
+    weight = const(7, 5)
+
+    def build(emit: Callable[..., Expr], x: Expr) -> Expr:
+        state = emit(relax.op.tanh(emit(relax.op.strided_slice(x, [1], [0], [3]), "cut")), "state")
+        joined = emit(relax.op.concat([x, state], axis=1), "joined")
+        return emit(relax.op.matmul(joined, weight), "cell")
+
+    before = module(build, (1, 4))
+    after = apply(SplitConcat(), before)
+    assert [op for op in ops(after) if op in ("concat", "matmul", "add")][-3:].count("matmul") == 2
+    assert {"cell_in0", "cell_in1"} <= set(names(after))
+    unchanged_numbers(before, after)
+
+
+def test_constant_state_becomes_a_bias_and_other_axes_stay() -> None:
+    def first_step(emit: Callable[..., Expr], x: Expr) -> Expr:
+        joined = emit(relax.op.concat([x, const(1, 3)], axis=1), "joined")
+        return emit(relax.op.matmul(joined, const(7, 5)), "cell")
+
+    before = module(first_step, (1, 4))
+    after = apply(SplitConcat(), before)
+    assert ops(after).count("matmul") == 1
+    unchanged_numbers(before, after)
+
+    def rows(emit: Callable[..., Expr], x: Expr) -> Expr:
+        joined = emit(relax.op.concat([x, x], axis=0), "joined")
+        return emit(relax.op.matmul(joined, const(4, 5)), "cell")
+
+    before = module(rows, (1, 4))
+    assert ops(apply(SplitConcat(), before)).count("matmul") == 1
