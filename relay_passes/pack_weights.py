@@ -1,15 +1,20 @@
 """Store weights in the order in which the target's kernels read them.
 
-    conv2d(x, w)  =>  conv2d_packed(x, pack(w))
+    conv2d(x, w)              =>  conv2d_packed(x, pack(w))
+    conv2d(x, codes, scales)  =>  conv2d_packed(x, decode(pack(codes), pack(scales)))
 
 Packing happens in NumPy at compile time; the kernel's description changes with it, so the module
-still runs anywhere.
+still runs anywhere. The second form is for weight-only codes that no kernel of the target reads:
+every call decodes them into a float weight. `tvm_compress.decoded` of `main` (JSON) lists these
+layers.
 """
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
+import numpy as np
 import tvm
 from tvm import relax
 
@@ -19,6 +24,8 @@ from . import ir
 
 if TYPE_CHECKING:
     from ..targets import Target
+
+DECODED_ATTR = "tvm_compress.decoded"
 
 
 @tvm.transform.module_pass(opt_level=0, name="PackWeights")
@@ -35,7 +42,9 @@ class PackWeights:
         for global_var, function in module.functions.items():
             if isinstance(function, relax.Function):
                 packing.builder_.update_func(global_var, packing.visit_expr(function))
-        return relax.transform.DeadCodeElimination(["main"])(packing.builder_.get())
+        packed = packing.builder_.get()
+        packed["main"] = packed["main"].with_attr(DECODED_ATTR, json.dumps(packing.decoded))
+        return relax.transform.DeadCodeElimination(["main"])(packed)
 
 
 @relax.expr_functor.mutator
@@ -44,22 +53,57 @@ class _Packing(relax.PyExprMutator):
         super().__init__(module)
         self.module = module
         self.target = target
+        self.decoded: list[str] = []
+        self.layer = ""
+
+    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
+        self.layer = binding.var.name
+        super().visit_var_binding_(binding)
 
     def visit_call_(self, call: tvm.ir.Call) -> tvm.ir.Expr:
         if ir.op_name(call) != "relax.call_tir":
             return super().visit_call_(call)
         kernel = self.module[call.args[0]]
         spec = ir.anchor_spec(kernel)
-        arguments = list(call.args[1].fields)
-        weight = ir.constant(arguments[1]) if len(arguments) > 1 else None
-        if spec is None or weight is None:
+        if not isinstance(spec, schedules.WeightedSpec):
             return super().visit_call_(call)
-        packed = schedules.pack_weight(spec, weight, self.target)
+        others = call.args[1].fields[1:]
+        arrays = [ir.constant(argument) for argument in others]
+        parts = [array for array in arrays if array is not None]
+        if not parts or len(parts) != len(others):
+            return super().visit_call_(call)
+        decoded = schedules.decode_weight(spec, parts, self.target)
+        if decoded is not None:
+            return self._decoded(call, decoded)
+        packed = schedules.pack_weight(spec, parts[0], self.target)
         if packed is None:
             return super().visit_call_(call)
         packed_spec, array = packed
-        func = schedules.prim_func(packed_spec).with_attr(ROLES_ATTR, kernel.attrs[ROLES_ATTR])
+        return self._kernel(
+            call, packed_spec, [relax.const(array), *others[1:]], kernel.attrs[ROLES_ATTR]
+        )
+
+    def _decoded(self, call: tvm.ir.Call, decoded: schedules.DecodedWeight) -> tvm.ir.Expr:
+        layer = self.layer
+        self.decoded.append(layer)
+        decode = self.builder_.add_func(decoded.prim_func(), "decode_weight")
+        parts = relax.Tuple([relax.const(np.ascontiguousarray(part)) for part in decoded.parts])
+        weight_type = relax.TensorType(list(decoded.spec.weight_shape), "float32")
+        weight = self.builder_.emit(
+            relax.call_tir(decode, parts, out_ty=weight_type), name_hint=f"{layer}.decoded"
+        )
+        return self._kernel(call, decoded.spec, [weight], ["data", "weights"])
+
+    def _kernel(
+        self,
+        call: tvm.ir.Call,
+        spec: schedules.WeightedSpec,
+        weights: list[tvm.ir.Expr],
+        roles: list[str],
+    ) -> tvm.ir.Expr:
+        """The layer's call with another kernel and other weights."""
+        func = schedules.prim_func(spec).with_attr(ROLES_ATTR, roles)
         global_var = self.builder_.add_func(func, call.args[0].name_hint.rstrip("0123456789"))
-        data = self.visit_expr(arguments[0])
-        renewed = relax.Tuple([data, relax.const(array), *arguments[2:]])
+        data = self.visit_expr(call.args[1].fields[0])
+        renewed = relax.Tuple([data, *weights])
         return relax.call_tir(global_var, renewed, out_ty=call.ty_args[0])

@@ -1,7 +1,8 @@
 """Kernels: naive descriptions, and scheduled forms per target. See README.md of this folder."""
 
 from .anchors import describe, prim_func, reference
-from .dispatch import pack_weight, schedule
+from .decode_weight import DecodedWeight
+from .dispatch import decode_weight, pack_weight, schedule
 from .spec import (
     KERNEL_ATTR,
     SCHEDULE_ATTR,
@@ -21,10 +22,12 @@ __all__ = [
     "BatchMatmulSpec",
     "Conv2dSpec",
     "Conv2dTransposeSpec",
+    "DecodedWeight",
     "KernelSpec",
     "MatmulSpec",
     "SpecError",
     "WeightedSpec",
+    "decode_weight",
     "describe",
     "pack_weight",
     "prim_func",

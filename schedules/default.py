@@ -190,18 +190,35 @@ class _Nest:
         if not self.stage.reduces and self._write_flat():
             return
         stage, e = self.stage, self.e
-        outer = self.shape[:-1]
+        # The vectors' axis: elements that lie side by side, in front of axes of extent 1 (a packed
+        # weight ends in one).
+        last = len(self.shape) - 1
+        while last and self.shape[last] == 1 and not stage.reduces:
+            last -= 1
+        tail = (tirx.const(0, "int32"),) * (len(self.shape) - 1 - last)
+        length = self.shape[last]
+        outer = self.shape[:last]
         count = 1
         for extent in outer:
             count *= extent
         # Few rows, long ones: cut the last axis as well so that there is something to share out.
         pieces = 1
         parallel = self._parallel
-        if parallel and count < self.target.threads and self.shape[-1] >= 2 * self.lanes:
-            pieces = min(4 * self.target.threads, self.shape[-1] // self.lanes)
-        per_piece = ceil_div(self.shape[-1], pieces)
-        with e.loop("task", count * pieces, "parallel" if parallel else "serial") as task:
+        if parallel and count < self.target.threads and length >= 2 * self.lanes:
+            pieces = min(4 * self.target.threads, length // self.lanes)
+        per_piece = ceil_div(length, pieces)
+        # The innermost of the outer axes as a loop of its own: no divisions for every vector.
+        rows = outer[-1] if outer else 1
+        if parallel and count < 4 * self.target.threads * rows:
+            rows = 1
+        tasks = count * pieces // rows
+        with (
+            e.loop("task", tasks, "parallel" if parallel else "serial") as task,
+            e.loop("row", rows) as row,
+        ):
             rest = task // pieces if pieces > 1 else task
+            if rows > 1:
+                rest = rest * rows + row
             indices: list[Any] = []
             for extent in reversed(outer):
                 indices.append(rest % extent if extent > 1 else tirx.const(0, "int32"))
@@ -211,14 +228,14 @@ class _Nest:
             if pieces > 1:
                 first = e.bind(
                     "first",
-                    tirx.min(task % pieces * per_piece, self.shape[-1] - per_piece),
+                    tirx.min(task % pieces * per_piece, length - per_piece),
                 )
             for start, width in e.chunks(per_piece, self.lanes):
                 if stage.reduces:
                     self._reduce((*prefix,), first + start, width)
                 else:
                     with e.loop("lane", width, "vectorized") as lane:
-                        where = (*prefix, first + start + lane)
+                        where = (*prefix, first + start + lane, *tail)
                         self._store(where, self._value(where))
 
     @property

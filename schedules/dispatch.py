@@ -1,5 +1,5 @@
-"""The two entry points of lowering: pack a weight for a target, schedule a fused function for
-it."""
+"""The entry points of lowering: pack or decode a weight for a target, schedule a fused function
+for it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .spec import SCHEDULE_ATTR, KernelSpec, WeightedSpec
 if TYPE_CHECKING:
     from tvm import tirx
 
+    from .decode_weight import DecodedWeight
     from .fused import FusedFunction
 
 Template = Callable[["FusedFunction", Target], "tirx.PrimFunc | None"]
@@ -29,6 +30,20 @@ def pack_weight(
     from .x86.pack import pack_weight as pack
 
     return pack(spec, weight, target)
+
+
+def decode_weight(
+    spec: WeightedSpec, parts: list[np.ndarray], target: Target
+) -> DecodedWeight | None:
+    """How to decode a weight (codes, [scales, [zero points]]) before every call of the layer, where
+    only a float kernel of the target can serve it; None: not needed, or no help."""
+    if not target.is_x86:
+        return None
+    from .decode_weight import split
+    from .x86.pack import decoded_spec
+
+    decoded = decoded_spec(spec, target)
+    return None if decoded is None else split(spec, parts, decoded)
 
 
 def templates(target: Target) -> list[tuple[str, Template]]:

@@ -50,6 +50,8 @@ class Built:
     constants: tuple[ConstantBytes, ...]
     plan_bytes: int
     left_float: tuple[dict[str, str], ...]
+    decoded_per_call: tuple[str, ...]
+    """Layers whose codes are decoded to floats by a kernel of its own before every call."""
 
     def export(self, path: Path) -> None:
         """Write the shared library; it needs TVM's runtime and nothing of ours."""
@@ -83,6 +85,7 @@ def build(module: tvm.IRModule, target: Target) -> Built:
         schedule_pipeline,
     )
     from .relay_passes.lower import LEFT_FLOAT_ATTR
+    from .relay_passes.pack_weights import DECODED_ATTR
 
     with target.tvm_target():
         reference = reference_pipeline()(module)
@@ -106,6 +109,7 @@ def build(module: tvm.IRModule, target: Target) -> Built:
         constants=_constants(packed),
         plan_bytes=_plan_bytes(planned),
         left_float=tuple(json.loads(str(attrs.get(LEFT_FLOAT_ATTR, "[]")))),
+        decoded_per_call=tuple(json.loads(str(packed["main"].attrs[DECODED_ATTR]))),
     )
 
 
@@ -149,7 +153,7 @@ def _constants(packed: tvm.IRModule) -> tuple[ConstantBytes, ...]:
     from .relay_passes import ir
     from .schedules.prim import ROLES_ATTR
 
-    layer_of: dict[tvm.ir.Expr, str] = {}
+    layer_of: dict[tvm.ir.Expr, str] = _decoded_weights(packed)
     found: list[ConstantBytes] = []
     emitted: set[tuple[str, tuple[int, ...], bytes]] = set()
     for binding in ir.bindings(packed["main"]):
@@ -162,7 +166,9 @@ def _constants(packed: tvm.IRModule) -> tuple[ConstantBytes, ...]:
             function = packed[value.args[0]]
             arguments = list(value.args[1].fields)
             roles = [str(role) for role in (function.attrs or {}).get(ROLES_ATTR, [])]
-            if ir.anchor_spec(function) is None:
+            if binding.var in layer_of:
+                layer = layer_of[binding.var]
+            elif ir.anchor_spec(function) is None:
                 owners = [layer_of[a] for a in arguments if a in layer_of]
                 layer = owners[0] if owners else layer
             else:
@@ -183,6 +189,25 @@ def _constants(packed: tvm.IRModule) -> tuple[ConstantBytes, ...]:
                 role = roles[index] if index < len(roles) and roles[index] != "data" else "other"
                 found.append(ConstantBytes(role, layer, int(array.nbytes)))
     return tuple(found)
+
+
+def _decoded_weights(packed: tvm.IRModule) -> dict[tvm.ir.Expr, str]:
+    """Computed weights, with the layer that reads each of them."""
+    from tvm import relax
+
+    from .relay_passes import ir
+    from .schedules.prim import ROLES_ATTR
+
+    layer_of: dict[tvm.ir.Expr, str] = {}
+    for binding in ir.bindings(packed["main"]):
+        if ir.op_name(binding.value) != "relax.call_tir":
+            continue
+        function = packed[binding.value.args[0]]
+        roles = (function.attrs or {}).get(ROLES_ATTR, [])
+        for role, argument in zip(roles, binding.value.args[1].fields, strict=False):
+            if role == "weights" and isinstance(argument, relax.Var):
+                layer_of[argument] = binding.var.name
+    return layer_of
 
 
 def _plan_bytes(planned: tvm.IRModule) -> int:

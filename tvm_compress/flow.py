@@ -332,7 +332,11 @@ def _build_side(module: tvm.IRModule, target: Target, with_reference: bool, fold
     library = folder / "library.so"
     built.export(library)
     info = describe_library(built, library)
-    value: dict[str, Any] = {"info": info.to_json(), "left_float": list(built.left_float)}
+    value: dict[str, Any] = {
+        "info": info.to_json(),
+        "left_float": list(built.left_float),
+        "decoded_per_call": list(built.decoded_per_call),
+    }
     if with_reference and target.runs_here():
         tapped, value["taps"] = tap(built.reference_module, [call.output for call in info.calls])
         compile_reference(tapped).export_library(str(folder / "reference.so"))
@@ -452,6 +456,7 @@ def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
             "compressed": infos["compressed"]["info"],
             "original": infos["original"]["info"],
             "left_float": infos["compressed"]["left_float"],
+            "decoded_per_call": infos["compressed"].get("decoded_per_call", []),
             "taps": taps or [],
         },
     )

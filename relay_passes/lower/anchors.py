@@ -234,6 +234,8 @@ def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     if integer:
         sums = Tensor(expr, logical, spec.acc_dtype, perm)
         return Accumulator(sums, scale, bias, layer=name, limit=limit)
+    if rank == 3:
+        expr = ctx.reshape(expr, tuple(logical[axis] for axis in perm), f"{name}.view")
     return _float_result(ctx, name, Tensor(expr, logical, "float32", perm), weight)
 
 

@@ -40,9 +40,7 @@ def schedule_depthwise(fused: FusedFunction, target: Target) -> tirx.PrimFunc | 
     if anchor is None or not isinstance(anchor.spec, Conv2dSpec):
         return None
     spec = anchor.spec
-    if not spec.is_depthwise or spec.weight_layout != spec.plain_layout or spec.group_size:
-        return None
-    if spec.weight_dtype not in ("float32", "int8", "uint8"):
+    if not spec.is_depthwise or spec.weight_layout != spec.plain_layout or not takes_weight(spec):
         return None
     if spec.kernel[1] > _UNROLLED_TAPS or (
         spec.data_dtype == "int16" and spec.reduction_size > _SAFE_TAPS
@@ -55,6 +53,11 @@ def schedule_depthwise(fused: FusedFunction, target: Target) -> tirx.PrimFunc | 
     if any(not stage.is_map for stage in epilogue.rest):
         return None
     return _DepthwiseKernel(fused, anchor, spec, operands, target, epilogue).build()
+
+
+def takes_weight(spec: Conv2dSpec) -> bool:
+    """Whether the kernel can read the layer's codes."""
+    return not spec.group_size and spec.weight_dtype in ("float32", "int8", "uint8")
 
 
 class _DepthwiseKernel:

@@ -59,24 +59,31 @@ def schedule_matrix(fused: FusedFunction, target: Target) -> tirx.PrimFunc | Non
     if operands is None:
         return None
     window = window_of(spec)
-    row_terms = window.kernel[1] * window.channels
     if packed.axis == "R" and (window.groups > 1 or window.turned):
         return None
-    if spec.group_size and not (
-        window.kernel == (1, 1) and window.groups == 1 and not isinstance(spec, Conv2dTransposeSpec)
-    ):
-        return None
-    if spec.weight_dtype == "int4" and (
-        not isinstance(dot, FloatDot)
-        or row_terms != spec.reduction_size
-        or window.groups > 1
-        or (spec.group_size and spec.group_size % 2 and spec.group_size < row_terms)
-    ):
+    if not takes_weight(spec, dot):
         return None
     epilogue = Epilogue(fused, anchor)
     if any(not stage.is_map for stage in epilogue.rest):
         return None
     return _MatrixKernel(fused, anchor, spec, operands, window, dot, target, epilogue).build()
+
+
+def takes_weight(spec: MatrixSpec, dot: Dot) -> bool:
+    """Whether the kernel can read the layer's codes: those in groups or of four bits only where a
+    step of the reduction follows the other."""
+    window = window_of(spec)
+    row_terms = window.kernel[1] * window.channels
+    if spec.group_size and not (
+        window.kernel == (1, 1) and window.groups == 1 and not isinstance(spec, Conv2dTransposeSpec)
+    ):
+        return False
+    return spec.weight_dtype != "int4" or (
+        isinstance(dot, FloatDot)
+        and row_terms == spec.reduction_size
+        and window.groups == 1
+        and not (spec.group_size and spec.group_size % 2 and spec.group_size < row_terms)
+    )
 
 
 class _MatrixKernel:

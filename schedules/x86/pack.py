@@ -6,8 +6,9 @@ import numpy as np
 
 from ...targets import Target
 from ..layout import PackedLayout
-from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
+from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..weights import pack_codes, weight_codes
+from . import depthwise, matrix
 from .dot import select_dot
 
 # A wider block is worth at most this much more memory for padded channels...
@@ -74,3 +75,22 @@ def pack_weight(
     if layout is None:
         return None
     return spec.replace(weight_layout=layout.name), pack_codes(spec, codes, layout.name)
+
+
+def decoded_spec(spec: WeightedSpec, target: Target) -> WeightedSpec | None:
+    """The layer with a float weight in the layout its kernel reads, where no kernel reads the codes
+    of a weight-only layer; None: one does, or floats have no kernel either."""
+    if not spec.weight_only or spec.packed_layout is not None:
+        return None
+    plain = spec.replace(
+        weight_dtype="float32", weight_zero_point=0, group_size=0, group_zero_points=False
+    )
+    if isinstance(spec, Conv2dSpec) and spec.is_depthwise:
+        return None if depthwise.takes_weight(spec) else plain
+    dot = select_dot(spec, target, choose_lanes(spec, target))
+    if not isinstance(spec, (Conv2dSpec, Conv2dTransposeSpec, MatmulSpec)):
+        return None
+    if dot is not None and matrix.takes_weight(spec, dot):
+        return None
+    layout = choose_layout(plain, target)
+    return None if layout is None else plain.replace(weight_layout=layout.name)

@@ -43,7 +43,10 @@ def assemble(
     verification = evidence.verification
     latencies = benchmark.latencies if benchmark else {}
     tensors = verification.tensors if verification else ()
-    layers, others = _rows(profile, before, after, benchmark, tensors, describe_schemes(compressed))
+    schemes = describe_schemes(compressed)
+    for name in artefact.kernels.get("decoded_per_call", []):
+        schemes[name] = f"{schemes.get(name, FLOAT)}, decoded per call"
+    layers, others = _rows(profile, before, after, benchmark, tensors, schemes)
     left_float = [FloatRow(**_float_fields(entry)) for entry in artefact.kernels["left_float"]]
     return Report(
         model=job.model.name,
