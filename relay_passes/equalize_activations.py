@@ -7,7 +7,7 @@ the layer that reads it the difficulty moves from activations to weights, as in 
 al. 2023, section 4), all the way for a depthwise reader, whose channels have their own scales too.
 
 Behind a clip to [0, bound] (ReLU6) a channel is scaled up at most until its observed range reaches
-the bound: the clip then acts for it as the end of its calibrated range.
+half of the bound: only data far outside the calibrated range meet the clip earlier than before.
 """
 
 from __future__ import annotations

@@ -41,8 +41,7 @@ class FloatLayer:
 
 @dataclass(frozen=True)
 class LayerPair:
-    """`second` alone reads what `first` computes: `value`, clipped to `bound` where there is
-    one."""
+    """`second` alone reads what `first` computes: `value`, clipped to `bound` if there is one."""
 
     first: FloatLayer
     second: FloatLayer

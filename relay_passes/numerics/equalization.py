@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 LARGEST_SCALE = 2.0**16  # keeps a nearly dead channel from overflowing its partner's weights
+# Data that calibration has not seen go further: this much room is left below a clip.
+CLIP_HEADROOM = 2.0
 LARGEST_ACTIVATION_SCALE = 2.0**8  # a channel this much smaller than others lies within one step
 
 
@@ -29,11 +31,11 @@ def equalizing_scales(
 def activation_scales(
     ranges: NDArray[np.float64], strength: float, bound: float | None
 ) -> NDArray[np.float64]:
-    """s >= 1 that brings each channel's range towards the largest one, or towards `bound`. [C]
+    """s >= 1 that brings each channel's range towards the largest one, or half of `bound`. [C]
 
     (largest / range) ** strength: SmoothQuant's equation 4 without the weights' part. A channel
     that is always zero keeps s = 1.
     """
-    largest = ranges.max(initial=0.0) if bound is None else bound
+    largest = ranges.max(initial=0.0) if bound is None else bound / CLIP_HEADROOM
     ratio = np.divide(largest, ranges, out=np.ones_like(ranges), where=ranges > 0)
     return np.clip(ratio**strength, 1.0, LARGEST_ACTIVATION_SCALE)

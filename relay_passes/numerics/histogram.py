@@ -14,13 +14,11 @@ BINS = 8192  # one-sided data use at least a quarter of them: 8 bins for each of
 class Histogram:
     """`counts[c, i]` values of channel c lie in [i - bins/2, i + 1 - bins/2) times `width[c]`.
 
-    counts: int64 [C, bins]; width: float64 [C], 0 where a channel has only seen zeros. `shares`
-    counts the same values, each divided by the sum of squares of its sample: float64 [C, bins].
+    counts: int64 [C, bins]; width: float64 [C], 0 where a channel has only seen zeros.
     """
 
     counts: NDArray[np.int64]
     width: NDArray[np.float64]
-    shares: NDArray[np.float64]
 
     def centers(self, channel: int = 0) -> NDArray[np.float64]:
         """The middle of each bin. [bins]"""
@@ -39,14 +37,11 @@ class StreamingHistogram:
         if bins < 4 or bins % 4:
             raise ValueError(f"bins {bins} must be a positive multiple of 4")
         self._counts = np.zeros((channels, bins), np.int64)
-        self._shares = np.zeros((channels, bins), np.float64)
         self._width = np.zeros(channels, np.float64)
 
-    def update(self, x: NDArray) -> None:
-        """Count one sample's values, one row for each channel. [C, N]"""
+    def update(self, x: NDArray) -> Histogram:
+        """Count one sample's values, one row for each channel; returns its counts alone. [C, N]"""
         channels, bins = self._counts.shape
-        if x.shape[1] == 0:
-            return
         peak = np.abs(x).max(axis=1).astype(np.float64)  # [C, N] -> [C]
         self._grow(peak)
         half = bins // 2
@@ -58,9 +53,7 @@ class StreamingHistogram:
             index += np.arange(channels)[:, None] * bins
         counts = np.bincount(index.ravel(), minlength=channels * bins).reshape(channels, bins)
         self._counts += counts
-        energy = np.einsum("cn,cn->c", x, x, dtype=np.float64)
-        used = energy > 0
-        self._shares[used] += counts[used] / energy[used, None]
+        return Histogram(counts, self._width.copy())
 
     def _grow(self, peak: NDArray[np.float64]) -> None:
         bins = self._counts.shape[1]
@@ -70,12 +63,11 @@ class StreamingHistogram:
         with np.errstate(divide="ignore"):
             self._width[first] = 2.0 ** np.ceil(np.log2(peak[first] / (half - 1)))
         while (small := (self._width > 0) & (peak >= self._width * half)).any():
-            for counted in (self._counts, self._shares):
-                merged = counted[small].reshape(-1, half, 2).sum(axis=2)  # [c, bins] -> [c, half]
-                counted[small] = 0
-                counted[small, bins // 4 : bins // 4 + half] = merged
+            merged = self._counts[small].reshape(-1, half, 2).sum(axis=2)  # [c, bins] -> [c, half]
+            self._counts[small] = 0
+            self._counts[small, bins // 4 : bins // 4 + half] = merged
             self._width[small] *= 2
 
     def result(self) -> Histogram:
         """What was counted so far, as a value."""
-        return Histogram(self._counts.copy(), self._width.copy(), self._shares.copy())
+        return Histogram(self._counts.copy(), self._width.copy())

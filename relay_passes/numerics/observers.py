@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .histogram import BINS, StreamingHistogram
+from .noise import StreamingNoise
 from .statistics import ChannelStatistics, TensorStatistics
 
 MOMENTUM = 0.01  # weight of the newest sample in the moving average
@@ -20,6 +21,7 @@ class TensorObserver:
     def __init__(self, channel_axis: int | None = None, bins: int = BINS) -> None:
         self._channel_axis = channel_axis
         self._histogram = StreamingHistogram(bins=bins)
+        self._noise = StreamingNoise()
         self._low, self._high = np.inf, -np.inf
         self._average = np.zeros(2)
         self._samples = 0
@@ -35,7 +37,9 @@ class TensorObserver:
         self._low, self._high = min(self._low, low), max(self._high, high)
         self._average += MOMENTUM * (np.array([low, high]) - self._average)
         self._samples += 1
-        self._histogram.update(x.reshape(1, -1))
+        sample = self._histogram.update(x.reshape(1, -1))
+        zeros = x.size - int(np.count_nonzero(x))
+        self._noise.update(sample.counts[0], sample.centers(), zeros)
         if self._channel_axis is not None:
             rows = np.moveaxis(x, self._channel_axis, 0).reshape(x.shape[self._channel_axis], -1)
             if self._channels is None:
@@ -57,6 +61,7 @@ class TensorObserver:
             float(average[0]),
             float(average[1]),
             self._histogram.result(),
+            self._noise.result(),
             channels,
         )
 

@@ -46,15 +46,23 @@ class Entropy:
 
 @dataclass(frozen=True)
 class Mse:
-    """Least squared error between the values and their quantised form, relative by sample.
+    """Least squared error between all values and their quantised form.
 
     Banner et al. 2019, "Post-training 4-bit quantization of convolution networks", section 3,
-    found on the histogram itself rather than on a fitted distribution. The error of each sample
-    counts relative to its energy: a few loud samples do not set the range for all.
+    found on the histogram itself rather than on a fitted distribution.
     """
 
 
-RangeMethod = MinMax | MovingAverage | Percentile | Entropy | Mse
+@dataclass(frozen=True)
+class Sqnr:
+    """Largest signal-to-noise ratio in decibels, averaged over the samples.
+
+    Noise is what is clipped plus step²/12 for each value inside (Banner et al. 2019, section 3). A
+    mean of logarithms: a few loud samples may be clipped where all others gain from a finer step.
+    """
+
+
+RangeMethod = MinMax | MovingAverage | Percentile | Entropy | Mse | Sqnr
 
 CANDIDATES = 64  # ends tried between a quarter of the extreme and the extreme
 SWEEPS = 2  # times each end is improved while the other is held
@@ -73,6 +81,9 @@ def choose_range(
         return _percentile(statistics.histogram, method.percent, extremes)
     lowest, highest = INTEGER_RANGES[dtype]
     levels = highest - lowest + 1
+    if isinstance(method, Sqnr):
+        low, high = statistics.noise.best_range(levels, symmetric)
+        return (max(low, extremes[0]), min(high, extremes[1]))
     measure = _divergence if isinstance(method, Entropy) else _squared_error
     return _search(statistics.histogram, extremes, levels, symmetric, measure)
 
@@ -103,9 +114,8 @@ def _search(
     used = np.flatnonzero(histogram.counts[0])
     window = slice(used[0], used[-1] + 1)
     x = histogram.centers()[window]
-    counts = histogram.shares[0][window]
+    counts = histogram.counts[0][window]
     if measure is _divergence:
-        counts = histogram.counts[0][window]
         # Zero is exact on every grid; after ReLU its bin would outweigh all others.
         counts = np.where(np.abs(x) <= histogram.width[0], 0, counts)
     fractions = np.linspace(0.25, 1.0, CANDIDATES)

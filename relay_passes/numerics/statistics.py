@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .histogram import Histogram
+from .noise import RangeNoise
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,7 @@ class TensorStatistics:
     """One tensor over all samples.
 
     `low`/`high` are the extremes; `average_low`/`average_high` the moving average of each sample's
-    extremes; the histogram counts every value.
+    extremes; the histogram counts every value; `noise` compares candidate ranges by sample.
     """
 
     low: float
@@ -35,6 +37,7 @@ class TensorStatistics:
     average_low: float
     average_high: float
     histogram: Histogram
+    noise: RangeNoise
     channels: ChannelStatistics | None = None
 
 
@@ -80,7 +83,8 @@ class Statistics(Mapping[str, TensorStatistics]):
             )
             arrays[f"{prefix}.counts"] = tensor.histogram.counts
             arrays[f"{prefix}.width"] = tensor.histogram.width
-            arrays[f"{prefix}.shares"] = tensor.histogram.shares
+            arrays[f"{prefix}.noise_ends"] = tensor.noise.ends
+            arrays[f"{prefix}.noise_decibels"] = tensor.noise.decibels
             if tensor.channels is not None:
                 for item in fields(ChannelStatistics):
                     value = getattr(tensor.channels, item.name)
@@ -100,7 +104,7 @@ class Statistics(Mapping[str, TensorStatistics]):
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return _read(arrays)
-        except (KeyError, OSError, ValueError, EOFError) as error:
+        except (KeyError, OSError, ValueError, EOFError, BadZipFile) as error:
             raise ValueError(f"{path}: not a statistics file: {error}") from None
 
 
@@ -117,8 +121,11 @@ def _read(arrays: Mapping[str, NDArray]) -> Statistics:
                 high=arrays[f"{prefix}.channel_high"],
                 mean=arrays[f"{prefix}.channel_mean"],
             )
-        histogram = Histogram(*(arrays[f"{prefix}.{k}"] for k in ("counts", "width", "shares")))
-        tensors[name] = TensorStatistics(low, high, average_low, average_high, histogram, channels)
+        histogram = Histogram(*(arrays[f"{prefix}.{k}"] for k in ("counts", "width")))
+        noise = RangeNoise(arrays[f"{prefix}.noise_ends"], arrays[f"{prefix}.noise_decibels"])
+        tensors[name] = TensorStatistics(
+            low, high, average_low, average_high, histogram, noise, channels
+        )
     moments: dict[str, LayerMoments] = {}
     for index, name in enumerate(arrays["layers"].tolist()):
         prefix = f"layer{index}"

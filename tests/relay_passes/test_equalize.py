@@ -102,7 +102,8 @@ def test_other_layouts(layout: str) -> None:
     equalised = Equalize(all_layers(module, EqualizeConfig()))(module)
     (x,) = samples(module, 1)
     np.testing.assert_allclose(run(equalised, x), run(module, x), rtol=1e-4, atol=1e-5)
-    assert not tvm.ir.structural_equal(equalised, module)
+    with pytest.raises(ValueError, match="StructuralEqual"):
+        tvm.ir.assert_structural_equal(equalised, module)
 
 
 def observed(module: tvm.IRModule, schemes: dict[str, Any], arrays: list[np.ndarray]) -> Statistics:
@@ -145,7 +146,10 @@ def test_activations_become_even_and_the_function_stays(clamp: Any) -> None:
         channels = after[name].channels
         assert channels is not None
         alive = channels.high[channels.high > 0]
-        np.testing.assert_allclose(alive, alive.max(), rtol=1e-4)
+        if clamp is op.nn.relu6:  # half of the bound, or more where it was more
+            assert alive.min() > 2.999
+        else:
+            np.testing.assert_allclose(alive, alive.max(), rtol=1e-4)
 
 
 def test_strength_zero_changes_nothing_but_depthwise_readers() -> None:

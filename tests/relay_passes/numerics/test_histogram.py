@@ -61,15 +61,6 @@ def test_range_grows_by_merging_and_uses_at_least_a_quarter_of_the_bins() -> Non
     assert result.counts.sum() == 400
 
 
-def test_shares_count_each_sample_relative_to_its_energy() -> None:
-    streaming = StreamingHistogram(bins=64)
-    quiet, loud = np.asarray([[1.0, -1.0]], np.float32), np.asarray([[30.0, 0.0]], np.float32)
-    streaming.update(quiet)
-    streaming.update(loud)
-    shares = streaming.result().shares
-    assert shares.sum() == pytest.approx(2 / 2 + 2 / 900)
-
-
 def test_bins_must_be_a_multiple_of_four() -> None:
     with pytest.raises(ValueError, match="bins 10"):
         StreamingHistogram(bins=10)

@@ -18,11 +18,12 @@ from tvm_compress.relay_passes.numerics.ranges import (
     Mse,
     Percentile,
     RangeMethod,
+    Sqnr,
     choose_range,
 )
 from tvm_compress.relay_passes.numerics.statistics import TensorStatistics
 
-METHODS: list[RangeMethod] = [MinMax(), MovingAverage(), Percentile(), Entropy(), Mse()]
+METHODS: list[RangeMethod] = [MinMax(), MovingAverage(), Percentile(), Entropy(), Mse(), Sqnr()]
 
 
 def observe(*samples: np.ndarray) -> TensorStatistics:
@@ -65,26 +66,43 @@ def squared_error(x: np.ndarray, low: float, high: float) -> float:
 
 
 @pytest.mark.parametrize("one_sided", [False, True])
-def test_mse_is_near_the_best_of_a_brute_force_search(one_sided: bool) -> None:
+@pytest.mark.parametrize("method", [Mse(), Sqnr()])
+def test_error_is_near_the_best_of_a_brute_force_search(
+    method: RangeMethod, one_sided: bool
+) -> None:
     x = np.random.default_rng(1).laplace(0, 1, 50000)
     if one_sided:
         x = np.maximum(x, 0)
-    low, high = choose_range(observe(x), Mse(), "int8", False)
+    low, high = choose_range(observe(x), method, "int8", False)
     lows = [0.0] if one_sided else list(np.linspace(0.3, 1.0, 12) * x.min())
     best = min(squared_error(x, a, b) for a in lows for b in np.linspace(0.3, 1.0, 30) * x.max())
     assert squared_error(x, low, high) < 1.1 * best
-    assert squared_error(x, low, high) < 0.95 * squared_error(x, x.min(), x.max())
 
 
-def test_a_loud_sample_does_not_set_the_range_of_mse() -> None:
-    rng = np.random.default_rng(2)
-    quiet = [rng.normal(0, 1, 5000) for _ in range(20)]
-    loud = rng.normal(0, 1, 5000)
-    loud[:50] = 60.0
-    _, alone = choose_range(observe(loud), Mse(), "int8", False)
-    _, together = choose_range(observe(*quiet, loud), Mse(), "int8", False)
-    assert alone > 55
-    assert together < alone
+def test_a_few_loud_samples_are_clipped_when_all_others_gain() -> None:
+    rng = np.random.default_rng(4)
+    samples = [rng.normal(0, 1, 2000) for _ in range(18)] + [rng.normal(0, 20, 2000)] * 2
+    statistics = observe(*samples)
+    _, by_ratio = choose_range(statistics, Sqnr(), "int8", False)
+    _, by_error = choose_range(statistics, Mse(), "int8", False)
+    assert 3.0 < by_ratio < 12.0
+    assert by_error > 30.0
+
+
+def test_sqnr_equals_the_noise_computed_sample_by_sample() -> None:
+    rng = np.random.default_rng(5)
+    samples = [rng.normal(0, scale, 3000) for scale in (1.0, 1.0, 4.0)]
+    noise = observe(*samples).noise
+    ends = noise.ends
+    assert ends[0] == 0.0
+    np.testing.assert_allclose(ends[2:] / ends[1:-1], 2**0.25)
+    for i, j in ((20, 25), (33, 30), (36, 36)):
+        expected = 0.0
+        for x in samples:
+            clipped = ((x - np.clip(x, -ends[i], ends[j])) ** 2).sum()
+            step = (ends[i] + ends[j]) / 255
+            expected += 10 * np.log10((clipped + x.size * step**2 / 12) / (x**2).sum())
+        assert noise.decibels[0, i, j] == pytest.approx(expected, abs=0.05)
 
 
 def test_16_bit_grids_keep_the_extremes() -> None:
