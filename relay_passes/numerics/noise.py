@@ -50,9 +50,9 @@ class StreamingNoise:
     def update(self, counts: NDArray[np.int64], centers: NDArray[np.float64], zeros: int) -> None:
         """Take in one sample as a histogram; `zeros` of its values are exactly zero. [bins]"""
         used = np.flatnonzero(counts)
-        counts, x = counts[used].astype(np.float64), centers[used]
-        energy = float(counts @ x**2)
-        values = counts.sum() - zeros
+        weights, x = counts[used].astype(np.float64), centers[used]
+        energy = float(weights @ x**2)
+        values = weights.sum() - zeros
         if values == 0:
             return
         if self._ends.size == 0:
@@ -60,8 +60,8 @@ class StreamingNoise:
             octaves = np.arange(-OCTAVES * PER_OCTAVE, OCTAVES * PER_OCTAVE + 1) / PER_OCTAVE
             self._ends = np.concatenate([[0.0], peak * 2.0**octaves])
             self._decibels = np.zeros((len(LEVELS), self._ends.size, self._ends.size))
-        below = clipped_energy(counts[::-1], -x[::-1], self._ends)
-        above = clipped_energy(counts, x, self._ends)
+        below = clipped_energy(weights[::-1], -x[::-1], self._ends)
+        above = clipped_energy(weights, x, self._ends)
         clipped = below[:, None] + above[None, :]  # [E, E]
         width = self._ends[:, None] + self._ends[None, :]
         for index, levels in enumerate(LEVELS):
