@@ -86,16 +86,16 @@ def _mean_shift(
     weight = decoded_weight(graph, call.args[1], module)
     if weight is None or patch_shape(call, weight.shape) is None:
         return None
-    observed = statistics.get(variable.name)
+    observed = statistics.channels.get(variable.name)
     moments = statistics.moments.get(variable.name)
-    if observed is None or observed.channels is None or moments is None:
+    if observed is None or moments is None:
         raise DataError(
             f"the calibration statistics lack the means of layer {variable.name!r}; calibrate the "
             "float module with what `correct_bias.observe` lists"
         )
     rows = weight_matrix(weight, call).astype(np.float64)  # [G, O/G, K]
     mean = np.einsum("gok,gk->go", rows, moments.mean).reshape(-1)
-    return mean - observed.channels.mean
+    return mean - observed.mean
 
 
 def decoded_weight(

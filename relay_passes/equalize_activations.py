@@ -88,13 +88,13 @@ class EqualizeActivations:
         return relax.transform.Normalize()(module)
 
     def _scales(self, pair: LayerPair, strength: float) -> NDArray[np.float64] | None:
-        observed = self.statistics.get(pair.value.name)
-        if observed is None or observed.channels is None:
+        observed = self.statistics.channels.get(pair.value.name)
+        if observed is None:
             raise DataError(
                 f"the calibration statistics lack the channels of {pair.value.name!r}; calibrate "
                 "this module with what `equalize_activations.observe` lists"
             )
-        ranges = np.maximum(np.abs(observed.channels.low), np.abs(observed.channels.high))
+        ranges = np.maximum(np.abs(observed.low), np.abs(observed.high))
         weights = input_ranges(pair.second.weight, pair.second.call)
         if ranges.shape != weights.shape:  # e.g. a matmul that reads flattened positions
             return None

@@ -24,7 +24,7 @@ from tvm_compress.recipe import (
     shipped_recipes,
 )
 from tvm_compress.relay_passes.numerics.granularity import PerGroup, PerTensor
-from tvm_compress.relay_passes.numerics.ranges import Mse, Percentile
+from tvm_compress.relay_passes.numerics.ranges import Percentile, Sqnr
 from tvm_compress.relay_passes.quantize_config import QuantizeConfig
 
 FULL = """\
@@ -97,7 +97,7 @@ def test_the_four_promised_recipes_ship() -> None:
     assert isinstance(step.config.granularity, PerGroup)
     assert load_recipe("int16x8").steps[0].config.activations == "int16"
     assert load_recipe("int8_w_only").steps[0].config.is_weight_only
-    assert load_recipe("int8").steps[0].config.calibrate == Mse()
+    assert load_recipe("int8").steps[0].config.calibrate == Sqnr()
 
 
 def test_tagged_values_have_both_spellings() -> None:
@@ -234,5 +234,5 @@ def test_schema_refuses_what_the_parser_refuses(text: str) -> None:
 
 
 def test_recipe_in_python_equals_the_yaml() -> None:
-    recipe = Recipe(steps=(Step("quantize", QuantizeConfig(calibrate=Mse())),), goals=Goals(0.01))
+    recipe = Recipe(steps=(Step("quantize", QuantizeConfig(calibrate=Sqnr())),), goals=Goals(0.01))
     assert recipe == load_recipe("int8")

@@ -188,6 +188,8 @@ def _onnxruntime(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    # Its idle threads would keep the cores from the others, who take turns with it.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     names = {item.name for item in session.get_inputs()}
     missing = names - set(feed)

@@ -54,13 +54,14 @@ class _Watcher:
     """What is gathered from one variable of the graph."""
 
     def __init__(self, variable: relax.Var, observations: Observations) -> None:
-        from .relay_passes.numerics.observers import TensorObserver
+        from .relay_passes.numerics.observers import ChannelObserver, TensorObserver
 
         self.variable = variable
         name = variable.name
-        self.tensor: TensorObserver | None = None
-        if name in observations.tensors or name in observations.channels:
-            self.tensor = TensorObserver(observations.channels.get(name))
+        self.tensor = TensorObserver() if name in observations.tensors else None
+        self.channels: ChannelObserver | None = None
+        if name in observations.channels:
+            self.channels = ChannelObserver(observations.channels[name])
         self.layers: list[_LayerWatcher] = []
 
     def update(self, array: np.ndarray, sample: int) -> None:
@@ -74,6 +75,8 @@ class _Watcher:
             )
         if self.tensor is not None:
             self.tensor.update(array)
+        if self.channels is not None:
+            self.channels.update(array)
         for layer in self.layers:
             layer.update(array)
 
@@ -188,6 +191,11 @@ def _collect(watched: list[_Watcher], samples: int) -> Statistics:
 
     return Statistics(
         {item.variable.name: item.tensor.result() for item in watched if item.tensor is not None},
+        {
+            item.variable.name: item.channels.result()
+            for item in watched
+            if item.channels is not None
+        },
         {layer.name: layer.moments.result() for item in watched for layer in item.layers},
         samples,
     )

@@ -81,9 +81,12 @@ def _lower(module: tvm.IRModule, main: relax.Function, attrs: dict, rule: Rule) 
         builder.emit_func_output(result)
     lowered = builder.finalize()
     attrs = {k: v for k, v in attrs.items() if k != "global_symbol"}
-    # Quantize has its own list; an operator is named once, with the earlier reason.
+    # Quantize has its own list; an operator is named once, with the earlier reason. A layer that
+    # Quantize left alone because it came quantised is an integer layer all the same.
     left = {entry["name"]: entry for entry in ctx.left_float}
-    left |= {entry["name"]: entry for entry in json.loads(str(attrs.get(LEFT_FLOAT_ATTR, "[]")))}
+    for entry in json.loads(str(attrs.get(LEFT_FLOAT_ATTR, "[]"))):
+        if entry["name"] not in ctx.integer_layers:
+            left[entry["name"]] = entry
     attrs |= {
         LEFT_FLOAT_ATTR: json.dumps(list(left.values())),
         TENSORS_ATTR: json.dumps(_tensors(ctx)),

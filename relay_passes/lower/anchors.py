@@ -233,6 +233,7 @@ def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     logical = tuple(by_letter[letter] for letter in layout)
     if integer:
         sums = Tensor(expr, logical, spec.acc_dtype, perm)
+        ctx.integer_layers.add(name)
         return Accumulator(sums, scale, bias, layer=name, limit=limit)
     if rank == 3:
         expr = ctx.reshape(expr, tuple(logical[axis] for axis in perm), f"{name}.view")
@@ -322,6 +323,7 @@ def _matmul_constant(
     perm = ir.renormalise_perm(rank)
     if integer:
         sums = Tensor(expr, logical, spec.acc_dtype, perm)
+        ctx.integer_layers.add(name)
         return Accumulator(sums, scale, bias, layer=name, limit=limit)
     result = _float_result(ctx, name, Tensor(expr, (rows, columns), "float32", (0, 1)), weight)
     return Tensor(ctx.reshape(result.expr, logical, f"{name}.view"), logical, "float32", perm)
@@ -379,6 +381,7 @@ def _matmul_activations(
     if integer:
         sums = Tensor(expr, logical, spec.acc_dtype, perm)
         limit = np.array(depth * spans[0] * spans[1])
+        ctx.integer_layers.add(name)
         return Accumulator(sums, scale, np.zeros((), np.int64), layer=name, limit=limit)
     return Tensor(ctx.reshape(expr, logical, f"{name}.view"), logical, "float32", perm)
 

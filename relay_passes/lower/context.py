@@ -67,6 +67,7 @@ class Lowering:
         self.origin: dict[tvm.ir.Expr, tvm.ir.Call] = {}
         self.floats: dict[tvm.ir.Expr, Tensor] = {}
         self.left_float: list[dict[str, str]] = []
+        self.integer_layers: set[str] = set()
         self.reason: str | None = None
 
     # Values ------------------------------------------------------------------------------------

@@ -16,16 +16,14 @@ MOMENTUM = 0.01  # weight of the newest sample in the moving average
 
 
 class TensorObserver:
-    """Extremes, moving average of extremes and histogram; with `channel_axis` also per channel."""
+    """Extremes, moving average of extremes, histogram and noise of candidate ranges."""
 
-    def __init__(self, channel_axis: int | None = None, bins: int = BINS) -> None:
-        self._channel_axis = channel_axis
+    def __init__(self, bins: int = BINS) -> None:
         self._histogram = StreamingHistogram(bins=bins)
         self._noise = StreamingNoise()
         self._low, self._high = np.inf, -np.inf
         self._average = np.zeros(2)
         self._samples = 0
-        self._channels: _ChannelSums | None = None
 
     def update(self, x: NDArray) -> None:
         """Take in one sample's tensor. Raises `ValueError` for NaN or infinity."""
@@ -40,11 +38,6 @@ class TensorObserver:
         sample = self._histogram.update(x.reshape(1, -1))
         zeros = x.size - int(np.count_nonzero(x))
         self._noise.update(sample.counts[0], sample.centers(), zeros)
-        if self._channel_axis is not None:
-            rows = np.moveaxis(x, self._channel_axis, 0).reshape(x.shape[self._channel_axis], -1)
-            if self._channels is None:
-                self._channels = _ChannelSums(rows.shape[0])
-            self._channels.update(rows)
 
     def result(self) -> TensorStatistics:
         """Statistics of everything seen. Raises `ValueError` when nothing was."""
@@ -52,9 +45,6 @@ class TensorObserver:
             raise ValueError("no values were observed")
         # It started from zero: divide by the weight that the samples have had (as Adam does).
         average = self._average / (1.0 - (1.0 - MOMENTUM) ** self._samples)
-        channels = None
-        if self._channels is not None and self._channel_axis is not None:
-            channels = self._channels.result(self._channel_axis)
         return TensorStatistics(
             self._low,
             self._high,
@@ -62,23 +52,34 @@ class TensorObserver:
             float(average[1]),
             self._histogram.result(),
             self._noise.result(),
-            channels,
         )
 
 
-class _ChannelSums:
-    def __init__(self, channels: int) -> None:
-        self._low = np.full(channels, np.inf)
-        self._high = np.full(channels, -np.inf)
-        self._sum = np.zeros(channels)
+class ChannelObserver:
+    """Extremes and means of each channel along `axis`."""
+
+    def __init__(self, axis: int) -> None:
+        self._axis = axis
+        self._low = self._high = self._sum = np.zeros(0)
         self._count = 0
 
-    def update(self, rows: NDArray) -> None:
-        """[C, N]"""
-        self._low = np.minimum(self._low, rows.min(axis=1))
-        self._high = np.maximum(self._high, rows.max(axis=1))
-        self._sum += rows.sum(axis=1, dtype=np.float64)
-        self._count += rows.shape[1]
+    def update(self, x: NDArray) -> None:
+        """Take in one sample's tensor."""
+        if x.size == 0:
+            return
+        others = tuple(index for index in range(x.ndim) if index != self._axis)
+        low, high = x.min(axis=others), x.max(axis=others)
+        total = x.sum(axis=others, dtype=np.float64)
+        if self._count == 0:
+            self._low = np.full(low.shape, np.inf)
+            self._high = np.full(high.shape, -np.inf)
+            self._sum = np.zeros(total.shape)
+        self._low, self._high = np.minimum(self._low, low), np.maximum(self._high, high)
+        self._sum += total
+        self._count += x.size // x.shape[self._axis]
 
-    def result(self, axis: int) -> ChannelStatistics:
-        return ChannelStatistics(axis, self._low, self._high, self._sum / self._count)
+    def result(self) -> ChannelStatistics:
+        """Statistics of everything seen. Raises `ValueError` when nothing was."""
+        if self._count == 0:
+            raise ValueError("no values were observed")
+        return ChannelStatistics(self._axis, self._low, self._high, self._sum / self._count)

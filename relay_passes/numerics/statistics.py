@@ -38,7 +38,6 @@ class TensorStatistics:
     average_high: float
     histogram: Histogram
     noise: RangeNoise
-    channels: ChannelStatistics | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +55,10 @@ class LayerMoments:
 
 @dataclass(frozen=True, eq=False)
 class Statistics(Mapping[str, TensorStatistics]):
-    """Tensor name => statistics, for `samples` samples; `moments` by layer name."""
+    """Tensor name => statistics of `samples` samples; `channels` by tensor, `moments` by layer."""
 
     tensors: Mapping[str, TensorStatistics] = field(default_factory=dict)
+    channels: Mapping[str, ChannelStatistics] = field(default_factory=dict)
     moments: Mapping[str, LayerMoments] = field(default_factory=dict)
     samples: int = 0
 
@@ -75,6 +75,7 @@ class Statistics(Mapping[str, TensorStatistics]):
         """Write one .npz; plain arrays, no pickle."""
         arrays: dict[str, NDArray] = {"samples": np.asarray(self.samples)}
         arrays["tensors"] = np.asarray(list(self.tensors), np.str_)
+        arrays["channels"] = np.asarray(list(self.channels), np.str_)
         arrays["layers"] = np.asarray(list(self.moments), np.str_)
         for index, tensor in enumerate(self.tensors.values()):
             prefix = f"tensor{index}"
@@ -85,10 +86,10 @@ class Statistics(Mapping[str, TensorStatistics]):
             arrays[f"{prefix}.width"] = tensor.histogram.width
             arrays[f"{prefix}.noise_ends"] = tensor.noise.ends
             arrays[f"{prefix}.noise_decibels"] = tensor.noise.decibels
-            if tensor.channels is not None:
-                for item in fields(ChannelStatistics):
-                    value = getattr(tensor.channels, item.name)
-                    arrays[f"{prefix}.channel_{item.name}"] = np.asarray(value)
+        for index, channels in enumerate(self.channels.values()):
+            for item in fields(ChannelStatistics):
+                value = getattr(channels, item.name)
+                arrays[f"channels{index}.{item.name}"] = np.asarray(value)
         for index, moments in enumerate(self.moments.values()):
             prefix = f"layer{index}"
             arrays[f"{prefix}.mean"] = moments.mean
@@ -113,19 +114,13 @@ def _read(arrays: Mapping[str, NDArray]) -> Statistics:
     for index, name in enumerate(arrays["tensors"].tolist()):
         prefix = f"tensor{index}"
         low, high, average_low, average_high = arrays[f"{prefix}.ranges"].tolist()
-        channels = None
-        if f"{prefix}.channel_axis" in arrays:
-            channels = ChannelStatistics(
-                axis=int(arrays[f"{prefix}.channel_axis"]),
-                low=arrays[f"{prefix}.channel_low"],
-                high=arrays[f"{prefix}.channel_high"],
-                mean=arrays[f"{prefix}.channel_mean"],
-            )
         histogram = Histogram(*(arrays[f"{prefix}.{k}"] for k in ("counts", "width")))
         noise = RangeNoise(arrays[f"{prefix}.noise_ends"], arrays[f"{prefix}.noise_decibels"])
-        tensors[name] = TensorStatistics(
-            low, high, average_low, average_high, histogram, noise, channels
-        )
+        tensors[name] = TensorStatistics(low, high, average_low, average_high, histogram, noise)
+    channels: dict[str, ChannelStatistics] = {}
+    for index, name in enumerate(arrays["channels"].tolist()):
+        parts = [arrays[f"channels{index}.{item}"] for item in ("low", "high", "mean")]
+        channels[name] = ChannelStatistics(int(arrays[f"channels{index}.axis"]), *parts)
     moments: dict[str, LayerMoments] = {}
     for index, name in enumerate(arrays["layers"].tolist()):
         prefix = f"layer{index}"
@@ -133,4 +128,4 @@ def _read(arrays: Mapping[str, NDArray]) -> Statistics:
         moments[name] = LayerMoments(
             arrays[f"{prefix}.mean"], second, int(arrays[f"{prefix}.count"])
         )
-    return Statistics(tensors, moments, int(arrays["samples"]))
+    return Statistics(tensors, channels, moments, int(arrays["samples"]))

@@ -91,7 +91,7 @@ def statistics_of(ranges: Mapping[str, tuple[float, float]]) -> Statistics:
         observer = TensorObserver()
         observer.update(np.asarray([low, high], np.float32))
         tensors[name] = observer.result()
-    return Statistics(tensors, {}, 1)
+    return Statistics(tensors, samples=1)
 
 
 def all_layers(module: tvm.IRModule, config: Any) -> dict[str, Any]:

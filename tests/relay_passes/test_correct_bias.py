@@ -13,7 +13,7 @@ from tvm_compress.relay_passes.correct_bias import CorrectBias, CorrectBiasConfi
 from tvm_compress.relay_passes.graph import Graph
 from tvm_compress.relay_passes.numerics.granularity import PerGroup
 from tvm_compress.relay_passes.numerics.moments import MomentsObserver
-from tvm_compress.relay_passes.numerics.observers import TensorObserver
+from tvm_compress.relay_passes.numerics.observers import ChannelObserver
 from tvm_compress.relay_passes.numerics.statistics import Statistics
 from tvm_compress.relay_passes.patches import channels_first, patch_shape
 from tvm_compress.relay_passes.quantize_config import QuantizeConfig
@@ -39,7 +39,7 @@ def statistics_of_first_layer(module: tvm.IRModule, arrays: list[np.ndarray]) ->
     assert shape is not None
     moments = MomentsObserver(shape, with_second=False)
     axis = observe(module, {"a": CorrectBiasConfig()}).channels["a"]
-    output = TensorObserver(axis)
+    output = ChannelObserver(axis)
     variable = next(item for item in graph.values if item.name == "a")
     out = relax.Var("only_a", variable.ty)
     block = relax.DataflowBlock([relax.VarBinding(variable, call), relax.VarBinding(out, variable)])
@@ -48,7 +48,7 @@ def statistics_of_first_layer(module: tvm.IRModule, arrays: list[np.ndarray]) ->
     for array in arrays:
         moments.update(channels_first(array, call))
         output.update(run(alone, array))
-    return Statistics({"a": output.result()}, {"a": moments.result()}, len(arrays))
+    return Statistics({}, {"a": output.result()}, {"a": moments.result()}, len(arrays))
 
 
 def channel_means(module: tvm.IRModule, arrays: list[np.ndarray], axis: int) -> np.ndarray:
@@ -110,8 +110,7 @@ def test_integer_bias_moves_by_whole_steps() -> None:
     decoded = (weight * weight_scale.reshape(-1, 1, 1, 1)).reshape(6, -1)
     rows = decoded.reshape(6, 4, 9).transpose(0, 2, 1).reshape(6, -1)  # patches: kernel, channel
     moments = statistics.moments["a"]
-    channels = statistics["a"].channels
-    assert channels is not None
+    channels = statistics.channels["a"]
     shift = rows.astype(np.float64) @ moments.mean[0] - channels.mean
     moved = (before.astype(np.int64) - after).reshape(-1)
     np.testing.assert_allclose(moved, shift / scale, atol=0.51)

@@ -19,7 +19,7 @@ from tvm_compress.relay_passes.equalize_activations import (
     observe,
 )
 from tvm_compress.relay_passes.graph import Graph
-from tvm_compress.relay_passes.numerics.observers import TensorObserver
+from tvm_compress.relay_passes.numerics.observers import ChannelObserver
 from tvm_compress.relay_passes.numerics.statistics import Statistics
 
 from .floats import Net, all_layers, build, run, samples, statistics_of
@@ -109,7 +109,7 @@ def test_other_layouts(layout: str) -> None:
 def observed(module: tvm.IRModule, schemes: dict[str, Any], arrays: list[np.ndarray]) -> Statistics:
     """Statistics by channel of what `observe` asks for, by running prefixes of the module."""
     wanted = observe(module, schemes).channels
-    tensors = {}
+    channels = {}
     graph = Graph(module["main"])
     for name, axis in wanted.items():
         variable = next(item for item in graph.values if item.name == name)
@@ -123,11 +123,11 @@ def observed(module: tvm.IRModule, schemes: dict[str, Any], arrays: list[np.ndar
         body = relax.SeqExpr([block], out)
         prefix = relax.Function(graph.function.params, body, variable.ty)
         prefix_module = relax.transform.Normalize()(tvm.IRModule({"main": prefix}))
-        observer = TensorObserver(axis)
+        observer = ChannelObserver(axis)
         for array in arrays:
             observer.update(run(prefix_module, array))
-        tensors[name] = observer.result()
-    return Statistics(tensors, {}, len(arrays))
+        channels[name] = observer.result()
+    return Statistics({}, channels, {}, len(arrays))
 
 
 @pytest.mark.parametrize("clamp", [op.nn.relu, op.nn.relu6])
@@ -136,15 +136,14 @@ def test_activations_become_even_and_the_function_stays(clamp: Any) -> None:
     schemes = all_layers(module, EqualizeActivationsConfig(strength=1.0))
     arrays = samples(module)
     statistics = observed(module, schemes, arrays)
-    assert set(statistics) == {"a_clamp", "pool"}
+    assert set(statistics.channels) == {"a_clamp", "pool"}
     equalised = EqualizeActivations(schemes, statistics)(module)
     for x in arrays:  # the observed samples: no clip acts that did not act before
         expected = run(module, x)
         np.testing.assert_allclose(run(equalised, x), expected, rtol=1e-4, atol=1e-5)
     after = observed(equalised, schemes, arrays)
-    for name in statistics:
-        channels = after[name].channels
-        assert channels is not None
+    for name in statistics.channels:
+        channels = after.channels[name]
         alive = channels.high[channels.high > 0]
         if clamp is op.nn.relu6:  # half of the bound, or more where it was more
             assert alive.min() > 2.999
