@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..errors import RecipeError
 from .numerics.granularity import Granularity, PerChannel, PerGroup
-from .numerics.ranges import MinMax, RangeMethod
+from .numerics.ranges import RangeMethod, Sqnr
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class QuantizeConfig:
         default="float", metadata={"help": "power_of_two is dynamic fixed point"}
     )
     calibrate: RangeMethod = field(
-        default=MinMax(), metadata={"help": "how the activation ranges are chosen"}
+        default=Sqnr(), metadata={"help": "how the activation ranges are chosen"}
     )
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from tvm_compress.recipe import (
     recipe_summary,
     shipped_recipes,
 )
+from tvm_compress.relay_passes.correct_bias import CorrectBiasConfig
 from tvm_compress.relay_passes.numerics.granularity import PerGroup, PerTensor
 from tvm_compress.relay_passes.numerics.ranges import Percentile, Sqnr
 from tvm_compress.relay_passes.quantize_config import QuantizeConfig
@@ -234,5 +235,9 @@ def test_schema_refuses_what_the_parser_refuses(text: str) -> None:
 
 
 def test_recipe_in_python_equals_the_yaml() -> None:
-    recipe = Recipe(steps=(Step("quantize", QuantizeConfig(calibrate=Sqnr())),), goals=Goals(0.01))
+    steps = (
+        Step("quantize", QuantizeConfig(calibrate=Sqnr())),
+        Step("correct_bias", CorrectBiasConfig()),
+    )
+    recipe = Recipe(steps=steps, goals=Goals(0.01))
     assert recipe == load_recipe("int8")

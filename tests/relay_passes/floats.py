@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tvm.relax import op
 from tvm_compress.relay_passes import ir
 from tvm_compress.relay_passes.graph import Graph
 from tvm_compress.relay_passes.numerics.observers import TensorObserver
+from tvm_compress.relay_passes.numerics.ranges import MinMax
 from tvm_compress.relay_passes.numerics.statistics import Statistics
 from tvm_compress.relay_passes.quantize import Quantize, observe
 from tvm_compress.relay_passes.quantize_config import QuantizeConfig
@@ -106,6 +108,7 @@ def quantize(
 ) -> tvm.IRModule:
     """Quantised with the range [-4, 4] for every tensor that `ranges` does not name."""
     schemes = schemes or all_layers(module, config or QuantizeConfig())
+    schemes = {name: replace(item, calibrate=MinMax()) for name, item in schemes.items()}
     wanted = observe(module, schemes).tensors
     given = dict.fromkeys(wanted, (-4.0, 4.0)) | dict(ranges or {})
     return Quantize(schemes, statistics_of(given))(module)

@@ -13,6 +13,7 @@ from tvm_compress.relay_passes import ir
 from tvm_compress.relay_passes.encodings import match_encoding
 from tvm_compress.relay_passes.graph import Graph, rebuild
 from tvm_compress.relay_passes.numerics.granularity import PerGroup, PerTensor
+from tvm_compress.relay_passes.numerics.ranges import MinMax
 from tvm_compress.relay_passes.quantize import Quantize, observe, read_left_float
 from tvm_compress.relay_passes.quantize_config import QuantizeConfig
 
@@ -228,7 +229,7 @@ def test_the_given_module_is_not_changed() -> None:
 
 def test_passes_compose_in_a_plain_sequential() -> None:
     module = build(one_conv)
-    schemes = all_layers(module, QuantizeConfig())
+    schemes = all_layers(module, QuantizeConfig(calibrate=MinMax()))
     statistics = statistics_of(dict.fromkeys(observe(module, schemes).tensors, (-4.0, 4.0)))
     passes = tvm.transform.Sequential(
         [
