@@ -13,10 +13,10 @@ from tvm_compress.importers import load_model
 from tvm_compress.model import Model
 
 MODELS = {
-    "arm_kws_CRNN_S": 83,
+    "arm_kws_CRNN_S": 161,
     "arm_kws_DNN_S": 4,
     "arm_kws_DS_CNN_S": 10,
-    "arm_kws_GRU_S": 51,
+    "arm_kws_GRU_S": 100,
     "cifar10_bnn_cnv_w1a1": 9,
     "cifar10_resnet20": 20,
     "cifar10_resnet56": 56,
