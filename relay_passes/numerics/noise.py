@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 OCTAVES = 8  # candidates reach this far below and above the first sample's peak
-PER_OCTAVE = 4  # neighbouring ends differ by 19 %: by at most 0.2 dB around the best
+PER_OCTAVE = 8  # neighbouring ends differ by 9 %; twice as many gain less than 0.1 dB more
 LEVELS = (256, 65536)  # sizes of the grids that activations are quantised to
 
 

@@ -10,6 +10,7 @@ from tvm_compress.relay_passes.numerics.affine import (
     dequantize_affine,
     quantize_affine,
 )
+from tvm_compress.relay_passes.numerics.noise import PER_OCTAVE
 from tvm_compress.relay_passes.numerics.observers import TensorObserver
 from tvm_compress.relay_passes.numerics.ranges import (
     Entropy,
@@ -95,8 +96,8 @@ def test_sqnr_equals_the_noise_computed_sample_by_sample() -> None:
     noise = observe(*samples).noise
     ends = noise.ends
     assert ends[0] == 0.0
-    np.testing.assert_allclose(ends[2:] / ends[1:-1], 2**0.25)
-    for i, j in ((20, 25), (33, 30), (36, 36)):
+    np.testing.assert_allclose(ends[2:] / ends[1:-1], 2 ** (1 / PER_OCTAVE))
+    for i, j in ((40, 50), (66, 60), (72, 72)):
         expected = 0.0
         for x in samples:
             clipped = ((x - np.clip(x, -ends[i], ends[j])) ** 2).sum()
