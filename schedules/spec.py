@@ -215,15 +215,9 @@ class WeightedSpec(KernelSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conv2dSpec(WeightedSpec):
-    """2-D convolution, NHWC data, HWIO weight; conv1d is one of height 1.
+class _ConvolutionSpec(WeightedSpec):
+    """What both directions share: sizes, groups, and the shapes of their arguments."""
 
-    data [batch, height, width, in_channels], weight [kh, kw, in_channels / groups, out_channels],
-    result [batch, out_height, out_width, out_channels]. int4 weights are stored as uint8
-    [ceil(kh*kw*ic/2), out_channels], position 2j of the flattened (kh, kw, ic) in the low nibble.
-    """
-
-    family: ClassVar[str] = "conv2d"
     plain_layout: ClassVar[str] = "HWIO"
 
     batch: int
@@ -245,14 +239,9 @@ class Conv2dSpec(WeightedSpec):
         _require(
             min(sizes + self.kernel + self.strides + self.dilation) >= 1, f"a size < 1 in {self}"
         )
-        _require(min(self.padding) >= 0, f"negative padding {self.padding}")
         _require(
             self.in_channels % self.groups == 0 and self.out_channels % self.groups == 0,
             f"{self.groups} groups do not divide {self.in_channels} and {self.out_channels}",
-        )
-        _require(
-            self.out_height >= 1 and self.out_width >= 1,
-            f"kernel larger than the padded input: {self}",
         )
 
     @property
@@ -266,6 +255,50 @@ class Conv2dSpec(WeightedSpec):
     @property
     def columns(self) -> int:
         return self.out_channels // self.groups
+
+    @property
+    def out_height(self) -> int:
+        """Rows of the result."""
+        raise NotImplementedError
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the result."""
+        raise NotImplementedError
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """[batch, height, width, in_channels]."""
+        return (self.batch, self.height, self.width, self.in_channels)
+
+    @property
+    def plain_weight_shape(self) -> tuple[int, ...]:
+        return (*self.kernel, self.in_channels // self.groups, self.out_channels)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """[batch, out_height, out_width, out_channels]."""
+        return (self.batch, self.out_height, self.out_width, self.out_channels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conv2dSpec(_ConvolutionSpec):
+    """2-D convolution, NHWC data, HWIO weight; conv1d is one of height 1.
+
+    data [batch, height, width, in_channels], weight [kh, kw, in_channels / groups, out_channels],
+    result [batch, out_height, out_width, out_channels]. int4 weights are stored as uint8
+    [ceil(kh*kw*ic/2), out_channels], position 2j of the flattened (kh, kw, ic) in the low nibble.
+    """
+
+    family: ClassVar[str] = "conv2d"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(min(self.padding) >= 0, f"negative padding {self.padding}")
+        _require(
+            self.out_height >= 1 and self.out_width >= 1,
+            f"kernel larger than the padded input: {self}",
+        )
 
     @property
     def is_depthwise(self) -> bool:
@@ -295,20 +328,6 @@ class Conv2dSpec(WeightedSpec):
         return (self.padded_width - extent) // self.strides[1] + 1
 
     @property
-    def data_shape(self) -> tuple[int, ...]:
-        """[batch, height, width, in_channels]."""
-        return (self.batch, self.height, self.width, self.in_channels)
-
-    @property
-    def plain_weight_shape(self) -> tuple[int, ...]:
-        return (*self.kernel, self.in_channels // self.groups, self.out_channels)
-
-    @property
-    def output_shape(self) -> tuple[int, ...]:
-        """[batch, out_height, out_width, out_channels]."""
-        return (self.batch, self.out_height, self.out_width, self.out_channels)
-
-    @property
     def macs(self) -> int:
         """Multiply-accumulates of one call, border taps included."""
         return (
@@ -321,7 +340,7 @@ class Conv2dSpec(WeightedSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conv2dTransposeSpec(WeightedSpec):
+class Conv2dTransposeSpec(_ConvolutionSpec):
     """2-D transposed convolution, NHWC data, weight [kh, kw, in_channels / groups, out_channels].
 
     Defined as: insert strides - 1 times `pad_value` between the input's values, pad that with
@@ -331,47 +350,15 @@ class Conv2dTransposeSpec(WeightedSpec):
     """
 
     family: ClassVar[str] = "conv2d_transpose"
-    plain_layout: ClassVar[str] = "HWIO"
 
-    batch: int
-    height: int
-    width: int
-    in_channels: int
-    out_channels: int
-    kernel: tuple[int, int]
-    strides: tuple[int, int] = (1, 1)
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     output_padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    pad_value: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = (self.batch, self.height, self.width, self.in_channels, self.out_channels)
-        _require(
-            min(sizes + self.kernel + self.strides + self.dilation) >= 1, f"a size < 1 in {self}"
-        )
         _require(min(self.padding + self.output_padding) >= 0, f"negative padding in {self}")
-        _require(
-            self.in_channels % self.groups == 0 and self.out_channels % self.groups == 0,
-            f"{self.groups} groups do not divide {self.in_channels} and {self.out_channels}",
-        )
         _require(
             self.out_height >= 1 and self.out_width >= 1, f"padding cuts everything off: {self}"
         )
-
-    @property
-    def groups_of_channels(self) -> int:
-        return self.groups
-
-    @property
-    def reduction(self) -> tuple[int, int, int]:
-        return (*self.kernel, self.in_channels // self.groups)
-
-    @property
-    def columns(self) -> int:
-        return self.out_channels // self.groups
 
     @property
     def out_height(self) -> int:
@@ -384,20 +371,6 @@ class Conv2dTransposeSpec(WeightedSpec):
         """Columns of the result."""
         full = (self.width - 1) * self.strides[1] + self.dilation[1] * (self.kernel[1] - 1) + 1
         return full - self.padding[1] - self.padding[3] + self.output_padding[1]
-
-    @property
-    def data_shape(self) -> tuple[int, ...]:
-        """[batch, height, width, in_channels]."""
-        return (self.batch, self.height, self.width, self.in_channels)
-
-    @property
-    def plain_weight_shape(self) -> tuple[int, ...]:
-        return (*self.kernel, self.in_channels // self.groups, self.out_channels)
-
-    @property
-    def output_shape(self) -> tuple[int, ...]:
-        """[batch, out_height, out_width, out_channels]."""
-        return (self.batch, self.out_height, self.out_width, self.out_channels)
 
     @property
     def macs(self) -> int:
