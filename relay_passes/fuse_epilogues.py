@@ -19,11 +19,10 @@ from dataclasses import dataclass
 import tvm
 from tvm import relax
 
-from ..schedules.prim import BROADCAST, INJECTIVE, REDUCE
+from ..schedules.prim import ANCHOR, BROADCAST, INJECTIVE, REDUCE
 from . import ir
 
 CALLS_ATTR = "tvm_compress.calls"
-OUT_ELEMWISE_FUSABLE = 4
 
 
 @dataclass
@@ -148,10 +147,7 @@ class _Fusion:
             if pattern == INJECTIVE:
                 if group.has_anchor or self.pattern(last) > BROADCAST:
                     continue
-            elif (
-                ir.shape_of(argument) != ir.shape_of(var)
-                or self.pattern(last) > OUT_ELEMWISE_FUSABLE
-            ):
+            elif ir.shape_of(argument) != ir.shape_of(var) or self.pattern(last) > ANCHOR:
                 continue
             if all(group is not other for other in found):
                 found.append(group)
