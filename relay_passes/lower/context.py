@@ -17,6 +17,7 @@ from ...schedules.table import table_lookup
 from .. import ir
 from ..encodings import match_encoding
 from ..numerics import requantize as rules
+from ..numerics.qlinear_add import matching_constants, qlinear_add
 from .values import (
     Accumulator,
     Concat,
@@ -478,7 +479,8 @@ class Lowering:
         unit = 2.0 ** plan[0]
         arguments: list[tvm.ir.Expr | np.ndarray] = []
         terms = []
-        for (sign, term), limit in zip(value.terms, plan[1], strict=True):
+        matched = self._matching_sum(value, params, plan)
+        for k, ((sign, term), limit) in enumerate(zip(value.terms, plan[1], strict=True)):
             source = codes_of(term)
             scale, bias = affine(term)
             if source.shape == frame.shape:
@@ -486,9 +488,11 @@ class Lowering:
                 view = replace(frame, expr=expr, dtype=source.dtype)
             else:
                 view = self._broadcast_term(source, frame, name)
-            shift, real = self.constants_for(view, bias, sign * scale / step)
+            exact = sign * scale / step * unit
+            factor = exact if matched is None else np.array(matched[0][k])
+            shift, real = self.constants_for(view, bias, factor)
             wide = self._width(term) if isinstance(term, Accumulator) else "int32"
-            arguments += [view.expr, shift.astype(wide), (real * unit).astype(np.float32)]
+            arguments += [view.expr, shift.astype(wide), real.astype(np.float32)]
             clamp = term.clamp if isinstance(term, Accumulator) else (-math.inf, math.inf)
             low, high = sorted(
                 round(max(-limit, min(limit, sign * bound / float(step))) * unit) for bound in clamp
@@ -498,7 +502,8 @@ class Lowering:
             terms.append(
                 requantize_kernels.SumTerm(source.dtype, shape, real.shape, (low, high), wide)
             )
-        arguments.append(np.rint(offset * unit).astype(np.int32))
+        fixed = np.rint(offset * unit) if matched is None else np.full_like(offset, matched[1])
+        arguments.append(fixed.astype(np.int32))
         func = requantize_kernels.requantize_sum(
             physical, terms, params.zero_point, self._bounds(value.clamp, params), params.dtype,
             plan[0], offset.shape,
@@ -506,6 +511,36 @@ class Lowering:
         expr = self.kernel(func, arguments, physical, params.dtype, name, "requantize_sum")
         expr = self.reshape(expr, frame.physical_shape, f"{name}.view")
         return replace(frame, expr=expr, dtype=params.dtype, quant=params)
+
+    def _matching_sum(
+        self, value: Sum, params: QuantParams, plan: tuple[int, tuple[float, ...]]
+    ) -> tuple[tuple[np.float32, np.float32], int] | None:
+        """(multipliers, offset) that make a plain residual addition QLinearAdd; None: another
+        sum, or no such constants."""
+        operands = [term.codes for sign, term in value.terms if isinstance(term, Dequantised)]
+        plain = len(operands) == len(value.terms) == 2 and not np.any(value.offset)
+        if not plain or any(sign != 1.0 for sign, _ in value.terms) or self.rule != "float32":
+            return None
+        sources = [codes.quant for codes in operands if codes.quant is not None]
+        narrow = all(np.iinfo(quant.dtype).bits == 8 for quant in (*sources, params))
+        if not narrow or operands[0].shape != operands[1].shape:
+            return None
+        bounds = self._bounds(value.clamp, params)
+        ranges = [np.arange(quant.bounds[0], quant.bounds[1] + 1) for quant in sources]
+        wanted = qlinear_add(
+            ranges[0][:, None], ranges[1],
+            [quant.scale for quant in (*sources, params)],
+            [quant.zero_point for quant in (*sources, params)], bounds,
+        )  # fmt: skip
+        unit, step = 2.0 ** plan[0], np.float64(np.float32(params.scale))
+        low, high = (bound - params.zero_point for bound in bounds)
+        return matching_constants(
+            wanted - params.zero_point,
+            [codes - quant.zero_point for codes, quant in zip(ranges, sources, strict=True)],
+            [np.float32(quant.scale / step * unit) for quant in sources],
+            [(round(-limit * unit), round(limit * unit)) for limit in plan[1]],
+            (low, high), plan[0],
+        )  # fmt: skip
 
     def _frame(self, value: Sum, name: str) -> Tensor:
         """A term of the sum's full shape, by whose physical order the others go; accumulators
