@@ -27,6 +27,8 @@ from .op_kinds import ANCHORS
 from .patches import patch_shape, weight_matrix
 from .placement import bias_vector, channel_axis
 
+CORRECTED = "_corrected"  # ends the name of a layer's output behind a bias that it did not have
+
 
 @dataclass(frozen=True)
 class CorrectBiasConfig:
@@ -182,7 +184,7 @@ class _Writer:
         rank, axis = len(shape_of(layer) or ()), channel_axis(call)
         shape = tuple(bias.size if index == axis else 1 for index in range(rank))
         stored = self._stored_bias(layer, bias, shape, axis)
-        corrected = _like(layer, f"{layer.name}_corrected", layer.ty)
+        corrected = _like(layer, f"{layer.name}{CORRECTED}", layer.ty)
         self._after.setdefault(layer, []).extend(
             [*stored[1], relax.VarBinding(corrected, op.add(layer, stored[0]))]
         )

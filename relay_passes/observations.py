@@ -31,3 +31,8 @@ class Observations:
 
     def __bool__(self) -> bool:
         return bool(self.tensors or self.channels or self.first_moments or self.second_moments)
+
+    def names(self) -> frozenset[str]:
+        """Every tensor and layer that is named."""
+        layers = self.first_moments | self.second_moments
+        return self.tensors | frozenset(self.channels) | layers

@@ -79,8 +79,8 @@ PASSES: dict[str, PassEntry] = {
     "quantize": PassEntry(
         summary="integer weights and activations, or integer weights alone",
         config_at="quantize_config:QuantizeConfig",
-        pass_at="quantize:Quantize",
-        observe_at="quantize:observe",
+        pass_at="quantize_branches:QuantizeBranches",
+        observe_at="quantize_branches:observe",
         keeps_statistics=True,
     ),
     "correct_bias": PassEntry(

@@ -13,6 +13,7 @@ import tvm
 from tvm import relax
 
 from ..errors import RecipeError
+from .branches import branch_call
 from .graph import Graph
 from .ir import op_name, shape_of
 from .op_kinds import ANCHORS
@@ -50,18 +51,24 @@ class Layer:
 
 def list_layers(module: tvm.IRModule) -> list[Layer]:
     """The layers of `main`, those inside the branches of an `If` included, in execution order."""
-    return list(_layers_of(module["main"], is_in_branch=False))
+    return list(_layers_of(module, module["main"], is_in_branch=False))
 
 
-def _layers_of(function: relax.Function, is_in_branch: bool) -> Iterable[Layer]:
+def _layers_of(
+    module: tvm.IRModule, function: relax.Function, is_in_branch: bool
+) -> Iterable[Layer]:
     graph = Graph(function)
     for variable, value in graph.values.items():
         if isinstance(value, relax.If):
             for branch in (value.true_branch, value.false_branch):
+                call = branch_call(module, branch)
+                if call is not None:
+                    yield from _layers_of(module, module[call.op], is_in_branch=True)
+                    continue
                 body = branch if isinstance(branch, relax.SeqExpr) else relax.SeqExpr([], branch)
                 captured = relax.analysis.free_vars(body)
                 inner = relax.Function(captured, body, body.ty, True)
-                yield from _layers_of(inner, is_in_branch=True)
+                yield from _layers_of(module, inner, is_in_branch=True)
         elif graph.op(variable) in ANCHORS:
             layer = describe_layer(graph, variable, is_in_branch)
             if layer is not None:

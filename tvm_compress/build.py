@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import ModelError, TargetError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     import tvm
@@ -29,6 +30,7 @@ class KernelCall:
     symbol: str
     layers: tuple[str, ...]
     output: str
+    function: str = "main"  # or the function of a branch
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def build(module: tvm.IRModule, target: Target) -> Built:
         reference_pipeline,
         schedule_pipeline,
     )
+    from .relay_passes.branches import functions_in_order
     from .relay_passes.lower import LEFT_FLOAT_ATTR
     from .relay_passes.pack_weights import DECODED_ATTR
 
@@ -101,14 +104,17 @@ def build(module: tvm.IRModule, target: Target) -> Built:
             raise ModelError(
                 f"TVM could not compile the model for {target.name}: {line}"
             ) from error
-    attrs = reference["main"].attrs or {}
     return Built(
         executable=executable,
         reference_module=reference,
         calls=_calls(fused),
         constants=_constants(packed),
         plan_bytes=_plan_bytes(planned),
-        left_float=tuple(json.loads(str(attrs.get(LEFT_FLOAT_ATTR, "[]")))),
+        left_float=tuple(
+            entry
+            for global_var in functions_in_order(reference)
+            for entry in json.loads(str(reference[global_var].attrs.get(LEFT_FLOAT_ATTR, "[]")))
+        ),
         decoded_per_call=tuple(json.loads(str(packed["main"].attrs[DECODED_ATTR]))),
     )
 
@@ -127,23 +133,35 @@ def compile_reference(module: tvm.IRModule) -> relax.VMExecutable:
 
 
 def _calls(fused: tvm.IRModule) -> tuple[KernelCall, ...]:
-    """Pair the kernels of the built module with what FuseEpilogues recorded about them."""
+    """Pair the kernels of the built module with what FuseEpilogues recorded about them.
+
+    In execution order, the calls of both branches at the place of an `If`.
+    """
     from .relay_passes import ir
+    from .relay_passes.branches import functions_in_order, walk
     from .relay_passes.fuse_epilogues import CALLS_ATTR
 
-    main = fused["main"]
-    recorded = json.loads(str(main.attrs[CALLS_ATTR]))
-    symbols = [
-        binding.value.args[0].name_hint
-        for binding in ir.bindings(main)
-        if ir.op_name(binding.value) == "relax.call_tir"
-    ]
-    if len(symbols) != len(recorded):
-        raise AssertionError(f"{len(symbols)} kernel calls, {len(recorded)} recorded")
-    return tuple(
-        KernelCall(symbol, tuple(entry["layers"]), entry["output"])
-        for symbol, entry in zip(symbols, recorded, strict=True)
-    )
+    recorded: dict[str, Iterator[dict[str, Any]]] = {}
+    taken: set[str] = set()
+    for global_var in functions_in_order(fused):
+        name = global_var.name_hint
+        entries = json.loads(str(fused[global_var].attrs[CALLS_ATTR]))
+        for entry in entries:
+            if entry["output"] in taken:  # a variable of that name is in another function as well
+                entry["output"] = f"{name}.{entry['output']}"
+            taken.add(entry["output"])
+        recorded[name] = iter(entries)
+    calls = []
+    for global_var, binding in walk(fused):
+        if ir.op_name(binding.value) == "relax.call_tir":
+            function = global_var.name_hint
+            entry = next(recorded[function])
+            symbol = binding.value.args[0].name_hint
+            calls.append(KernelCall(symbol, tuple(entry["layers"]), entry["output"], function))
+    left_over = sum(len(list(entries)) for entries in recorded.values())
+    if left_over:
+        raise AssertionError(f"{left_over} recorded calls are not in the built module")
+    return tuple(calls)
 
 
 def _constants(packed: tvm.IRModule) -> tuple[ConstantBytes, ...]:
@@ -151,12 +169,13 @@ def _constants(packed: tvm.IRModule) -> tuple[ConstantBytes, ...]:
     import tvm
 
     from .relay_passes import ir
+    from .relay_passes.branches import walk
     from .schedules.prim import ROLES_ATTR
 
     layer_of: dict[tvm.ir.Expr, str] = _decoded_weights(packed)
     found: list[ConstantBytes] = []
     emitted: set[tuple[str, tuple[int, ...], bytes]] = set()
-    for binding in ir.bindings(packed["main"]):
+    for _, binding in walk(packed):
         value = binding.value
         if not isinstance(value, tvm.ir.Call):
             continue
@@ -196,10 +215,11 @@ def _decoded_weights(packed: tvm.IRModule) -> dict[tvm.ir.Expr, str]:
     from tvm import relax
 
     from .relay_passes import ir
+    from .relay_passes.branches import walk
     from .schedules.prim import ROLES_ATTR
 
     layer_of: dict[tvm.ir.Expr, str] = {}
-    for binding in ir.bindings(packed["main"]):
+    for _, binding in walk(packed):
         if ir.op_name(binding.value) != "relax.call_tir":
             continue
         function = packed[binding.value.args[0]]
@@ -211,18 +231,33 @@ def _decoded_weights(packed: tvm.IRModule) -> dict[tvm.ir.Expr, str]:
 
 
 def _plan_bytes(planned: tvm.IRModule) -> int:
-    """Bytes of the activation storages in TVM's static memory plan, inputs and outputs included."""
+    """Bytes of the activation storages in TVM's static memory plan, inputs and outputs included.
+
+    Of an `If` the larger branch counts: one of them runs, with storages of its own.
+    """
+    main = planned["main"]
+    return _storage_bytes(planned, main) + sum(_tensor_bytes(param) for param in main.params)
+
+
+def _storage_bytes(planned: tvm.IRModule, function: relax.Function) -> int:
+    from tvm import relax
+
     from .relay_passes import ir
+    from .relay_passes.branches import branch_callees
 
     total = 0
-    for binding in ir.bindings(planned["main"]):
+    branches = [0]
+    for binding in ir.bindings(function):
         name = ir.op_name(binding.value)
         if name == "relax.memory.alloc_storage":
             size = binding.value.args[0]
             total += int(size.values[0].value)
         elif name == "relax.builtin.alloc_tensor":
             total += _tensor_bytes(binding.var)
-    return total + sum(_tensor_bytes(param) for param in planned["main"].params)
+        elif isinstance(binding.value, relax.If):
+            callees = branch_callees(planned, binding.value)
+            branches += [_storage_bytes(planned, planned[callee]) for callee in callees]
+    return total + max(branches)
 
 
 def _tensor_bytes(expr: tvm.ir.Expr) -> int:

@@ -5,7 +5,8 @@ Memory does not depend on the number of samples: every sample only updates obser
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .errors import DataError, RecipeError
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     import tvm
     from tvm import relax
 
-    from .model import Model
+    from .model import Model, TensorSpec
+    from .relay_passes.graph import Graph
     from .relay_passes.numerics.statistics import Statistics
     from .relay_passes.observations import Observations
     from .targets import Target
@@ -38,16 +40,22 @@ def calibrate(
     samples and their order alone. Raises `DataError` when there are no samples or when a sample or
     a tensor holds NaN or infinity, `RecipeError` when a name is not in the model.
     """
-    watched = list(_watched(model.module, observations))
+    main = model.module.get_global_var("main")
+    observed = _Observed(model.module, main, model.inputs, observations, target)
+    found = {watcher.variable.name for watcher in observed.all_watchers()}
+    layers = {layer.name for watcher in observed.all_watchers() for layer in watcher.layers}
+    for name in sorted(observations.names() - found - layers):
+        raise RecipeError(f"the model has no tensor {name!r} to calibrate")
     total = len(samples) if isinstance(samples, Sized) else 0
     tracked = (progress or Progress()).track(samples, "calibrate", total)
     count = 0
-    for count, tensors in enumerate(_observed_runs(model, tracked, watched, target), start=1):
-        for watcher, tensor in zip(watched, tensors, strict=True):
-            watcher.update(tensor, count - 1)
+    for index, sample in enumerate(tracked):
+        _require_finite(sample, index)
+        observed.run([sample[spec.name] for spec in model.inputs], index)
+        count = index + 1
     if count == 0:
         raise DataError("there are no calibration samples; statistics need at least one")
-    return _collect(watched, count)
+    return _collect(observed.all_watchers(), count)
 
 
 class _Watcher:
@@ -63,6 +71,7 @@ class _Watcher:
         if name in observations.channels:
             self.channels = ChannelObserver(observations.channels[name])
         self.layers: list[_LayerWatcher] = []
+        self.updates = 0
 
     def update(self, array: np.ndarray, sample: int) -> None:
         import numpy as np
@@ -73,6 +82,7 @@ class _Watcher:
                 f"tensor {self.variable.name!r} has {kind} for calibration sample {sample}; "
                 "remove the sample or check the model's input scaling"
             )
+        self.updates += 1
         if self.tensor is not None:
             self.tensor.update(array)
         if self.channels is not None:
@@ -100,18 +110,113 @@ class _LayerWatcher:
         self.moments.update(channels_first(array, self._call))
 
 
-def _watched(module: tvm.IRModule, observations: Observations) -> Iterator[_Watcher]:
-    """A watcher for each variable that has to be looked at, in execution order."""
-    from .relay_passes.graph import Graph
+class _Observed:
+    """A function of the module, compiled to return what is watched in it, and its branches.
 
-    graph = Graph(module["main"])
+    A branch of an `If` is a program of its own: it runs for the samples that take it, on the values
+    that it has then.
+    """
+
+    def __init__(
+        self,
+        module: tvm.IRModule,
+        global_var: tvm.ir.GlobalVar,
+        inputs: Sequence[TensorSpec],
+        observations: Observations,
+        target: Target,
+    ) -> None:
+        from .model import TensorSpec
+        from .relay_passes.branches import as_main
+        from .relay_passes.graph import Graph
+        from .relay_passes.ir import dtype_of, shape_of
+
+        graph = Graph(module[global_var])
+        self._params = list(graph.function.params)
+        self._inputs = inputs
+        self.watchers = list(_watched(graph, observations))
+        self._branches = [
+            branch
+            for value in graph.values.values()
+            for branch in _branches_of(module, value, observations, target)
+        ]
+        needed = [watcher.variable for watcher in self.watchers]
+        needed += [variable for branch in self._branches for variable in branch.reads()]
+        computed = list(dict.fromkeys(v for v in needed if v not in self._params))
+        self._computed = {variable: f"{i}" for i, variable in enumerate(computed)}
+        self._session = None
+        if computed:
+            from .build import compile_module
+            from .runtime import Session
+
+            outputs = tuple(
+                TensorSpec(name, shape_of(variable) or (), dtype_of(variable))
+                for variable, name in self._computed.items()
+            )
+            program = _instrument(as_main(module, global_var), computed)
+            self._session = Session(compile_module(program, target), tuple(inputs), outputs)
+
+    def all_watchers(self) -> list[_Watcher]:
+        """Those of the function and of its branches."""
+        inner = [w for branch in self._branches for w in branch.program.all_watchers()]
+        return self.watchers + inner
+
+    def run(self, arguments: Sequence[np.ndarray], sample: int) -> None:
+        """One inference; every watcher of what ran is updated."""
+        feed = {spec.name: array for spec, array in zip(self._inputs, arguments, strict=True)}
+        arrays = {} if self._session is None else self._session.run(feed)
+        values = {variable: arrays[name] for variable, name in self._computed.items()}
+        values |= zip(self._params, arguments, strict=True)
+        for watcher in self.watchers:
+            watcher.update(values[watcher.variable], sample)
+        for branch in self._branches:
+            if bool(values[branch.condition]) == branch.is_then:
+                branch.program.run([values[item] for item in branch.arguments], sample)
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """One branch of an `If`: when it runs, and on what."""
+
+    condition: relax.Var
+    is_then: bool
+    arguments: tuple[relax.Var, ...]
+    program: _Observed
+
+    def reads(self) -> tuple[relax.Var, ...]:
+        return (self.condition, *self.arguments)
+
+
+def _branches_of(
+    module: tvm.IRModule, value: tvm.ir.Expr, observations: Observations, target: Target
+) -> Iterator[_Branch]:
+    """The branches of an `If` in which anything is watched, of those that take tensors."""
+    from tvm import relax
+
+    from .model import TensorSpec
+    from .relay_passes.branches import branch_call
+    from .relay_passes.ir import dtype_of, shape_of
+
+    if not isinstance(value, relax.If):
+        return
+    for is_then, body in ((True, value.true_branch), (False, value.false_branch)):
+        call = branch_call(module, body)
+        if call is None or any(shape_of(argument) is None for argument in call.args):
+            continue
+        specs = tuple(
+            TensorSpec(param.name, shape_of(param) or (), dtype_of(param))
+            for param in module[call.op].params
+        )
+        program = _Observed(module, call.op, specs, observations, target)
+        if program.all_watchers():
+            yield _Branch(value.cond, is_then, tuple(call.args), program)
+
+
+def _watched(graph: Graph, observations: Observations) -> Iterator[_Watcher]:
+    """A watcher for each variable that has to be looked at, in execution order."""
     layers_of_input: dict[relax.Var, list[str]] = {}
     variables = {item.name: item for item in [*graph.function.params, *graph.values]}
     wanted = {*observations.tensors, *observations.channels}
     layers = observations.first_moments | observations.second_moments
-    for name in sorted(wanted | layers):
-        if name not in variables:
-            raise RecipeError(f"the model has no tensor {name!r} to calibrate")
     for name in variables:
         if name in layers:
             data = graph.values[variables[name]].args[0]
@@ -127,40 +232,13 @@ def _watched(module: tvm.IRModule, observations: Observations) -> Iterator[_Watc
         yield watcher
 
 
-def _observed_runs(
-    model: Model, samples: Iterable[Sample], watched: list[_Watcher], target: Target
-) -> Iterator[list[np.ndarray]]:
-    """The arrays of the watched variables for one sample after the other."""
+def _require_finite(sample: Sample, index: int) -> None:
     import numpy as np
 
-    from .build import compile_module
-    from .model import TensorSpec
-    from .relay_passes.ir import dtype_of, shape_of
-    from .runtime import Session
-
-    parameters = list(model.module["main"].params)
-    inputs = {
-        parameter: spec.name for parameter, spec in zip(parameters, model.inputs, strict=True)
-    }
-    computed = [item.variable for item in watched if item.variable not in inputs]
-    outputs = tuple(
-        TensorSpec(item.name, shape_of(item) or (), dtype_of(item)) for item in computed
-    )
-    session = None
-    if computed:
-        session = Session(
-            compile_module(_instrument(model.module, computed), target), model.inputs, outputs
-        )
-    for index, sample in enumerate(samples):
-        for name, array in sample.items():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                kind = "NaN" if np.isnan(array).any() else "an infinite value"
-                raise DataError(f"input {name!r} has {kind} in calibration sample {index}")
-        arrays = {} if session is None else session.run(sample)
-        yield [
-            sample[inputs[item.variable]] if item.variable in inputs else arrays[item.variable.name]
-            for item in watched
-        ]
+    for name, array in sample.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            kind = "NaN" if np.isnan(array).any() else "an infinite value"
+            raise DataError(f"input {name!r} has {kind} in calibration sample {index}")
 
 
 def _instrument(module: tvm.IRModule, wanted: list[relax.Var]) -> tvm.IRModule:
@@ -187,15 +265,13 @@ def _instrument(module: tvm.IRModule, wanted: list[relax.Var]) -> tvm.IRModule:
 
 
 def _collect(watched: list[_Watcher], samples: int) -> Statistics:
+    """What was gathered; nothing of branches that no sample took."""
     from .relay_passes.numerics.statistics import Statistics
 
+    seen = [watcher for watcher in watched if watcher.updates]
     return Statistics(
-        {item.variable.name: item.tensor.result() for item in watched if item.tensor is not None},
-        {
-            item.variable.name: item.channels.result()
-            for item in watched
-            if item.channels is not None
-        },
-        {layer.name: layer.moments.result() for item in watched for layer in item.layers},
+        {item.variable.name: item.tensor.result() for item in seen if item.tensor is not None},
+        {item.variable.name: item.channels.result() for item in seen if item.channels is not None},
+        {layer.name: layer.moments.result() for item in seen for layer in item.layers},
         samples,
     )

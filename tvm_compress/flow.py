@@ -32,9 +32,7 @@ from .workspace import Workspace
 if TYPE_CHECKING:
     import tvm
 
-    from .build import Built
     from .data import Dataset
-    from .kernels import LibraryInfo
     from .model import Model
     from .recipe import Recipe, Step
     from .relay_passes.numerics.statistics import Statistics
@@ -327,6 +325,8 @@ def _build_all(
 
 def _build_side(module: tvm.IRModule, target: Target, with_reference: bool, folder: Path) -> None:
     from .build import build, compile_reference
+    from .library import describe_library
+    from .taps import tap
 
     built = build(module, target)
     library = folder / "library.so"
@@ -341,92 +341,6 @@ def _build_side(module: tvm.IRModule, target: Target, with_reference: bool, fold
         tapped, value["taps"] = tap(built.reference_module, [call.output for call in info.calls])
         compile_reference(tapped).export_library(str(folder / "reference.so"))
     _write_json(folder / "info.json", value)
-
-
-def describe_library(built: Built, library: Path) -> LibraryInfo:
-    """Bytes, kernel calls and tensors of one exported library."""
-    from .kernels import Call, LibraryInfo, TensorInfo
-    from .relay_passes.lower import TENSORS_ATTR
-    from .report.rows import Bytes
-    from .sections import section_bytes
-
-    total = library.stat().st_size
-    code = section_bytes(library).get(".text", 0)
-    by_role: dict[str, int] = {}
-    by_layer: dict[str, int] = {}
-    for constant in built.constants:
-        by_role[constant.role] = by_role.get(constant.role, 0) + constant.bytes
-        by_layer[constant.layer] = by_layer.get(constant.layer, 0) + constant.bytes
-    known = {role: by_role.get(role, 0) for role in ("weights", "scales", "bias", "table")}
-    tensors = json.loads(str(built.reference_module["main"].attrs[TENSORS_ATTR]))
-    return LibraryInfo(
-        calls=tuple(Call(c.symbol, tuple(c.layers), c.output) for c in built.calls),
-        tensors={
-            name: TensorInfo(
-                tuple(t["shape"]), tuple(t["perm"]), t["source"], t["scale"], t["zero_point"]
-            )
-            for name, t in tensors.items()
-        },
-        layer_bytes=by_layer,
-        bytes=Bytes(
-            total=total,
-            weights=known["weights"],
-            scales=known["scales"],
-            biases=known["bias"],
-            tables=known["table"],
-            indices=by_role.get("indices", 0),
-            code=code,
-            other=total - sum(known.values()) - by_role.get("indices", 0) - code,
-        ),
-        plan_bytes=built.plan_bytes,
-    )
-
-
-def tap(module: tvm.IRModule, names: Iterable[str]) -> tuple[tvm.IRModule, list[dict[str, Any]]]:
-    """`main` returning, after its own results, the integer tensors among `names`.
-
-    Also returns name, shape and dtype of each added result, in order.
-    """
-    from tvm import relax
-
-    from .relay_passes.graph import Graph, rebuild
-    from .relay_passes.ir import dtype_of, shape_of
-
-    graph = Graph(module["main"])
-    wanted = set(names)
-    taps: dict[str, relax.Var] = {}
-    handed_out: dict[relax.Var, list[relax.VarBinding]] = {}
-    specs = []
-    for variable in graph.values:
-        shape = shape_of(variable)
-        if variable.name not in wanted or shape is None:
-            continue
-        dtype = dtype_of(variable)
-        if not dtype.startswith(("int", "uint")) or variable.name in taps:
-            continue
-        outside = relax.Var(f"{variable.name}_tap", variable.ty)
-        handed_out[variable] = [relax.VarBinding(outside, variable)]
-        taps[variable.name] = outside
-        specs.append({"name": variable.name, "shape": list(shape), "dtype": dtype})
-    body = graph.function.body.body
-    results = list(_results(graph, body))
-    function = rebuild(graph.function, after=handed_out, result=[*results, *taps.values()])
-    module = module.clone()
-    module["main"] = function
-    return relax.transform.Normalize()(module), specs
-
-
-def _results(graph: Any, body: Any) -> Iterator[Any]:
-    """The fields of the function's result, looked up through the variable that names the tuple."""
-    from tvm import relax
-
-    value = graph.values.get(body) if isinstance(body, relax.Var) else body
-    while isinstance(value, relax.Var) and value in graph.values:
-        value = graph.values[value]
-    if isinstance(value, relax.Tuple):
-        yield from value.fields
-    else:
-        yield body
 
 
 # --- 5. lay out ---------------------------------------------------------------------------------

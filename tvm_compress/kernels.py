@@ -52,6 +52,7 @@ class Call:
     symbol: str
     layers: tuple[str, ...]
     output: str
+    function: str = "main"  # or the function of a branch
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,10 @@ class LibraryInfo:
     def from_json(cls, value: Mapping[str, Any]) -> LibraryInfo:
         """Inverse of `to_json`."""
         return cls(
-            calls=tuple(Call(c["symbol"], tuple(c["layers"]), c["output"]) for c in value["calls"]),
+            calls=tuple(
+                Call(c["symbol"], tuple(c["layers"]), c["output"], c.get("function", "main"))
+                for c in value["calls"]
+            ),
             tensors={
                 name: TensorInfo(
                     tuple(t["shape"]), tuple(t["perm"]), t["source"], t["scale"], t["zero_point"]
@@ -88,18 +92,22 @@ class Observer:
     """Follows one inference call by call.
 
     `on_call(index, result, seconds)` is called after kernel call `index` with the tensor that it
-    wrote. Calls of a branch that was not taken are skipped.
+    wrote; there is none for the calls of a branch that was not taken.
     """
 
     def __init__(self, info: LibraryInfo, on_call: Callable[[int, Any, float], None]) -> None:
-        self._symbols = [call.symbol for call in info.calls]
         self._on_call = on_call
-        self._next = 0
+        self._of_function: dict[str, list[tuple[int, str]]] = {"main": []}
+        for index, call in enumerate(info.calls):
+            self._of_function.setdefault(call.function, []).append((index, call.symbol))
+        self._left: dict[str, list[tuple[int, str]]] = {}  # calls of each function, to come
+        self._entered: list[str] = []
         self._started = 0.0
 
     def run(self, session: Session, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One observed inference."""
-        self._next = 0
+        self._left = {name: list(calls) for name, calls in self._of_function.items()}
+        self._entered = ["main"]
         session.observe(self._hook)
         try:
             return session.run(feed)
@@ -108,15 +116,20 @@ class Observer:
 
     def _hook(self, symbol: str, before: bool, arguments: tuple[Any, ...]) -> None:
         now = time.perf_counter()
+        if symbol in self._of_function:  # a branch
+            if before:
+                self._entered.append(symbol)
+            else:
+                self._entered.pop()
+            return
         if before:
             self._started = time.perf_counter()
             return
-        try:
-            index = self._symbols.index(symbol, self._next)
-        except ValueError:
-            return  # not a kernel: allocation, reshape, ...
-        self._next = index + 1
-        self._on_call(index, arguments[-1], now - self._started)
+        left = self._left[self._entered[-1]]
+        # Anything else is not a kernel: allocation, reshape, ...
+        if left and left[0][1] == symbol:
+            index, _ = left.pop(0)
+            self._on_call(index, arguments[-1], now - self._started)
 
 
 def capture(

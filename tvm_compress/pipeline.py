@@ -13,6 +13,7 @@ import tvm
 from tvm import relax
 from tvm.relax.pipeline import register_pipeline
 
+from .relay_passes.branches import OnEachFunction
 from .relay_passes.fuse_epilogues import FuseEpilogues
 from .relay_passes.lower import LowerToKernels
 from .relay_passes.narrow_indices import NarrowIndices
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def reference_pipeline() -> tvm.transform.Pass:
     """Graph form => kernel form: the executable reference, naive kernels, any target."""
-    return tvm.transform.Sequential([LowerToKernels()], name="reference")
+    return tvm.transform.Sequential([OnEachFunction(LowerToKernels())], name="reference")
 
 
 def packing_pipeline(target: Target) -> tvm.transform.Pass:
@@ -46,7 +47,7 @@ def fusion_pipeline() -> tvm.transform.Pass:
             # Reshapes must become views before fusion, or they would be copied inside kernels.
             transform.RewriteDataflowReshape(),
             # Phase 2: epilogues into the kernels that feed them.
-            FuseEpilogues(),
+            OnEachFunction(FuseEpilogues()),
             transform.FuseTIR(),
             transform.DeadCodeElimination(["main"]),
         ],

@@ -106,9 +106,9 @@ def profile_model(model: Model) -> Profile:
     needs any more.
     """
     function = model.module["main"]
-    walk = _Walk()
+    walk = _Walk(model.module)
     walk.visit(function.body)
-    peak, peak_at = _peak(function)
+    peak, peak_at = _peak(model.module, function)
     return Profile(
         model=model.name,
         layers=tuple(walk.layers),
@@ -126,7 +126,8 @@ def profile_model(model: Model) -> Profile:
 class _Walk:
     """Collects layers and operators over all bindings, branches included."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: tvm.IRModule) -> None:
+        self._module = module
         self.layers: list[LayerProfile] = []
         self.others: dict[str, list[int]] = {}  # type -> [count, parameters, bytes, output bytes]
         self.parameters = 0
@@ -136,6 +137,7 @@ class _Walk:
         self._seen: list[Any] = []
 
     def visit(self, body: relax.Expr) -> None:
+        import tvm
         from tvm import relax
 
         if not isinstance(body, relax.SeqExpr):
@@ -146,6 +148,12 @@ class _Walk:
                 if isinstance(value, relax.If):
                     self.visit(value.true_branch)
                     self.visit(value.false_branch)
+                elif isinstance(getattr(value, "op", None), tvm.ir.GlobalVar):
+                    callee = self._module[value.op]
+                    if isinstance(callee, relax.Function) and not callee.attrs:
+                        self.visit(callee.body)
+                    else:
+                        self._visit_call(binding.var, value)
                 elif hasattr(value, "op"):
                     self._visit_call(binding.var, value)
 
@@ -277,7 +285,7 @@ def _type_name(name: str, call: tvm.ir.Call) -> str:
     return "embedding" if kind == "take" and _constant_weight(call) else kind
 
 
-def _peak(function: relax.Function) -> tuple[int, str]:
+def _peak(module: tvm.IRModule, function: relax.Function) -> tuple[int, str]:
     """Largest sum of tensors that are alive at once, and during which operator."""
     from tvm import relax
 
@@ -299,7 +307,7 @@ def _peak(function: relax.Function) -> tuple[int, str]:
             continue
         if not used:  # made of constants alone: stored weights
             continue
-        inner = _peak_of_branches(value) if isinstance(value, relax.If) else 0
+        inner = _peak_of_branches(module, value) if isinstance(value, relax.If) else 0
         root[binding.var] = binding.var
         sizes[binding.var] = _bytes(binding.var.ty)
         uses.append(
@@ -327,18 +335,22 @@ def _peak(function: relax.Function) -> tuple[int, str]:
     return peak, peak_at
 
 
-def _peak_of_branches(branches: relax.If) -> int:
+def _peak_of_branches(module: tvm.IRModule, branches: relax.If) -> int:
     """Both branches are never alive together; each is counted without its outer tensors."""
     from tvm import relax
 
-    sizes = []
+    from .relay_passes.branches import branch_call
+
+    peaks = [0]
     for branch in (branches.true_branch, branches.false_branch):
-        total = 0
-        if isinstance(branch, relax.SeqExpr):
-            for block in branch.blocks:
-                total = max([total, *(_bytes(binding.var.ty) for binding in block.bindings)])
-        sizes.append(total)
-    return max(sizes)
+        call = branch_call(module, branch)
+        if call is not None:
+            callee = module[call.op]
+            outer = sum(_bytes(param.ty) for param in callee.params)
+            peaks.append(_peak(module, callee)[0] - outer)
+        elif isinstance(branch, relax.SeqExpr):
+            peaks += [_bytes(b.var.ty) for block in branch.blocks for b in block.bindings]
+    return max(peaks)
 
 
 def _variables(expr: Any) -> list[relax.Var]:

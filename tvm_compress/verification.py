@@ -217,11 +217,13 @@ def _add_tensors(
     tensors: Mapping[str, np.ndarray],
     originals: Mapping[str, np.ndarray],
 ) -> None:
+    from .relay_passes.correct_bias import CORRECTED
+
     by_source = {
         info.source: name for name, info in infos["original"].tensors.items() if name in originals
     }
     for name, info in infos["compressed"].tensors.items():
-        partner = by_source.get(info.source)
+        partner = by_source.get(info.source, by_source.get(info.source.removesuffix(CORRECTED)))
         if partner is None or name not in tensors:
             continue
         wanted = infos["original"].tensors[partner]

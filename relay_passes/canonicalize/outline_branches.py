@@ -17,8 +17,7 @@ from .rewrite import Rewriter, Var, renamed_seq, rewrite_module
 class OutlineBranches:
     """Each branch of an `If` that computes anything becomes a private Relax function.
 
-    The layers inside stay as they are in the source: passes that look at `main` only do not
-    compress them.
+    `branches.OnEachFunction` brings a pass that looks at `main` to these functions.
     """
 
     def transform_module(
@@ -63,7 +62,8 @@ class _OutlineBranches(Rewriter):
         if len(values) == 1 and isinstance(values[0].op, tvm.ir.GlobalVar):
             return branch  # outlined before
         captured = list(relax.analysis.free_vars(branch))
-        params = [relax.Var(var.name, var.ty) for var in captured]
+        # Statistics and reports go by name, so a name stands for one tensor in all functions.
+        params = [relax.Var(f"{name}_{var.name}", var.ty) for var in captured]
         body = renamed_seq(branch, dict(zip(captured, params, strict=True)))
         builder = relax.BlockBuilder()
         with builder.function("branch", params, private=True):

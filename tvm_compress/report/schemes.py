@@ -19,17 +19,18 @@ MOVES = {
 
 def describe_schemes(module: tvm.IRModule) -> dict[str, str]:
     """Layer name => weights x activations, e.g. `int8/channel × int8`, `int4/group 32 × float`."""
+    from ..relay_passes.branches import functions_in_order
     from ..relay_passes.graph import Graph
     from ..relay_passes.op_kinds import ANCHORS
 
-    graph = Graph(module["main"])
     schemes = {}
-    for variable in graph.values:
-        if graph.op(variable) not in ANCHORS:
+    graphs = [Graph(module[global_var]) for global_var in functions_in_order(module)]
+    for owner, variable in [(graph, item) for graph in graphs for item in graph.values]:
+        if owner.op(variable) not in ANCHORS:
             continue
-        call = graph.values[variable]
-        weights = _stored(module, graph, call.args[1])
-        activations = _codes(graph, call.args[0])
+        call = owner.values[variable]
+        weights = _stored(module, owner, call.args[1])
+        activations = _codes(owner, call.args[0])
         is_plain = weights is None and activations is None
         schemes[variable.name] = (
             FLOAT if is_plain else f"{weights or activations or FLOAT} × {activations or FLOAT}"

@@ -1,0 +1,63 @@
+"""What is inside an exported library: bytes by role and layer, kernel calls, tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import tvm
+
+    from .build import Built
+    from .kernels import LibraryInfo
+
+
+def describe_library(built: Built, library: Path) -> LibraryInfo:
+    """Bytes, kernel calls and tensors of one exported library."""
+    from .kernels import Call, LibraryInfo, TensorInfo
+    from .report.rows import Bytes
+    from .sections import section_bytes
+
+    total = library.stat().st_size
+    code = section_bytes(library).get(".text", 0)
+    by_role: dict[str, int] = {}
+    by_layer: dict[str, int] = {}
+    for constant in built.constants:
+        by_role[constant.role] = by_role.get(constant.role, 0) + constant.bytes
+        by_layer[constant.layer] = by_layer.get(constant.layer, 0) + constant.bytes
+    known = {role: by_role.get(role, 0) for role in ("weights", "scales", "bias", "table")}
+    tensors = _tensors(built.reference_module)
+    return LibraryInfo(
+        calls=tuple(Call(c.symbol, c.layers, c.output, c.function) for c in built.calls),
+        tensors={
+            name: TensorInfo(
+                tuple(t["shape"]), tuple(t["perm"]), t["source"], t["scale"], t["zero_point"]
+            )
+            for name, t in tensors.items()
+        },
+        layer_bytes=by_layer,
+        bytes=Bytes(
+            total=total,
+            weights=known["weights"],
+            scales=known["scales"],
+            biases=known["bias"],
+            tables=known["table"],
+            indices=by_role.get("indices", 0),
+            code=code,
+            other=total - sum(known.values()) - by_role.get("indices", 0) - code,
+        ),
+        plan_bytes=built.plan_bytes,
+    )
+
+
+def _tensors(module: tvm.IRModule) -> dict[str, Any]:
+    """What lowering noted about tensors, of `main` and of branches; `main` names them first."""
+    from .relay_passes.branches import functions_in_order
+    from .relay_passes.lower import TENSORS_ATTR
+
+    tensors: dict[str, Any] = {}
+    for global_var in functions_in_order(module):
+        noted = json.loads(str(module[global_var].attrs[TENSORS_ATTR]))
+        tensors = noted | tensors
+    return tensors
