@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from tvm import te, tirx
@@ -10,6 +11,12 @@ from .prim import OPAQUE, make_prim_func
 
 # The output is (e * round(2^16 / s_y)) / (sum * 2^16): 16 fraction bits of the reciprocal scale.
 RECIPROCAL_BITS = 16
+
+
+def table_bits(length: int, reciprocal: int) -> int:
+    """Fraction bits of the exponentials: an entry fits int32, what is divided int64."""
+    total = 62 - RECIPROCAL_BITS - math.ceil(math.log2(length))
+    return min(30, total, 62 - math.ceil(math.log2(reciprocal)))
 
 
 def softmax(
@@ -23,8 +30,8 @@ def softmax(
 ) -> tirx.PrimFunc:
     """(codes, table int32) -> clamp(round(table[max - code] / Σ / s_y) + zero_point) along `axis`.
 
-    table[d] = round(2^k exp(-d * s_x)), k such that a sum along the axis fits int32;
-    reciprocal = round(2^RECIPROCAL_BITS / s_y). Rounds half up.
+    table[d] = round(2^k exp(-d * s_x)) with k = `table_bits`; the sum is int64.
+    reciprocal = round(2^RECIPROCAL_BITS / s_y). Rounds half to even.
     """
     entries = 256 if dtype.endswith("int8") else 65536
     x = te.placeholder(shape, dtype, name="x")
@@ -45,13 +52,20 @@ def softmax(
     exps = te.compute(
         shape, lambda *i: table[peak[outer(i)] - x[i].astype("int32")], name="exponentials"
     )
-    total = te.compute(reduced, lambda *i: te.sum(exps[full(i, k_sum)], axis=k_sum), name="total")
+    total = te.compute(
+        reduced,
+        lambda *i: te.sum(exps[full(i, k_sum)].astype("int64"), axis=k_sum),
+        name="total",
+    )
 
     def divide(*i: tirx.Var) -> tirx.PrimExpr:
-        denominator = total[outer(i)].astype("int64") << tirx.const(RECIPROCAL_BITS, "int64")
+        one = tirx.const(1, "int64")
+        denominator = total[outer(i)] << tirx.const(RECIPROCAL_BITS, "int64")
         numerator = exps[i].astype("int64") * tirx.const(reciprocal, "int64")
-        rounded = tirx.truncdiv(numerator + (denominator >> tirx.const(1, "int64")), denominator)
-        code = rounded + tirx.const(zero_point, "int64")
+        nudged = numerator + (denominator >> one)
+        half_up = tirx.truncdiv(nudged, denominator)
+        is_half = (half_up * denominator).equal(nudged).astype("int64")
+        code = half_up - (is_half & half_up & one) + tirx.const(zero_point, "int64")
         low, high = (tirx.const(bound, "int64") for bound in bounds)
         return te.max(te.min(code, high), low).astype(out_dtype)
 

@@ -14,9 +14,8 @@ from .context import Lowering
 from .values import Constant, Dequantised, Lazy, QuantParams, Tensor, Value
 
 
-def exponential_table(scale: float, dtype: str, length: int) -> np.ndarray:
-    """round(2^k exp(-d * scale)) for d = 0..max; a sum of `length` entries fits int32."""
-    bits = min(23, 30 - int(np.ceil(np.log2(max(length, 1)))))
+def exponential_table(scale: float, dtype: str, bits: int) -> np.ndarray:
+    """round(2^bits exp(-d * scale)) for d = 0..max."""
     distance = np.arange(1 << np.iinfo(dtype).bits, dtype=np.float64)
     return np.rint(np.exp(-distance * np.float64(scale)) * 2.0**bits).astype(np.int32)
 
@@ -34,8 +33,9 @@ def softmax(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     def emit(params: QuantParams, out_name: str) -> Tensor | None:
         assert codes.quant is not None
         shape = codes.physical_shape
-        table = exponential_table(codes.quant.scale, codes.dtype, codes.shape[axis])
         reciprocal = int(np.rint(2.0**softmax_kernel.RECIPROCAL_BITS / np.float64(params.scale)))
+        bits = softmax_kernel.table_bits(codes.shape[axis], reciprocal)
+        table = exponential_table(codes.quant.scale, codes.dtype, bits)
         func = softmax_kernel.softmax(
             shape, codes.perm.index(axis), codes.dtype, reciprocal, params.zero_point,
             params.bounds, params.dtype,

@@ -232,6 +232,15 @@ def test_softmax_of_one_and_of_extremes() -> None:
     check(graph({"x": ((3, 3), "int8")}, body), inputs=[[codes]])
 
 
+def test_softmax_rounds_half_to_even() -> None:
+    """Of 512 equal codes each has half a step of 1/256."""
+
+    def body(g: Graph, x: Expr) -> Expr:
+        return g.quantize(relax.op.nn.softmax(g.dequantize(x, 0.5)), 1 / 256, -128)
+
+    check(graph({"x": ((1, 512), "int8")}, body), inputs=[[np.zeros((1, 512), np.int8)]], equal=1.0)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int16"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 64)])
 def test_layer_norm(shape: tuple[int, ...], dtype: str) -> None:
