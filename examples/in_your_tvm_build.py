@@ -1,12 +1,13 @@
 """A TVM script of your own gains int8.
 
-    python examples/in_your_tvm_build.py
+    python examples/in_your_tvm_build.py [model_int8.so]
 
 The model, the calibration samples and the way you compile stay yours; the five marked lines are all
 that tvm-compress adds. The compiled module is an ordinary TVM library: it runs without
 tvm-compress.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,8 @@ calibration = [{input_name: sample[None].astype("float32")} for sample in sample
 pipeline = relax.get_pipeline("tvm_compress", recipe="int8", calibration=calibration)  # 4
 int8_executable = tvm.compile(module, get_target("host").tvm_target(), relax_pipeline=pipeline)  # 5
 
-int8_executable.export_library("model_int8.so")
+if sys.argv[1:]:
+    int8_executable.export_library(sys.argv[1])
 print(
     f"accuracy of float32 {accuracy(float_executable):.3f}, of int8 {accuracy(int8_executable):.3f}"
 )

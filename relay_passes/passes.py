@@ -5,9 +5,11 @@ Nothing is imported before it is used, so that listing the passes costs nothing.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,6 +38,22 @@ class PassEntry:
     def config(self) -> type:
         """The frozen dataclass of the step's fields."""
         return _load(self.config_at)
+
+    def describe(self) -> tuple[tuple[str, ...], str]:
+        """The config's fields and what its docstring begins with, without importing the pass."""
+        module, name = self.config_at.split(":")
+        text = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+        (found,) = (
+            node
+            for node in ast.parse(text).body
+            if isinstance(node, ast.ClassDef) and node.name == name
+        )
+        names = tuple(
+            node.target.id
+            for node in found.body
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        )
+        return names, (ast.get_docstring(found) or "").partition("\n\n")[0].replace("\n", " ")
 
     @property
     def needs_statistics(self) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 from onnx import helper
+
+from tvm_compress.targets import get_target
 
 from .command_line import Result, tiny_data, tiny_onnx, tvm_compress
 
@@ -137,7 +140,10 @@ def test_recipe_with_an_unknown_key(case: Case) -> None:
 
 def test_selector_that_matches_nothing(case: Case) -> None:
     case.refused(
-        "selector 'conf'", "matches no layer", "'conv'", recipe=recipe(case, "{layers: conf}")
+        "r.yaml:3: layer selector 'conf'",
+        "matches no layer",
+        "'conv'",
+        recipe=recipe(case, "{layers: conf}"),
     )
 
 
@@ -163,11 +169,43 @@ def test_out_that_holds_something_else(case: Case) -> None:
 
 
 @pytest.mark.links
-def test_out_in_a_folder_that_does_not_exist(case: Case) -> None:
-    result = tvm_compress(
-        "compress", case.model, "--calib", case.data, "-o", case.folder / "a" / "b"
-    )
-    assert result.status == 2 and "no such folder" in result.error
+@pytest.mark.parametrize(
+    ("room", "parts"),
+    [({"flash_bytes": 4000}, ("of flash", "largest layers in bytes: fc ")),
+     ({"ram_bytes": 100}, ("of RAM for activations",))],
+)  # fmt: skip
+def test_model_that_is_too_big_for_the_target(
+    case: Case, monkeypatch: pytest.MonkeyPatch, room: dict[str, int], parts: tuple[str, ...]
+) -> None:
+    small = dataclasses.replace(get_target("host"), **room)
+    monkeypatch.setattr("tvm_compress.targets.get_target", lambda _name: small)
+    (size,) = room.values()
+    case.refused("does not fit host", f"more than the {size} there are", *parts)
+
+
+def test_array_that_is_no_input(case: Case) -> None:
+    data = case.folder / "more.npz"
+    with np.load(case.data) as arrays:
+        np.savez(data, spare=np.zeros(3), **arrays)
+    case.refused("array 'spare' is none of the model's inputs ('image')", calib=data)
+
+
+@pytest.mark.links
+def test_out_in_a_folder_that_does_not_exist_is_made(case: Case) -> None:
+    out = case.folder / "a" / "b"
+    command = ("compress", case.model, "--calib", case.data, "-o", out)
+    assert tvm_compress(*command).status == 0
+    assert (out / "report.json").is_file()
+
+
+@pytest.mark.links
+def test_folders_made_for_a_failed_run_are_removed(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = dataclasses.replace(get_target("host"), flash_bytes=1)
+    monkeypatch.setattr("tvm_compress.targets.get_target", lambda _name: small)
+    out = case.folder / "a" / "b"
+    assert tvm_compress("compress", case.model, "--calib", case.data, "-o", out).status == 2
     assert not (case.folder / "a").exists()
 
 

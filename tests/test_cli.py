@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from tvm_compress.cli import cli
+from tvm_compress.relay_passes.passes import PASSES
 
 from .command_line import tiny_onnx, tvm_compress
 
@@ -139,7 +141,9 @@ def test_list_of_recipes_and_its_schema() -> None:
 
 def test_list_of_passes_and_targets() -> None:
     passes = {row["name"]: row["options"] for row in tvm_compress("list", "passes", "--json").json}
-    assert "granularity" in passes["quantize"]
+    for name, entry in PASSES.items():
+        fields = [field.name for field in dataclasses.fields(entry.config)]
+        assert passes[name].split(", ") == ["layers", *fields]
     targets = tvm_compress("list", "targets", "--json").json
     assert targets[0]["name"] == "host" and targets[0]["runs here"] == "yes"
 

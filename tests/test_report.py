@@ -35,6 +35,7 @@ from tvm_compress.report.text import (
     count_text,
     points,
     ratio_text,
+    short_name,
     three_digits,
     time_text,
 )
@@ -163,6 +164,13 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.words += data
+
+
+def test_long_names_lose_their_middle() -> None:
+    assert short_name("layer1_0_conv1") == "layer1_0_conv1"
+    shortened = short_name("backbone_model1_conv2_block_conv1", 20)
+    assert shortened == "backbo…2_block_conv1"
+    assert len(shortened) == 20
 
 
 @pytest.mark.parametrize("changes", [{}, BARE])

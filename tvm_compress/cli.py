@@ -497,18 +497,19 @@ def _list_recipes() -> list[dict[str, Any]]:
 
 
 def _list_passes() -> list[dict[str, Any]]:
-    from dataclasses import fields
-
     from .relay_passes.passes import PASSES
 
-    return [
-        {
-            "name": name,
-            "options": ", ".join(["layers", *(f.name for f in fields(entry.config))]),
-            "description": (entry.config.__doc__ or "").strip().splitlines()[0],
-        }
-        for name, entry in PASSES.items()
-    ]
+    rows = []
+    for name, entry in PASSES.items():
+        options, description = entry.describe()
+        rows.append(
+            {
+                "name": name,
+                "options": ", ".join(["layers", *options]),
+                "description": description,
+            }
+        )
+    return rows
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .recipe import Preprocessing
 
 LABELS = "labels"
+LABEL_WORDS = ("label", "target", "targets", "y", "y_true", "class", "classes")
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
 MAX_SAMPLE_BYTES = 1 << 28
 MAX_LABELS = 20_000_000
@@ -273,10 +274,13 @@ def _check_names(path: Path, names: set[str], inputs: tuple[TensorSpec, ...]) ->
                 f"{path}: no array for input {spec.name!r}; the model takes {takes}, "
                 f"the file holds {holds}"
             )
-    if LABELS not in names:
-        for name in names - {spec.name for spec in inputs}:
-            if name.lower() in ("label", "target", "targets", "y", "y_true", "class", "classes"):
-                raise DataError(f"{path}: array {name!r} is not known; did you mean {LABELS!r}?")
+    for name in sorted(names - {spec.name for spec in inputs} - {LABELS}):
+        if LABELS not in names and name.lower() in LABEL_WORDS:
+            raise DataError(f"{path}: array {name!r} is not known; did you mean {LABELS!r}?")
+        takes = ", ".join(repr(spec.name) for spec in inputs)
+        raise DataError(
+            f"{path}: array {name!r} is none of the model's inputs ({takes}); leave it out"
+        )
 
 
 def _read_labels(path: Path, header: _Header | None, count: int) -> np.ndarray | None:

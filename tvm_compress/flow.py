@@ -189,8 +189,11 @@ def _plan(module: tvm.IRModule, recipe: Recipe) -> tuple[tuple[Step, ...], ...]:
             groups[-1].append(step)
         else:
             groups.append([step])
-    for group in groups:
-        schemes_of(module, group)
+    for step in recipe.steps:
+        try:
+            schemes_of(module, [step])
+        except RecipeError as error:
+            raise RecipeError(f"{step.origin}: {error}" if step.origin else str(error)) from None
     return tuple(tuple(group) for group in groups)
 
 
@@ -323,21 +326,23 @@ def _build_all(
     return folders
 
 
-def _build_side(module: tvm.IRModule, target: Target, with_reference: bool, folder: Path) -> None:
+def _build_side(module: tvm.IRModule, target: Target, is_compressed: bool, folder: Path) -> None:
     from .build import build, compile_reference
-    from .library import describe_library
+    from .library import describe_library, require_fits
     from .taps import tap
 
     built = build(module, target)
     library = folder / "library.so"
     built.export(library)
     info = describe_library(built, library)
+    if is_compressed:
+        require_fits(info, target)
     value: dict[str, Any] = {
         "info": info.to_json(),
         "left_float": list(built.left_float),
         "decoded_per_call": list(built.decoded_per_call),
     }
-    if with_reference and target.runs_here():
+    if is_compressed and target.runs_here():
         tapped, value["taps"] = tap(built.reference_module, [call.output for call in info.calls])
         compile_reference(tapped).export_library(str(folder / "reference.so"))
     _write_json(folder / "info.json", value)

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import TargetError
+
 if TYPE_CHECKING:
     import tvm
 
     from .build import Built
     from .kernels import LibraryInfo
+    from .targets import Target
 
 
 def describe_library(built: Built, library: Path) -> LibraryInfo:
@@ -61,3 +64,20 @@ def _tensors(module: tvm.IRModule) -> dict[str, Any]:
         noted = json.loads(str(module[global_var].attrs[TENSORS_ATTR]))
         tensors = noted | tensors
     return tensors
+
+
+def require_fits(info: LibraryInfo, target: Target) -> None:
+    """Raise `TargetError` where the library is too big for the target's memories."""
+    for what, needed, room in (
+        ("flash", info.bytes.total, target.flash_bytes),
+        ("RAM for activations", info.plan_bytes, target.ram_bytes),
+    ):
+        if room is None or needed <= room:
+            continue
+        largest = sorted(info.layer_bytes, key=lambda name: -info.layer_bytes[name])[:3]
+        named = ", ".join(f"{name} {info.layer_bytes[name]}" for name in largest)
+        where = f"; the largest layers in bytes: {named}" if what == "flash" else ""
+        raise TargetError(
+            f"the model does not fit {target.name}: it needs {needed} bytes of {what}, "
+            f"{needed - room} more than the {room} there are{where}"
+        )

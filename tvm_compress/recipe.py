@@ -45,6 +45,8 @@ class Step:
     name: str
     config: Any
     layers: tuple[str, ...] = ("all",)
+    origin: str | None = field(default=None, compare=False, repr=False)
+    """File and line of the selectors, for errors."""
 
 
 @dataclass(frozen=True)
@@ -224,13 +226,15 @@ def _parse_steps(node: yaml.Node, source: Source) -> tuple[Step, ...]:
         if body is None or (isinstance(body, yaml.ScalarNode) and body.tag.endswith(":null")):
             body = yaml.MappingNode("", [], item.start_mark, item.end_mark)
         layers: tuple[str, ...] = ("all",)
+        origin = source.place(item)
         for key, _, value in pairs(body, source, name):
             if key == "layers":
                 layers = parse(tuple[str, ...], value, source, "layers")
+                origin = source.place(value)
                 if not layers:
                     raise source.error(value, "layers is an empty list; leave it out for all")
         config = parse_dataclass(PASSES[name].config, body, source, name, skip=("layers",))
-        steps.append(Step(name, config, layers))
+        steps.append(Step(name, config, layers, origin))
     return tuple(steps)
 
 

@@ -32,8 +32,6 @@ def run_file(
     from .targets import get_target
 
     get_target(artefact.manifest["target"]["name"]).require_runs_here()
-    if not out.parent.is_dir():
-        raise DataError(f"{out.parent}: no such folder to write {out.name} into")
     set_threads(threads)
     dataset = read_arrays(data, artefact.inputs)
     session = artefact.session()
@@ -47,6 +45,7 @@ def run_file(
     arrays = {name: np.concatenate(parts) for name, parts in results.items()}
     half_done = out.with_name(f".{out.name}.part")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with half_done.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
         half_done.replace(out)

@@ -33,7 +33,11 @@ class Source:
         self.name = name
 
     def error(self, node: yaml.Node, message: str) -> RecipeError:
-        return RecipeError(f"{self.name}:{node.start_mark.line + 1}: {message}")
+        return RecipeError(f"{self.place(node)}: {message}")
+
+    def place(self, node: yaml.Node) -> str:
+        """`recipe.yaml:3`."""
+        return f"{self.name}:{node.start_mark.line + 1}"
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -46,15 +46,17 @@ class Workspace:
         self._used: set[str] = set()
         self._lock: IO[str] | None = None
         self._is_first_run = True
+        self._made_parents: list[Path] = []
 
     def __enter__(self) -> Workspace:
-        if not self.out.parent.is_dir():
-            raise ArtefactError(f"{self.out.parent}: no such folder to write {self.out.name} into")
         if self.out.exists() and not self.out.is_dir():
             raise ArtefactError(f"{self.out}: is a file; choose another -o")
         self._recover()
         self._check_ours()
         self._is_first_run = not self.out.exists()
+        self._made_parents = [
+            folder for folder in (*self.out.parents,) if not folder.exists()
+        ]  # innermost first
         try:
             (self.out / WORK / "cache").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -79,6 +81,9 @@ class Workspace:
         if isinstance(error, Exception) and self._is_first_run and not was_interrupted():
             # Bad input leaves no trace; an interrupt keeps what is finished.
             shutil.rmtree(self.out, ignore_errors=True)
+            with suppress(OSError):  # somebody else's files may be in them by now
+                for folder in self._made_parents:
+                    folder.rmdir()
 
     def cached(self, name: str, key_parts: Iterable[object], make: Callable[[Path], None]) -> Path:
         """The folder of one finished step; `make(folder)` fills it when it is not there yet.

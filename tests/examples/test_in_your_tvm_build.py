@@ -36,7 +36,8 @@ def run(*command: object, cwd: Path) -> str:
 def test_script_gains_int8_and_its_library_runs_without_us(
     repository: Path, fashion_mnist: Path, tmp_path: Path
 ) -> None:
-    printed = run(sys.executable, repository / "examples" / "in_your_tvm_build.py", cwd=tmp_path)
+    script = repository / "examples" / "in_your_tvm_build.py"
+    printed = run(sys.executable, script, "model_int8.so", cwd=tmp_path)
     found = re.search(r"float32 (0\.\d+), of int8 (0\.\d+)", printed)
     assert found is not None, printed
     of_float, of_int8 = map(float, found.groups())

@@ -14,6 +14,8 @@ from tvm_compress.importers.names import UniqueNames, layer_name, sanitise, valu
         ("/stem/stem.0/Conv", "Conv", "", "stem_0"),
         ("/_blocks.0/_depthwise_conv/Conv", "Conv", "", "blocks_0_depthwise_conv"),
         ("/Conv_1", "Conv", "", "conv_1"),
+        ("/stage4/depthwise/Conv", "Conv", "", "stage4_depthwise"),
+        ("model/depthwise_conv2d_1/depthwise", "Conv", "", "model_depthwise_conv2d_1"),
         ("Conv_0", "Conv", "backbone.model0.conv1.weight", "backbone_model0_conv1"),
         ("MobilenetV1/MobilenetV1/Conv2d_0/Relu6", "Conv", "", "MobilenetV1_Conv2d_0"),
         ("fc1/MatMul_Gemm__7", "Gemm", "", "fc1"),

@@ -15,7 +15,6 @@ _OPERATOR_WORDS = frozenset(
     Conv2DBackpropInput ConvTranspose DepthwiseConv2dNative Flatten FusedBatchNorm FusedBatchNormV3
     Gemm GlobalAveragePool MatMul MaxPool Mul Pad ReadVariableOp Relu Relu6 Reshape Sigmoid Softmax
     Squeeze Sub Tanh Transpose QLinearConv QLinearMatMul QGemm ConvInteger MatMulInteger convolution
-    depthwise
     """.split()
 )
 _MAX_LENGTH = 64
@@ -62,6 +61,9 @@ def layer_name(node_name: str, operator: str, weight_name: str = "") -> str:
     path = _path(node_name)
     stripped = list(path)
     while stripped and _is_operator(stripped[-1]):
+        stripped.pop()
+    # Keras ends the path of a depthwise layer, whatever its name, in `depthwise`.
+    if stripped[-1:] == ["depthwise"] and "depthwise" in "".join(stripped[-2:-1]):
         stripped.pop()
     name = sanitise("_".join(stripped)) or sanitise("_".join(path[-1:])).lower()
     return _shorten(name or operator.lower())

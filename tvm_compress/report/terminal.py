@@ -18,6 +18,7 @@ from .text import (
     percent_text,
     points,
     ratio_text,
+    short_name,
     three_digits,
     time_text,
 )
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from ..verification import Verification
 
 BAR_WIDTH = 12
-PIPE_WIDTH = 110  # columns when the output is not a terminal
+PIPE_WIDTH = 120  # columns when the output is not a terminal
 
 
 def _console() -> Console:
@@ -219,7 +220,7 @@ def _print_layers(console: Console, report: Mapping[str, Any]) -> None:
     table = _table("layer", "scheme", ">MACs", ">bytes", "", ">time", "", ">share", ">SQNR dB")
     for row in report["layers"]:
         table.add_row(
-            row["name"],
+            short_name(row["name"]),
             row["scheme"],
             count_text(row["macs"]),
             f"{bytes_text(row['bytes_before'])} →",
@@ -231,7 +232,7 @@ def _print_layers(console: Console, report: Mapping[str, Any]) -> None:
         )
     for row in report["other_kernels"]:
         table.add_row(
-            row["name"],
+            short_name(row["name"]),
             "",
             "",
             "",
@@ -253,7 +254,7 @@ def _print_float(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         return
     table = _table("stayed float", "operator", "why")
     for row in rows:
-        table.add_row(row["name"], row["operator"], row["reason"])
+        table.add_row(short_name(row["name"]), row["operator"], row["reason"])
     console.print(table)
 
 
@@ -274,8 +275,8 @@ def print_verification(result: Verification, per_layer: bool) -> None:
         table = _table("tensor", "layers", ">SQNR dB", ">cosine", ">max error")
         for row in result.tensors:
             table.add_row(
-                row.name,
-                ", ".join(row.layers),
+                short_name(row.name),
+                short_name(", ".join(row.layers)),
                 db_text(row.sqnr_db),
                 "-" if row.cosine is None else f"{row.cosine:.6f}",
                 f"{row.max_abs_error:.4g}",
@@ -330,9 +331,13 @@ def print_benchmark(result: Benchmark) -> None:
     table = _table("kernel", "layers", ">time", ">share", "")
     for kernel in sorted(kernels, key=lambda kernel: -kernel.time_us):
         share = kernel.time_us / total
-        layers = ", ".join(kernel.layers) or kernel.output
+        layers = short_name(", ".join(kernel.layers) or kernel.output)
         table.add_row(
-            kernel.symbol, layers, time_text(kernel.time_us), percent_text(share), _bar(share)
+            short_name(kernel.symbol, 40),
+            layers,
+            time_text(kernel.time_us),
+            percent_text(share),
+            _bar(share),
         )
     console.print(table)
     device = result.device

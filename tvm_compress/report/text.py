@@ -12,6 +12,14 @@ def bytes_text(count: float) -> str:
     raise AssertionError("unreachable")
 
 
+def short_name(name: str, width: int = 26) -> str:
+    """At most `width` characters: a long name loses its middle, which says least."""
+    if len(name) <= width:
+        return name
+    head = (width - 1) // 3
+    return f"{name[:head]}…{name[len(name) - (width - 1 - head) :]}"
+
+
 def time_text(microseconds: float | None) -> str:
     """`123 us`, `4.56 ms`, `7.8 s`."""
     if microseconds is None:
