@@ -21,7 +21,7 @@ from ...schedules.prim import ROLES_ATTR
 from .. import ir
 from ..encodings import GroupWise
 from .context import QUANTISED, Lowering
-from .values import Accumulator, Constant, Dequantised, Tensor, Value
+from .values import Accumulator, Constant, Dequantised, QuantParams, Tensor, Value
 
 # The bias and the zero-point term are added behind the sum, and checked there.
 INT32_LIMIT = 2**31 - 1
@@ -278,7 +278,7 @@ def _float_result(ctx: Lowering, name: str, tensor: Tensor, weight: Weight) -> T
 
 
 def matmul(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
-    """[.., M, K] x constant [K, N], or a batched product of two activations."""
+    """[.., M, K] x constant [K, N], or a batched product of any two tensors."""
     left_shape, right_shape = ir.shape_of(call.args[0]), ir.shape_of(call.args[1])
     if left_shape is None or right_shape is None or min(len(left_shape), len(right_shape)) < 2:
         return ctx.no("vector or dynamic operand")
@@ -336,15 +336,15 @@ def _matmul_activations(
     left_shape: tuple[int, ...],
     right_shape: tuple[int, ...],
 ) -> Value | None:
-    left, right = (ctx.value(argument) for argument in call.args)
-    integer = isinstance(left, Dequantised) and isinstance(right, Dequantised)
+    operands = [_codes(ctx.value(argument)) for argument in call.args]
+    integer = None not in operands
     batch_shape = np.broadcast_shapes(left_shape[:-2], right_shape[:-2])
     batch = int(np.prod(batch_shape))
     right_batch = int(np.prod(right_shape[:-2]))
-    if isinstance(left, Dequantised) and isinstance(right, Dequantised):
-        a, b = left.codes, right.codes
-    else:
-        a, b = (ctx.as_float(argument) for argument in call.args)
+    a, b = (
+        codes if integer and codes is not None else ctx.as_float(argument)
+        for codes, argument in zip(operands, call.args, strict=True)
+    )
     a = ctx.permuted(a, ir.renormalise_perm(len(left_shape)), f"{name}.a")
     b = ctx.permuted(b, ir.renormalise_perm(len(right_shape)), f"{name}.b")
     if left_shape[:-2] != batch_shape:
@@ -384,6 +384,25 @@ def _matmul_activations(
         ctx.integer_layers.add(name)
         return Accumulator(sums, scale, np.zeros((), np.int64), layer=name, limit=limit)
     return Tensor(ctx.reshape(expr, logical, f"{name}.view"), logical, "float32", perm)
+
+
+def _codes(value: Value) -> Tensor | None:
+    """An operand's codes, when one scale and zero point hold for all of them."""
+    if isinstance(value, Dequantised):
+        return value.codes
+    return constant_codes(value) if isinstance(value, Constant) else None
+
+
+def constant_codes(constant: Constant) -> Tensor | None:
+    """A constant's 8- or 16-bit codes as a tensor, when it was stored with one scale."""
+    codes, scale, zero_point = constant.codes, constant.scale, constant.zero_point
+    if codes is None or scale is None or zero_point is None:
+        return None
+    if scale.size != 1 or zero_point.size != 1 or codes.dtype.itemsize > 2:
+        return None
+    params = QuantParams(float(scale.ravel()[0]), int(zero_point.ravel()[0]), str(codes.dtype))
+    perm = ir.renormalise_perm(codes.ndim)
+    return Tensor(ir.array_const(codes), codes.shape, str(codes.dtype), perm, params)
 
 
 def _broadcast(ctx: Lowering, tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:

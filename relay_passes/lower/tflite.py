@@ -4,7 +4,8 @@ Graph form of an imported `.tflite` has one quantise behind every operator, so e
 TFLite operator, whose own way of forming multipliers and of rounding applies, bit for bit:
 
     conv       Q31 multiplier from float64 scales, double rounding; 16 bits: Q15, one rounding
-    matmul     float64 multiplication, half away from zero
+    matmul     float64 multiplication, half away from zero; BATCH_MATMUL: Q31 multiplier from the
+               float32 product of the scales
     add, sub   both terms with 20 (16 bits: 15) more fraction bits, three Q31 multiplications
     mul        Q31 multiplier from float32 scales
     avg_pool   raw codes, integer division, half away from zero
@@ -70,7 +71,7 @@ class FullyConnected(Accumulator):
 
 @dataclass(frozen=True)
 class BatchProduct(Accumulator):
-    """Sums of a product of two activations."""
+    """Sums of BATCH_MATMUL; either operand may be constant."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,9 @@ def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
 
 
 def matmul(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
-    """FULLY_CONNECTED (constant right operand) or BATCH_MATMUL."""
-    constant = isinstance(ctx.value(call.args[1]), Constant)
-    return _typed(anchors.matmul(ctx, name, call), FullyConnected if constant else BatchProduct)
+    """FULLY_CONNECTED, or BATCH_MATMUL: the importer gives only the latter a result dtype."""
+    batched = str(call.attrs.out_dtype) == "float32"
+    return _typed(anchors.matmul(ctx, name, call), BatchProduct if batched else FullyConnected)
 
 
 def mean(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
@@ -193,7 +194,7 @@ def _operands(ctx: Lowering, name: str, call: tvm.ir.Call) -> tuple[Tensor, Tens
     for argument in call.args:
         value = ctx.value(argument)
         if isinstance(value, Constant) and value.codes is not None:
-            codes = _constant_codes(value)
+            codes = anchors.constant_codes(value)
             if codes is None:
                 return None
             found.append(codes)
@@ -208,17 +209,6 @@ def _operands(ctx: Lowering, name: str, call: tvm.ir.Call) -> tuple[Tensor, Tens
     a, b = (ctx.expanded(tensor, rank, f"{name}.operand") for tensor in (a, b))
     lead = a if math.prod(a.shape) >= math.prod(b.shape) else b
     return ctx.permuted(a, lead.perm, f"{name}.a"), ctx.permuted(b, lead.perm, f"{name}.b")
-
-
-def _constant_codes(constant: Constant) -> Tensor | None:
-    codes, scale, zero_point = constant.codes, constant.scale, constant.zero_point
-    if codes is None or scale is None or zero_point is None:
-        return None
-    if scale.size != 1 or zero_point.size != 1 or codes.dtype.itemsize > 2:
-        return None
-    params = QuantParams(float(scale.ravel()[0]), int(zero_point.ravel()[0]), str(codes.dtype))
-    perm = ir.renormalise_perm(codes.ndim)
-    return Tensor(ir.array_const(codes), codes.shape, str(codes.dtype), perm, params)
 
 
 def add(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:

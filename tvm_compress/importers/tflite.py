@@ -297,7 +297,11 @@ class _Converter(OperatorConverter):
             self.exp_tab.set_expr(name, expr, force_override=True)
 
     def _batch_matmul(self, op: Any) -> Any:
-        """On integers: `quantize(matmul(dequantize(a), dequantize(b)))`."""
+        """On integers: `quantize(matmul(dequantize(a), dequantize(b)))`.
+
+        The result's dtype is given: it tells the operator from FULLY_CONNECTED, which rounds
+        otherwise.
+        """
         inputs, output = self.get_input_tensors(op), self.get_output_tensors(op)[0]
         if inputs[0].qnn_params is None:
             return self.convert_batch_matmul(op)
@@ -311,7 +315,7 @@ class _Converter(OperatorConverter):
                 rank = len(tensor.tensor.ShapeAsNumpy())
                 value = relax.op.permute_dims(value, [*range(rank - 2), rank - 1, rank - 2])
             operands.append(value)
-        return self.quantize(relax.op.matmul(*operands), output)
+        return self.quantize(relax.op.matmul(*operands, out_dtype="float32"), output)
 
 
 def layer_name(outputs: list[str], weights: list[str], kind: str) -> str:
