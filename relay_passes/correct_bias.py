@@ -8,7 +8,8 @@ at run time; a layer without a bias gets one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +59,8 @@ class CorrectBias:
     """Correct the biases of the layers in `schemes` that have a compressed weight.
 
     `statistics` is what `observe` asks for, gathered on the module before its weights were
-    compressed. Transposed convolutions and weights with a batch axis are left alone.
+    compressed. Transposed convolutions and weights with a batch axis are left alone, and so are the
+    steps of a loop: one bias serves all of them, and none has the mean of all.
     Raises `DataError` when statistics are missing.
     """
 
@@ -69,15 +71,32 @@ class CorrectBias:
     def transform_module(
         self, module: tvm.IRModule, _context: tvm.transform.PassContext
     ) -> tvm.IRModule:
-        writer = _Writer(Graph(module["main"]), module)
-        for variable in writer.graph.values:
-            if variable.name in self.schemes and writer.graph.op(variable) in ANCHORS:
-                shift = _mean_shift(writer.graph, variable, module, self.statistics)
+        graph = Graph(module["main"])
+        writer = _Writer(graph, module)
+        layers = [
+            item for item in graph.values if item.name in self.schemes and graph.op(item) in ANCHORS
+        ]
+        kernels = Counter(_kernel(graph, layer) for layer in layers)
+        for layer in layers:
+            if kernels[_kernel(graph, layer)] == 1:
+                shift = _mean_shift(graph, layer, module, self.statistics)
                 if shift is not None:
-                    writer.subtract(variable, shift)
+                    writer.subtract(layer, shift)
         module = module.clone()
         module["main"] = writer.write()
         return relax.transform.Normalize()(module)
+
+
+def _kernel(graph: Graph, layer: relax.Var) -> Hashable:
+    """Equal for layers with the same scale in and the same weights: the steps of a loop."""
+    found: list[Hashable] = []
+    for operand in graph.values[layer].args[:2]:
+        value = graph.values.get(operand) if isinstance(operand, relax.Var) else None
+        if value is None or op_name(value) != "relax.dequantize":
+            return layer
+        arrays = [constant(item) for item in value.args]
+        found += [None if array is None else (array.shape, array.tobytes()) for array in arrays]
+    return tuple(found)
 
 
 def _mean_shift(

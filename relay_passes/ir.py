@@ -52,6 +52,35 @@ def ints(values: Sequence[object]) -> tuple[int, ...]:
     return tuple(int(value) for value in values)  # type: ignore[call-overload]
 
 
+def immediate(expr: tvm.ir.Expr) -> float | None:
+    """The value of an immediate number; `None` for anything computed."""
+    value = getattr(expr, "value", None)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def constant_slices(
+    call: tvm.ir.Expr, shape: Sequence[int]
+) -> dict[int, tuple[int, int, int]] | None:
+    """Axis => (begin, end, step) of a constant forward `strided_slice` of a tensor of `shape`, with
+    the bounds inside the axis; `None` for any other."""
+    fields: list[list[int]] = []
+    for argument in call.args[1:]:
+        numbers = [immediate(value) for value in getattr(argument, "fields", [None])]
+        if None in numbers:
+            return None
+        fields.append([int(number) for number in numbers if number is not None])
+    axes, begins, ends = fields[:3]
+    steps = fields[3] if len(fields) > 3 else [1] * len(axes)
+    slices = {}
+    for axis, begin, end, step in zip(axes, begins, ends, steps, strict=True):
+        if step < 1:
+            return None
+        axis %= len(shape)
+        begin, end, _ = slice(begin, end, step).indices(shape[axis])
+        slices[axis] = (begin, max(end, begin), step)
+    return slices
+
+
 def bindings(function: relax.Function) -> Iterator[relax.VarBinding]:
     """Variable bindings of all blocks at the function's top level, in order."""
     for block in function.body.blocks:

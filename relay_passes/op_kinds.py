@@ -82,7 +82,8 @@ BINARY = {
 }
 
 # Of two tensors, with integer kernels.
-TENSOR_BINARY = {"relax.add", "relax.subtract", "relax.multiply"}
+TENSOR_SUMS = {"relax.add", "relax.subtract"}
+TENSOR_BINARY = TENSOR_SUMS | {"relax.multiply"}
 
 CLAMPS = {"relax.nn.relu", "relax.nn.relu6", "relax.clip"}
 CONSTANT_CLAMPS = {"relax.maximum", "relax.minimum"}

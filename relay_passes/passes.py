@@ -94,6 +94,13 @@ PASSES: dict[str, PassEntry] = {
         observe_at="equalize_activations:observe",
         keeps_statistics=False,
     ),
+    "equalize_inputs": PassEntry(
+        summary="even out the ranges of the features of the model's inputs",
+        config_at="equalize_inputs:EqualizeInputsConfig",
+        pass_at="equalize_inputs:EqualizeInputs",
+        observe_at="equalize_inputs:observe",
+        keeps_statistics=False,
+    ),
     "quantize": PassEntry(
         summary="integer weights and activations, or integer weights alone",
         config_at="quantize_config:QuantizeConfig",

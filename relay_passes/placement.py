@@ -5,6 +5,7 @@ A region is what one integer kernel does between two quantisers:
     anchor    conv/matmul [+ bias] {relu|clip}* [+ residual {relu|clip}*]
     table     a DAG of elementwise operators of one tensor (hard-swish, SiLU, ...)
     binary    add/sub/mul of two tensors {relu|clip}*
+    sum       two matmuls or products {relu|clip}* added: the gates and states of recurrent cells
     pool      average pooling or mean {relu|clip}*
     movement  max-pool, reshape, concat, pad, ...: integers pass through, parameters are shared
     normalise softmax, layer norm
@@ -32,9 +33,11 @@ from .op_kinds import (
     NORMALISERS,
     POOLS,
     TENSOR_BINARY,
+    TENSOR_SUMS,
     UNARY,
 )
 from .quantize_config import QuantizeConfig
+from .recurrence import tied_values
 from .select import describe_layer
 
 
@@ -87,6 +90,10 @@ def place(graph: Graph, schemes: Mapping[str, QuantizeConfig]) -> Placement:
         # An operator that nothing integer reads computes in float; its producers may follow.
         capable = {v: kind for v, kind in capable.items() if v not in dropped}
     placement = domain.placement()
+    for members in tied_values(graph, layers):
+        quantized = [member for member in members if member in placement.quantized]
+        for member in quantized[1:]:
+            placement.share(quantized[0], member)
     placement.left_float = refused + _float_gaps(graph, layers, domain)
     return placement
 
@@ -255,7 +262,7 @@ def _float_epilogues(graph: Graph) -> set[relax.Var]:
 def _float_reason(graph: Graph, variable: relax.Var) -> str | None:
     value = graph.values[variable]
     if isinstance(value, relax.If):
-        return "branches compute in float"
+        return "values enter and leave branches in float"
     name = graph.op(variable)
     if name is None or name in ("relax.quantize", "relax.dequantize"):
         return None
@@ -331,7 +338,8 @@ class _Domain:
                 self._table(variable, operands, roots.pop())
             elif kind == "binary" and self.graph.op(variable) in TENSOR_BINARY:
                 self._demand(variable, operands)
-                self._tips[variable] = _Chain(variable, has_residual=True)
+                is_product = self.graph.op(variable) == "relax.multiply"
+                self._tips[variable] = _Chain(variable, has_residual=not is_product, is_bare=False)
             else:
                 return
         else:
@@ -373,15 +381,24 @@ class _Domain:
             if (
                 other is None
                 or chain.has_residual
-                or self.graph.op(variable) != "relax.add"
+                or self.graph.op(variable) not in TENSOR_SUMS
                 or not self._is_available(other)
                 or shape_of(other) != shape_of(tip)
             ):
                 return False
-            self._demand(variable, [other])
+            if other in tips and self._is_short(chain) and self._is_short(self._tips[other]):
+                self._fused.add((variable, other))
+            else:
+                self._demand(variable, [other])
             self._tips[variable] = _Chain(chain.anchor, has_residual=True, is_bare=False)
         self._fused.add((variable, tip))
         return True
+
+    def _is_short(self, chain: _Chain) -> bool:
+        """Whether the region's integers may wait in 32 bits for another region to be added: the
+        sums of a convolution are too many for that."""
+        name = self.graph.op(chain.anchor)
+        return not chain.has_residual and name in ("relax.matmul", "relax.multiply")
 
     def _order(self, variable: relax.Var) -> int:
         if not hasattr(self, "_positions"):

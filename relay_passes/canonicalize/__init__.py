@@ -5,6 +5,7 @@ from __future__ import annotations
 import tvm
 from tvm import relax
 
+from .attach_bias import AttachBias
 from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
 from .fold_pad import FoldPad
@@ -14,6 +15,7 @@ from .remove_identities import RemoveIdentities
 from .split_concat import SplitConcat
 
 __all__ = [
+    "AttachBias",
     "FoldBatchNorm",
     "FoldConstants",
     "FoldPad",
@@ -36,6 +38,7 @@ def canonicalize() -> tvm.transform.Sequential:
             FoldPad(),
             FoldBatchNorm(),
             SplitConcat(),
+            AttachBias(),
             # A batch-norm that stayed may have become `x * 1`, a bias `x + 0`.
             FoldConstants(),
             RemoveIdentities(),

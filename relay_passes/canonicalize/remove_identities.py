@@ -11,7 +11,16 @@ from tvm import relax
 from tvm.ir import Expr
 from tvm_ffi import structural_equal
 
-from ..ir import constant, dtype_of, ints, op_name, shape_of
+from ..ir import (
+    array_const,
+    constant,
+    constant_slices,
+    dtype_of,
+    immediate,
+    ints,
+    op_name,
+    shape_of,
+)
 from .rewrite import Rewriter, Var, rewrite_module
 
 # These only give the same elements, in the same order, another shape.
@@ -25,8 +34,8 @@ class RemoveIdentities:
     """identity(x) => x.
 
     Same-shape reshape, same-dtype cast, identity permutation, dropout, zero pad, concat of one,
-    clip without bounds, `x + 0`, `x * 1`, concat of a split. Squeeze, expand_dims and flatten
-    become `reshape`; consecutive reshapes and permutations become one; `min(max(x, a), b)` becomes
+    clip without bounds, `x + 0`, `x * 1`, `x * 0`, concat of a split. Squeeze, expand_dims and
+    flatten become `reshape`; consecutive reshapes and permutations become one; `min(max(x, a), b)` becomes
     `clip`.
     """
 
@@ -104,7 +113,7 @@ class _RemoveIdentities(Rewriter):
         """Bounds inside the axis; slices of different axes in one."""
         x = value.args[0]
         shape = shape_of(x)
-        slices = None if shape is None else _slices(value, shape)
+        slices = None if shape is None else constant_slices(value, shape)
         if shape is None or slices is None:
             return None
         if all(part == (0, shape[axis], 1) for axis, part in slices.items()):
@@ -112,10 +121,10 @@ class _RemoveIdentities(Rewriter):
         inner = self.value(x)
         if op_name(inner) == "relax.strided_slice" and self.uses(x) == 1:
             inner_shape = shape_of(inner.args[0])
-            earlier = None if inner_shape is None else _slices(inner, inner_shape)
+            earlier = None if inner_shape is None else constant_slices(inner, inner_shape)
             if earlier is not None and not set(earlier) & set(slices):
                 return _slice(inner.args[0], {**earlier, **slices})
-        given = [_number(bound) for bound in value.args[3].fields]
+        given = [immediate(bound) for bound in value.args[3].fields]
         if given != [float(end) for _, end, _ in slices.values()]:
             return _slice(x, slices)
         return None
@@ -142,7 +151,7 @@ class _RemoveIdentities(Rewriter):
         return None
 
     def clip(self, value: Expr) -> Expr | None:
-        low, high = (_number(argument) for argument in value.args[1:3])
+        low, high = (immediate(argument) for argument in value.args[1:3])
         dtype = dtype_of(value)
         least, most = -math.inf, math.inf
         if dtype.startswith(("int", "uint")):
@@ -157,6 +166,12 @@ class _RemoveIdentities(Rewriter):
         return self._neutral(value, 0, (1,))
 
     def multiply(self, value: Expr) -> Expr | None:
+        """The zeros of an initial state take all that is multiplied by them along."""
+        shape = shape_of(value)
+        for argument in value.args:
+            array = constant(argument)
+            if array is not None and array.size and not array.any() and shape is not None:
+                return array_const(np.zeros(shape, array.dtype))
         return self._neutral(value, 1, (0, 1))
 
     def divide(self, value: Expr) -> Expr | None:
@@ -225,26 +240,6 @@ _RULES: dict[str, Callable[[_RemoveIdentities, Expr], Expr | None]] = {
 }
 
 
-def _slices(call: Expr, shape: tuple[int, ...]) -> dict[int, tuple[int, int, int]] | None:
-    """Axis => (begin, end, step) of a constant forward slice, bounds inside the axis."""
-    fields: list[list[int]] = []
-    for argument in call.args[1:]:
-        numbers = [_number(v) for v in getattr(argument, "fields", [None])]
-        if None in numbers:
-            return None
-        fields.append([int(number) for number in numbers if number is not None])
-    axes, begins, ends = fields[:3]
-    steps = fields[3] if len(fields) > 3 else [1] * len(axes)
-    slices = {}
-    for axis, begin, end, step in zip(axes, begins, ends, steps, strict=True):
-        if step < 1:
-            return None
-        axis %= len(shape)
-        begin, end, _ = slice(begin, end, step).indices(shape[axis])
-        slices[axis] = (begin, max(end, begin), step)
-    return slices
-
-
 def _slice(x: Expr, slices: dict[int, tuple[int, int, int]]) -> Expr:
     axes = sorted(slices)
     begin, end, step = ([slices[axis][i] for axis in axes] for i in range(3))
@@ -260,11 +255,6 @@ def _axis(call: Expr) -> int:
     rank = len(shape_of(call.args[0]) or ()) if op_name(call) == "relax.split" else 0
     rank = rank or len(shape_of(call) or ())
     return int(call.attrs.axis) % max(rank, 1)
-
-
-def _number(expr: Expr) -> float | None:
-    value = getattr(expr, "value", None)
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _bounded(call: Expr) -> tuple[Expr, float | None]:

@@ -11,6 +11,7 @@ import tvm
 from tvm import relax
 
 from tvm_compress.relay_passes.canonicalize import (
+    AttachBias,
     FoldBatchNorm,
     FoldConstants,
     FoldPad,
@@ -675,6 +676,46 @@ def test_product_of_joined_operands_is_split() -> None:
     after = apply(SplitConcat(), before)
     assert [op for op in ops(after) if op in ("concat", "matmul", "add")][-3:].count("matmul") == 2
     assert {"cell_in0", "cell_in1"} <= set(names(after))
+    unchanged_numbers(before, after)
+
+
+def test_bias_behind_a_sum_goes_to_its_product() -> None:
+    def gate(emit: Callable[..., Expr], x: Expr) -> Expr:
+        left = emit(relax.op.matmul(x, const(4, 5)), "left")
+        right = emit(relax.op.matmul(emit(relax.op.tanh(x), "state"), const(4, 5)), "right")
+        return emit(relax.op.add(emit(relax.op.add(left, right), "sum"), const(5)), "biased")
+
+    before = module(gate, (1, 4))
+    after = apply(AttachBias(), before)
+    values = {b.var.name: b.value for block in after["main"].body.blocks for b in block.bindings}
+    assert values["left_bias"].args[0].name == "left"
+    assert [item.name for item in values["biased"].args] == ["left_bias", "right"]
+    unchanged_numbers(before, after)
+
+
+def test_bias_of_one_number_or_of_a_shared_sum_stays() -> None:
+    def scalar(emit: Callable[..., Expr], x: Expr) -> Expr:
+        total = emit(relax.op.add(emit(relax.op.matmul(x, const(4, 4)), "left"), x), "sum")
+        return emit(relax.op.add(total, const(1)), "biased")
+
+    def shared(emit: Callable[..., Expr], x: Expr) -> Expr:
+        total = emit(relax.op.add(emit(relax.op.matmul(x, const(4, 4)), "left"), x), "sum")
+        return emit(relax.op.multiply(emit(relax.op.add(total, const(4)), "biased"), total), "out")
+
+    for build in (scalar, shared):
+        before = module(build, (1, 4))
+        assert ops(apply(AttachBias(), before)).count("add") == 2
+
+
+def test_zeros_take_what_is_multiplied_by_them_along() -> None:
+    def first_step(emit: Callable[..., Expr], x: Expr) -> Expr:
+        zeros = array_const(np.zeros((1, 4), np.float32))
+        held = emit(relax.op.multiply(emit(relax.op.sigmoid(x), "gate"), zeros), "held")
+        return emit(relax.op.add(held, emit(relax.op.tanh(x), "new")), "state")
+
+    before = module(first_step, (1, 4))
+    after = canonicalize()(before)
+    assert ops(after) == ["tanh"]
     unchanged_numbers(before, after)
 
 

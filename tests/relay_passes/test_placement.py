@@ -315,3 +315,66 @@ def test_branches_stay_float_and_read_the_quantised_value() -> None:
 def test_every_movement_operator_exists() -> None:
     for name in MOVEMENT:
         tvm.ir.Op.get(name)
+
+
+def gru_cell(net: Net, x: relax.Var, state: relax.Var, weights: list[Any], step: int) -> relax.Var:
+    """h' = (1 - z) h + z tanh(W x + U (z h) + b), the gate standing for both of a GRU's."""
+
+    def named(name: str, expr: Any) -> relax.Var:
+        return net(f"{name}{step}", expr)
+
+    own = named("own", op.add(named("wx", op.matmul(x, weights[0])), weights[2]))
+    gate = named(
+        "gate", op.sigmoid(named("sum", op.add(own, named("uh", op.matmul(state, weights[1])))))
+    )
+    held = named("held", op.multiply(gate, state))
+    inner = named("inner", op.matmul(held, weights[3]))
+    fresh = named("fresh", op.tanh(inner))
+    keep = named("keep", op.multiply(named("rest", op.subtract(const(1.0), gate)), state))
+    return named("state", op.add(keep, named("new", op.multiply(gate, fresh))))
+
+
+def gru(net: Net, x: relax.Var, steps: int = 3) -> relax.Var:
+    """[1, steps * 8] => [1, 4]"""
+    weights = [net.array(8, 6), net.array(6, 6), net.array(6), net.array(6, 6)]
+    state = net.linear("first", net("part", op.strided_slice(x, (1,), (0,), (8,))), 6)
+    for step in range(steps):
+        part = net(f"x{step}", op.strided_slice(x, (1,), (8 * step,), (8 * step + 8,)))
+        state = gru_cell(net, part, state, weights, step)
+    return net.linear("head", state, 4)
+
+
+def test_gates_and_states_of_a_recurrent_cell_are_sums_of_products() -> None:
+    module = quantize(build(gru, (1, 24)))
+    assert read_left_float(module) == []
+    quantized = quantized_values(module)
+    # Neither product of a sum has a quantiser of its own.
+    assert not {"own0", "uh0", "keep0", "new0", "wx0"} & set(quantized)
+    assert {"sum0", "gate0", "state0", "rest0", "fresh0", "inner0", "held0"} <= set(quantized)
+    graph = describe(module)
+    assert graph["sum1"] == "add(own1, uh1)"
+    assert graph["state1"] == "add(keep1, new1)"
+
+
+def test_steps_of_a_loop_share_their_parameters() -> None:
+    ranges = {"sum0": (-1.0, 1.0), "sum1": (-3.0, 2.0), "state1": (-1.0, 0.5), "state2": (0.0, 2.0)}
+    module = quantize(build(gru, (1, 24)), ranges=ranges)
+    for name in ("sum", "gate", "state", "rest", "fresh", "inner", "held"):
+        found = {parameters_of(module, f"{name}{step}") for step in range(3)}
+        assert len(found) == 1, name
+    scale, zero_point, _ = parameters_of(module, "sum0")
+    # The range of sum2 is [-4, 4], the widest of the steps.
+    assert scale * 255 == pytest.approx(8.0, rel=1e-3)
+    assert zero_point in (-1, 0)
+
+
+def test_layers_with_one_weight_outside_a_loop_keep_their_own_parameters() -> None:
+    def body(net: Net, x: relax.Var) -> relax.Var:
+        weight = net.array(8, 8)
+        left = net("left", op.matmul(net("a", op.strided_slice(x, (1,), (0,), (8,))), weight))
+        right = net("right", op.matmul(net("b", op.strided_slice(x, (1,), (8,), (16,))), weight))
+        gates = net("product", op.multiply(op.sigmoid(left), op.tanh(right)))
+        return net.linear("head", gates, 4)
+
+    module = quantize(build(body, (1, 16)), ranges={"left": (-1.0, 1.0), "right": (-2.0, 2.0)})
+    assert parameters_of(module, "left") != parameters_of(module, "right")
