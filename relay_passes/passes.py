@@ -33,6 +33,8 @@ class PassEntry:
     pass_at: str
     observe_at: str | None = None
     keeps_statistics: bool = True
+    compares_with_float: bool = False
+    """Not for layers that came quantised: there is no float original to compare with."""
 
     @property
     def config(self) -> type:
@@ -114,5 +116,6 @@ PASSES: dict[str, PassEntry] = {
         pass_at="correct_bias:CorrectBias",
         observe_at="correct_bias:observe",
         keeps_statistics=True,
+        compares_with_float=True,
     ),
 }

@@ -26,7 +26,7 @@ def fill(folder: Path, content: str = "one", key: str = KEY) -> None:
     manifest = {
         "format": FORMAT,
         "versions": {"tvm_compress": "0.1.0"},
-        "model": {"name": "net", "key": key},
+        "model": {"name": "net", "key": key, "original": "float original"},
         "target": {"name": "host"},
         "inputs": [{"name": "x", "shape": [1, 2], "dtype": "float32"}],
         "outputs": [],

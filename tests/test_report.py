@@ -56,6 +56,7 @@ def layer(name: str, after: int = 250, sqnr: float | None = 31.0) -> LayerRow:
         time_after_us=5.0,
         time_share=0.4,
         sqnr_db=sqnr,
+        own_sqnr_db=None if sqnr is None else sqnr + 6,
         cosine=0.999,
         max_abs_error=0.01,
         kernels=("fused_conv2d",),
@@ -75,6 +76,7 @@ def make_report(**changes: Any) -> Report:
         device=Device("cpu <x>", 2, 2, "Linux 6"),
         macs=20_000,
         parameters=500,
+        original="float original",
         before=Side(Bytes(4000, 2000, 0, 0, 0, 0, 1500, 500), 900, latency),
         after=Side(
             Bytes(2500, 500, 20, 30, 256, 0, 1300, 394),
@@ -193,7 +195,9 @@ def test_page_says_what_was_measured() -> None:
 def test_page_has_a_bar_for_each_side_and_a_dot_for_each_error() -> None:
     tags = Page(render_html(make_report())).tags
     bars = [a for tag, a in tags if tag == "rect" and a.get("class") in ("float", "compressed")]
-    dots = [a for tag, a in tags if tag == "circle"]
+    circles = [a for tag, a in tags if tag == "circle"]
+    dots = [a for a in circles if a["class"] != "own"]
+    assert len(circles) == 2 * len(dots)
     assert len(bars) == 3 * 2 * 2  # layers, panels, sides
     assert [dot["class"] for dot in dots] == ["good", "poor"]
     assert float(bars[0]["width"] or 0) == pytest.approx(4 * float(bars[1]["width"] or 0), abs=0.2)

@@ -47,6 +47,11 @@ class Artefact:
     path: Path
     manifest: Mapping[str, Any]
 
+    @property
+    def original(self) -> str:
+        """What the artefact is compared with: `float original`, or what came quantised."""
+        return str(self.manifest["model"]["original"])
+
     @classmethod
     def open(cls, path: str | Path) -> Artefact:
         """Open and check a folder. Raises `ArtefactError`: missing, incomplete, damaged, foreign.

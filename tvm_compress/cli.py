@@ -413,7 +413,7 @@ def benchmark(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Time ARTEFACT and its float original side by side on this machine."""
+    """Time ARTEFACT and its original side by side on this machine."""
     from dataclasses import asdict
 
     from .artefact import Artefact
@@ -422,8 +422,9 @@ def benchmark(
 
     if against and model is None:
         raise click.UsageError("--against needs the source model: --model model.onnx")
+    opened = Artefact.open(artefact)
     result = run_benchmark(
-        Artefact.open(artefact),
+        opened,
         against=against,
         model=model,
         seconds=seconds,
@@ -433,7 +434,7 @@ def benchmark(
     if as_json:
         _print_json(asdict(result))
     else:
-        print_benchmark(result)
+        print_benchmark(result, opened.original)
 
 
 @cli.command(epilog=_example("tvm-compress report out"))

@@ -207,6 +207,13 @@ def schemes_of(module: tvm.IRModule, steps: Sequence[Step]) -> dict[str, Any]:
     return resolve(layers, [(step.layers, step.config) for step in steps])
 
 
+def quantised_layers(module: tvm.IRModule) -> frozenset[str]:
+    """The layers whose weight is stored compressed: in an imported model, those that came so."""
+    from .relay_passes.select import list_layers
+
+    return frozenset(layer.name for layer in list_layers(module) if layer.is_quantized)
+
+
 def _needs_data(module: tvm.IRModule, plan: tuple[tuple[Step, ...], ...]) -> bool:
     from .relay_passes.passes import PASSES
 
@@ -228,13 +235,17 @@ def apply_recipe(job: Job, workspace: Workspace, clock: _Clock) -> tvm.IRModule:
     from .relay_passes.passes import PASSES
 
     module = job.model.module
+    came_quantised = quantised_layers(module)
     statistics: Statistics | None = None
     for index, group in enumerate(job.plan):
         entry = PASSES[group[0].name]
         if statistics is None and entry.needs_statistics:
             statistics = _calibrate(job, module, job.plan[index:], workspace, clock)
         with clock.step(group[0].name):
-            module = entry.apply(module, schemes_of(module, group), statistics)
+            schemes = schemes_of(module, group)
+            if entry.compares_with_float:
+                schemes = {n: config for n, config in schemes.items() if n not in came_quantised}
+            module = entry.apply(module, schemes, statistics)
         if not entry.keeps_statistics:
             statistics = None
     return module
@@ -316,14 +327,26 @@ def _build_all(
     job: Job, compressed: tvm.IRModule, workspace: Workspace, clock: _Clock
 ) -> dict[str, Path]:
     """Folder of each library: `library.so` and `info.json`, and the taps of the reference."""
-    folders = {}
-    modules = {"original": job.model.module, "compressed": compressed}
+    folders: dict[str, Path] = {}
+    modules = {"compressed": compressed, "original": job.model.module}
     for side, module in modules.items():
+        if folders and _graph_key(compressed) == _graph_key(module):
+            folders[side] = folders["compressed"]  # came quantised, and nothing was left to do
+            continue
         parts = [side, module_key(module), dict(job.target.tvm_options), job.target]
         make = partial(_build_side, module, job.target, side == "compressed")
         with clock.cached(workspace, f"build {side}", parts, make) as folder:
             folders[side] = folder
     return folders
+
+
+def _graph_key(module: tvm.IRModule) -> str:
+    """Hash of what a module computes: without what passes only noted."""
+    from .relay_passes.quantize import LEFT_FLOAT_ATTR
+
+    module = module.clone()
+    module["main"] = module["main"].without_attr(LEFT_FLOAT_ATTR)
+    return module_key(module)
 
 
 def _build_side(module: tvm.IRModule, target: Target, is_compressed: bool, folder: Path) -> None:
@@ -395,6 +418,9 @@ def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
             "name": job.model.name,
             "key": job.model_key,
             "source_format": job.model.source_format,
+            "original": "source, as imported"
+            if quantised_layers(job.model.module)
+            else "float original",
         },
         "recipe": job.recipe_name,
         "target": {

@@ -44,6 +44,17 @@ class TensorInfo:
             return values
         return (values.astype(np.float64) - self.zero_point) * self.scale
 
+    def stored(self, values: np.ndarray, like: np.ndarray) -> np.ndarray:
+        """Real numbers in the graph's axis order, as this tensor holds them: shape and dtype of
+        `like`. Inverse of `real`, with the nearest codes."""
+        if self.scale is not None:
+            limits = np.iinfo(like.dtype)
+            codes = np.rint(values / self.scale) + self.zero_point
+            values = np.clip(codes, limits.min, limits.max)
+        physical = values.reshape(self.shape).transpose(self.perm)
+        # Not ascontiguousarray, which turns a scalar into [1].
+        return np.asarray(physical.reshape(like.shape).astype(like.dtype), order="C")
+
 
 @dataclass(frozen=True)
 class Call:
@@ -133,12 +144,22 @@ class Observer:
 
 
 def capture(
-    session: Session, info: LibraryInfo, feed: Mapping[str, np.ndarray]
+    session: Session,
+    info: LibraryInfo,
+    feed: Mapping[str, np.ndarray],
+    forced: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """One inference: its outputs, and every tensor that a kernel wrote, by variable, as stored."""
+    """One inference: its outputs, and every tensor that a kernel wrote, by variable, as stored.
+
+    `forced`: variable => real numbers in the graph's axis order, which take the place of what the
+    kernel wrote before the next kernel reads it.
+    """
     tensors: dict[str, np.ndarray] = {}
 
     def keep(index: int, result: Any, _seconds: float) -> None:
-        tensors[info.calls[index].output] = result.numpy().copy()
+        name = info.calls[index].output
+        tensors[name] = result.numpy().copy()
+        if forced is not None and name in forced:
+            result.copyfrom(info.tensors[name].stored(forced[name], tensors[name]))
 
     return Observer(info, keep).run(session, feed), tensors

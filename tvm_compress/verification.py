@@ -45,6 +45,8 @@ class TensorError:
     sqnr_db: float | None
     cosine: float | None
     max_abs_error: float
+    own_sqnr_db: float | None
+    """Of the kernel alone: with the original's values, as codes, where it reads tensors."""
 
 
 @dataclass(frozen=True)
@@ -180,21 +182,30 @@ def compare_with_original(
     per_layer: bool,
     progress: Progress,
 ) -> tuple[tuple[OutputRow, ...], tuple[TensorError, ...]]:
-    """Signal to noise, cosine and largest error of the outputs and of every layer's output."""
+    """Signal to noise, cosine and largest error of the outputs and of every layer's output.
+
+    A layer's error holds what came in from the layers before it. Its own error comes from a second
+    run of the shipped kernels in which every tensor, once written and compared, is overwritten with
+    the original's, so that no kernel reads what an earlier one did wrong.
+    """
     compressed, original = artefact.session(), artefact.session("original")
     infos = {
         side: LibraryInfo.from_json(artefact.kernels[side]) for side in ("compressed", "original")
     }
     output_sums = {spec.name: ErrorSums() for spec in artefact.outputs}
     tensor_sums: dict[str, ErrorSums] = {}
+    own_sums: dict[str, ErrorSums] = {}
     count = 0
     with progress.step("comparing with the float original"):
         for feed in feeds:
             count += 1
             if per_layer:
                 results, tensors = capture(compressed, infos["compressed"], feed)
-                wanted, originals = capture(original, infos["original"], feed)
-                _add_tensors(tensor_sums, infos, tensors, originals)
+                wanted, captured = capture(original, infos["original"], feed)
+                originals = _by_tensor_of_artefact(infos, captured)
+                _add_tensors(tensor_sums, infos["compressed"], tensors, originals)
+                _, alone = capture(compressed, infos["compressed"], feed, forced=originals)
+                _add_tensors(own_sums, infos["compressed"], alone, originals)
             else:
                 results, wanted = compressed.run(feed), original.run(feed)
             for name, sums in output_sums.items():
@@ -205,40 +216,55 @@ def compare_with_original(
     )
     layers = {call.output: call.layers for call in infos["compressed"].calls}
     rows = tuple(
-        TensorError(name, layers[name], sums.sqnr_db, sums.cosine, sums.max_abs_error)
+        TensorError(
+            name,
+            layers[name],
+            sums.sqnr_db,
+            sums.cosine,
+            sums.max_abs_error,
+            own_sums[name].sqnr_db,
+        )
         for name, sums in tensor_sums.items()
     )
     return outputs, rows
 
 
-def _add_tensors(
-    sums: dict[str, ErrorSums],
-    infos: Mapping[str, LibraryInfo],
-    tensors: Mapping[str, np.ndarray],
-    originals: Mapping[str, np.ndarray],
-) -> None:
+def _by_tensor_of_artefact(
+    infos: Mapping[str, LibraryInfo], captured: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Tensor of the artefact => the original's real numbers for it, in the graph's axis order."""
     from .relay_passes.correct_bias import CORRECTED
 
     by_source = {
-        info.source: name for name, info in infos["original"].tensors.items() if name in originals
+        info.source: name for name, info in infos["original"].tensors.items() if name in captured
     }
+    found = {}
     for name, info in infos["compressed"].tensors.items():
         partner = by_source.get(info.source, by_source.get(info.source.removesuffix(CORRECTED)))
-        if partner is None or name not in tensors:
+        if partner is None or infos["original"].tensors[partner].shape != info.shape:
             continue
-        wanted = infos["original"].tensors[partner]
-        if wanted.shape != info.shape:
-            continue
-        sums.setdefault(name, ErrorSums()).add(
-            wanted.real(originals[partner]), info.real(tensors[name])
-        )
+        found[name] = infos["original"].tensors[partner].real(captured[partner])
+    return found
+
+
+def _add_tensors(
+    sums: dict[str, ErrorSums],
+    info: LibraryInfo,
+    tensors: Mapping[str, np.ndarray],
+    originals: Mapping[str, np.ndarray],
+) -> None:
+    for name, wanted in originals.items():
+        if name in tensors:
+            found = info.tensors[name].real(tensors[name])
+            sums.setdefault(name, ErrorSums()).add(wanted, found)
 
 
 def _worst(tensors: tuple[TensorError, ...]) -> str | None:
-    measured = [row for row in tensors if row.sqnr_db is not None and row.layers]
+    """The layers whose kernel adds most noise to its own output."""
+    measured = [row for row in tensors if row.own_sqnr_db is not None and row.layers]
     if not measured:
         return None
-    worst = min(measured, key=lambda row: row.sqnr_db if row.sqnr_db is not None else 0.0)
+    worst = min(measured, key=lambda row: row.own_sqnr_db or 0.0)
     return ", ".join(worst.layers)
 
 

@@ -16,6 +16,7 @@ import jsonschema
 import numpy as np
 import onnxruntime
 import pytest
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
 from tvm_compress.artefact import MANIFEST, Artefact, describe_files
 from tvm_compress.report.rows import report_schema
@@ -97,6 +98,45 @@ def test_every_layer_has_scheme_error_and_time(world: World) -> None:
         assert row["scheme"] == "int8/channel × int8"
         assert row["sqnr_db"] > 20 and row["time_after_us"] > 0 and row["kernels"]
     assert world.result.json["worst_layer"] in rows
+
+
+def test_own_error_is_the_one_without_those_of_earlier_layers(world: World, tmp_path: Path) -> None:
+    fc = "{quantize: {layers: fc, weights: int8, activations: int8, calibrate: min_max}}"
+    conv = "{quantize: {layers: conv, weights: int4, activations: none}}"
+    found = {}
+    for name, steps in (("both", [conv, fc]), ("fc_alone", [fc])):
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(f"version: 1\nsteps: [{', '.join(steps)}]\n")
+        result = world.compress("--recipe", recipe, "--json", out=tmp_path / name)
+        assert result.status == 0, result.err
+        found[name] = {row["name"]: row for row in result.json["layers"]}
+        if name == "both":
+            assert result.json["worst_layer"] == "conv"
+    both, alone = found["both"]["fc"], found["fc_alone"]["fc"]
+    assert both["sqnr_db"] < both["own_sqnr_db"] - 10
+    assert both["own_sqnr_db"] == pytest.approx(alone["sqnr_db"], abs=0.5)
+    assert alone["own_sqnr_db"] == pytest.approx(alone["sqnr_db"], abs=1e-6)
+
+
+def test_model_that_came_quantised_is_not_called_float_nor_built_twice(
+    world: World, tmp_path: Path
+) -> None:
+    model = tmp_path / "quantised.onnx"
+    feeds = iter([{"image": image[None]} for image in world.images])
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(feeds, None)
+
+    quantize_static(world.model, model, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
+    result = tvm_compress("compress", model, "--recipe", "int8", "--calib", world.calibration,
+                          "-o", tmp_path / "out", "--json")  # fmt: skip
+    assert result.status == 0, result.err
+    assert result.json["original"] == "source, as imported"
+    assert "build original" not in [step["name"] for step in result.json["steps"]]
+    assert result.json["outputs"][0]["sqnr_db"] is None  # equal
+    shown = tvm_compress("report", tmp_path / "out")
+    assert "float original" not in shown.out and "source, as imported" in shown.out
 
 
 def test_run_writes_outputs_by_name(world: World, tmp_path: Path) -> None:

@@ -160,12 +160,12 @@ def _accuracy_card(data: Mapping[str, Any]) -> str:
         figure = f"{min(worst):.1f}" if worst else "not measured"
         unit = "dB SQNR" if worst else ""
         note = (
-            "output against the float original; give labelled --eval data for an accuracy"
+            f"output against the {data['original']}; give labelled --eval data for an accuracy"
             if worst
             else "no labelled data was given"
         )
         if data["outputs"] and not worst:
-            figure, unit, note = "identical", "", "output equals the float original"
+            figure, unit, note = "identical", "", f"output equals the {data['original']}"
         return (
             f'<article class="card"><h2>Output</h2><p class="figure">{figure}'
             f'<small> {unit}</small></p><p class="note">{note}</p></article>'
@@ -275,10 +275,11 @@ def _layer_plot(data: Mapping[str, Any]) -> str:
     parts.append(_error_panel(data, x))
     return (
         "<section><h2>Layer by layer</h2>"
-        '<p class="quiet"><span class="key float"></span>float original '
+        f'<p class="quiet"><span class="key float"></span>{escape(data["original"])} '
         '<span class="key compressed"></span>compressed. Signal to noise (SQNR) of each output '
-        "against the float original: higher is better; red is below "
-        f"{POOR_SQNR_DB:.0f} dB.</p>"
+        "against the original: higher is better; red is below "
+        f"{POOR_SQNR_DB:.0f} dB. The ring is of the layer alone, with the original's values at "
+        "its inputs; the dot holds all errors so far.</p>"
         f'<div class="scroll"><svg viewBox="0 0 {width} {height}" role="img" '
         'aria-label="Size, time and error of every layer">'
         f"{''.join(parts)}</svg></div></section>"
@@ -322,7 +323,9 @@ def _bar_panel(
 
 def _error_panel(data: Mapping[str, Any], x: float) -> str:
     layers = data["layers"]
-    known = [row["sqnr_db"] for row in layers if row["sqnr_db"] is not None]
+    known = [
+        row[key] for row in layers for key in ("sqnr_db", "own_sqnr_db") if row[key] is not None
+    ]
     if not known:
         return ""
     top = max(10.0, *known, GOOD_SQNR_DB) * 1.05
@@ -353,8 +356,13 @@ def _error_panel(data: Mapping[str, Any], x: float) -> str:
         y = 40 + index * ROW + ROW / 2
         kind = "good" if value >= GOOD_SQNR_DB else "poor" if value < POOR_SQNR_DB else "fair"
         tip = f"{row['name']}: {value:.1f} dB, cosine {row['cosine']:.6f}"
+        own = row["own_sqnr_db"]
+        ring = ""
+        if own is not None:
+            tip += f"; own {own:.1f} dB"
+            ring = f'<circle class="own" cx="{place(own):.1f}" cy="{y}" r="4.5"/>'
         parts.append(
-            f"<g><title>{escape(tip)}</title>"
+            f"<g><title>{escape(tip)}</title>{ring}"
             f'<line class="stem" x1="{place(max(bottom, 0)):.1f}" x2="{place(value):.1f}" '
             f'y1="{y}" y2="{y}"/>'
             f'<circle class="{kind}" cx="{place(value):.1f}" cy="{y}" r="4.5"/></g>'
@@ -364,7 +372,7 @@ def _error_panel(data: Mapping[str, Any], x: float) -> str:
 
 def _layer_table(data: Mapping[str, Any]) -> str:
     names = ("layer", "type", "scheme", "MACs", "bytes before", "bytes after", "time before",
-             "time after", "share", "SQNR dB", "max error")  # fmt: skip
+             "time after", "share", "SQNR dB", "own dB", "max error")  # fmt: skip
     head = "".join(f"<th>{name}</th>" for name in names)
     body = "".join(_layer_line(row, row["name"] == data["worst_layer"]) for row in data["layers"])
     body += "".join(
@@ -374,6 +382,7 @@ def _layer_table(data: Mapping[str, Any]) -> str:
         + _cell(row["time_us"], time_text(row["time_us"]))
         + _cell(row["time_share"], percent_text(row["time_share"]))
         + _cell(row["sqnr_db"], db_text(row["sqnr_db"]))
+        + _cell(None, "")
         + _cell(None, "")
         + "</tr>"
         for row in data["other_kernels"]
@@ -398,6 +407,7 @@ def _layer_line(row: Mapping[str, Any], is_worst: bool) -> str:
         + _cell(row["time_after_us"], time_text(row["time_after_us"]))
         + _cell(row["time_share"], percent_text(row["time_share"]))
         + _cell(row["sqnr_db"], db_text(row["sqnr_db"]))
+        + _cell(row["own_sqnr_db"], db_text(row["own_sqnr_db"]))
         + _cell(
             error, "-" if error is None else three_digits(error) if error >= 1 else f"{error:.3g}"
         )

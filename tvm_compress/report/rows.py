@@ -39,7 +39,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two programs that are compared: the float original or the compressed artefact."""
+    """One of the two programs that are compared: the original or the compressed artefact."""
 
     bytes: Bytes
     plan_bytes: Annotated[int, "memory for activations and temporaries in the compiled plan"]
@@ -60,13 +60,19 @@ class LayerRow:
     bytes_before: int
     bytes_after: int
     time_before_us: Annotated[
-        float | None, "its kernels in the float original, least of the observed runs"
+        float | None, "its kernels in the original, least of the observed runs"
     ]
     time_after_us: Annotated[
         float | None, "its kernels in the artefact, least of the observed runs"
     ]
     time_share: Annotated[float | None, "part of the artefact's kernel time, 0 to 1"]
-    sqnr_db: Annotated[float | None, "signal to noise of its output against the float original"]
+    sqnr_db: Annotated[
+        float | None, "signal to noise of its output against the original: all errors so far"
+    ]
+    own_sqnr_db: Annotated[
+        float | None,
+        "the same with the original's values at its inputs: the error that the layer itself adds",
+    ]
     cosine: float | None
     max_abs_error: float | None
     kernels: Annotated[tuple[str, ...], "symbols of the kernels that compute it"]
@@ -180,13 +186,16 @@ class Report:
     device: Device
     macs: int
     parameters: int
+    original: Annotated[
+        str, "what `before` is: `float original`, or `source, as imported` when that is quantised"
+    ]
     before: Side
     after: Side
     layers: tuple[LayerRow, ...]
     other_kernels: tuple[OtherKernelRow, ...]
     stayed_float: tuple[FloatRow, ...]
     outputs: tuple[OutputRow, ...]
-    worst_layer: Annotated[str | None, "the layer whose output has the lowest signal to noise"]
+    worst_layer: Annotated[str | None, "the layer with the lowest `own_sqnr_db`"]
     accuracy: Accuracy | None
     exactness: Exactness | None
     checks: tuple[Check, ...]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..verification import Verification
 
 BAR_WIDTH = 12
+OWN_NOTE = "own: of the layer alone, with the original's values at its inputs."
 PIPE_WIDTH = 120  # columns when the output is not a terminal
 
 
@@ -146,7 +147,7 @@ def _print_totals(console: Console, report: Mapping[str, Any]) -> None:
         _bold(report["model"], "  recipe ", report["recipe"], "  target ", report["target"])
     )
     before, after = report["before"], report["after"]
-    table = _table("", ">float original", ">compressed", ">ratio")
+    table = _table("", f">{report['original']}", ">compressed", ">ratio")
     names = {
         "weights": "weights",
         "scales": "scales",
@@ -217,7 +218,7 @@ def _interval(low: float, high: float) -> str:
 
 
 def _print_layers(console: Console, report: Mapping[str, Any]) -> None:
-    table = _table("layer", "scheme", ">MACs", ">bytes", "", ">time", "", ">share", ">SQNR dB")
+    table = _table("layer", "scheme", ">MACs", ">bytes", "", ">time", "", ">share", ">SQNR", ">own")
     for row in report["layers"]:
         table.add_row(
             short_name(row["name"]),
@@ -229,6 +230,7 @@ def _print_layers(console: Console, report: Mapping[str, Any]) -> None:
             time_text(row["time_after_us"]),
             percent_text(row["time_share"]),
             db_text(row["sqnr_db"]),
+            db_text(row["own_sqnr_db"]),
         )
     for row in report["other_kernels"]:
         table.add_row(
@@ -241,11 +243,13 @@ def _print_layers(console: Console, report: Mapping[str, Any]) -> None:
             time_text(row["time_us"]),
             percent_text(row["time_share"]),
             db_text(row["sqnr_db"]),
+            "",
             style="dim",
         )
     console.print(table)
+    console.print(f"SQNR in dB against the {report['original']}. {OWN_NOTE}", style="dim")
     if report["worst_layer"]:
-        console.print(_bold("", "largest error: ", report["worst_layer"]))
+        console.print(_bold("", "largest own error: ", report["worst_layer"]))
 
 
 def _print_float(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -272,16 +276,18 @@ def print_verification(result: Verification, per_layer: bool) -> None:
 
     console = _console()
     if per_layer:
-        table = _table("tensor", "layers", ">SQNR dB", ">cosine", ">max error")
+        table = _table("tensor", "layers", ">SQNR dB", ">own dB", ">cosine", ">max error")
         for row in result.tensors:
             table.add_row(
                 short_name(row.name),
                 short_name(", ".join(row.layers)),
                 db_text(row.sqnr_db),
+                db_text(row.own_sqnr_db),
                 "-" if row.cosine is None else f"{row.cosine:.6f}",
                 f"{row.max_abs_error:.4g}",
             )
         console.print(table)
+        console.print(OWN_NOTE, style="dim")
     table = _table("output", ">inputs", ">SQNR dB", ">cosine", ">max error")
     for output in result.outputs:
         table.add_row(
@@ -293,7 +299,7 @@ def print_verification(result: Verification, per_layer: bool) -> None:
         )
     console.print(table)
     if result.worst_layer:
-        console.print(_bold("", "largest error: ", result.worst_layer))
+        console.print(_bold("", "largest own error: ", result.worst_layer))
     accuracy = result.accuracy
     if accuracy:
         console.print(
@@ -311,9 +317,10 @@ def print_verification(result: Verification, per_layer: bool) -> None:
     _print_checks(console, [asdict(check) for check in result.checks])
 
 
-def print_benchmark(result: Benchmark) -> None:
+def print_benchmark(result: Benchmark, original: str) -> None:
+    """`original` says what the artefact is timed against: `Artefact.original`."""
     console = _console()
-    labels = {"compressed": "compressed", "original": "float original"}
+    labels = {"compressed": "compressed", "original": original}
     base = result.latencies["compressed"].median_us
     table = _table("", ">median", ">10 %", ">90 %", ">min", ">median / compressed")
     for side, latency in result.latencies.items():
