@@ -27,7 +27,7 @@ import tvm
 
 from ...schedules import requantize as kernels
 from ...schedules.divide import divide_half_away
-from ...schedules.table import table_lookup
+from ...schedules.table import channel_table_lookup, table_lookup
 from ...schedules.tflite_add import tflite_add
 from ...schedules.tflite_softmax import tflite_softmax_8, tflite_softmax_16
 from .. import ir
@@ -240,6 +240,28 @@ def extremum(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     return Dequantised(replace(a, expr=expr, shape=shape))
 
 
+def prelu(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
+    """PRELU with constant slopes by channel: a table for each."""
+    value, slope = (ctx.value(argument) for argument in call.args)
+    slopes = anchors.constant_codes(slope) if isinstance(slope, Constant) else None
+    if not isinstance(value, Dequantised) or slopes is None or slopes.quant is None:
+        return ctx.no("the operand is not quantised, or the slopes are computed at run time")
+    assert isinstance(slope, Constant) and slope.codes is not None
+    codes, scale = value.codes, slopes.quant.scale
+    centred = slope.codes.astype(np.int32) - slopes.quant.zero_point
+    axis = int(call.attrs.axis) % len(codes.shape)
+
+    def emit(params: QuantParams, out_name: str) -> Tensor | None:
+        assert codes.quant is not None
+        rows = tables.prelu(_parameters(codes.quant), _parameters(params), centred, scale)
+        shape = codes.physical_shape
+        func = channel_table_lookup(shape, codes.perm.index(axis), codes.dtype, params.dtype)
+        expr = ctx.kernel(func, [codes.expr, rows], shape, params.dtype, out_name, "channel_table")
+        return replace(codes, expr=expr, dtype=params.dtype, quant=params)
+
+    return Lazy(emit)
+
+
 # Forms: a value and its output's parameters => codes --------------------------------------------
 
 
@@ -413,6 +435,8 @@ TABLES: dict[str, _Table] = {
     "relax.nn.relu6": lambda x, y, _call: tables.clipped(x, y, 0.0, 6.0),
     "relax.clip": _clip_table,
     "relax.nn.leakyrelu": lambda x, y, call: tables.leaky_relu(x, y, float(call.attrs.alpha)),
+    "relax.nn.gelu": lambda x, y, _call: tables.evaluated(x, y, tables.gelu_float32),
+    "relax.nn.gelu_tanh": lambda x, y, _call: tables.evaluated(x, y, tables.gelu_tanh_float32),
     "relax.sigmoid": _logistic_table,
     "relax.tanh": _tanh_table,
 }
@@ -468,6 +492,7 @@ HANDLERS = {
     "relax.multiply": multiply,
     "relax.maximum": extremum,
     "relax.minimum": extremum,
+    "relax.nn.prelu": prelu,
 }  # fmt: skip
 
 FORMS = {

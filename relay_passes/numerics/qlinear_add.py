@@ -20,9 +20,12 @@ from .requantize import scale_float32
 REACH = 8
 
 
-def _fused_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+def _fused_multiply_add(
+    a: np.ndarray, b: np.ndarray | np.float32, c: np.ndarray | np.float32
+) -> np.ndarray:
     """float32(a * b + c), rounded once: codes a, ratios b and steps c leave float64 exact."""
-    return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float32)
+    total = np.asarray(a, np.float64) * np.float64(b) + np.asarray(c, np.float64)
+    return np.asarray(total, np.float32)
 
 
 def qlinear_add(
@@ -37,9 +40,9 @@ def qlinear_add(
     `scales` and `zero_points` are those of a, b and the result.
     """
     step = np.float32(scales[2])
-    ratio_a, ratio_b = (np.float32(scale) / step for scale in scales[:2])
+    ratio_a, ratio_b = (np.float32(np.float32(scale) / step) for scale in scales[:2])
     zero_a, zero_b, zero_y = (np.float32(zero) for zero in zero_points)
-    fixed = zero_y - _fused_multiply_add(zero_a, ratio_a, ratio_b * zero_b)
+    fixed = zero_y - _fused_multiply_add(np.asarray(zero_a), ratio_a, np.float32(ratio_b * zero_b))
     total = _fused_multiply_add(a, ratio_a, _fused_multiply_add(b, ratio_b, fixed))
     return np.clip(np.rint(total), *bounds).astype(np.int64)
 
@@ -69,7 +72,7 @@ def matching_constants(
     for nudge in sorted(nudges, key=lambda pair: abs(pair[0]) + abs(pair[1])):
         chosen = tuple(_nudged(m, n) for m, n in zip(multipliers, nudge, strict=True))
         first, second = (
-            np.clip(scale_float32(x, m), *clamp).astype(np.int64)
+            np.clip(scale_float32(x, np.asarray(m)), *clamp).astype(np.int64)
             for x, m, clamp in zip(integers, chosen, clamps, strict=True)
         )
         total = first[:, None] + second

@@ -83,6 +83,15 @@ def leaky_relu(source: Codes, target: Codes, alpha: float) -> np.ndarray:
     return target.clamp(scaled.astype(np.int64) + target.zero_point)
 
 
+def prelu(source: Codes, target: Codes, slope: np.ndarray, slope_scale: float) -> np.ndarray:
+    """PRELU: a row for each of the centred slope codes [C]; multipliers in float32."""
+    x = source.centred
+    product = float(np.float32(source.scale) * np.float32(slope_scale))
+    below = _multiply(x * slope.astype(np.int32)[:, None], ratio_float32(product, target.scale))
+    above = _multiply(x, ratio_float32(source.scale, target.scale))
+    return target.clamp(np.where(x >= 0, above, below) + target.zero_point)
+
+
 def evaluated(
     source: Codes, target: Codes, function: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
@@ -113,6 +122,19 @@ def sigmoid_float32(x: np.ndarray) -> np.ndarray:
 def tanh_float32(x: np.ndarray) -> np.ndarray:
     """tanh, correctly rounded to float32."""
     return np.tanh(x.astype(np.float64)).astype(np.float32)
+
+
+def gelu_float32(x: np.ndarray) -> np.ndarray:
+    """x/2 erfc(-x / sqrt(2)) in float32 steps."""
+    root = np.float32(-math.sqrt(0.5))
+    erfc = np.vectorize(math.erfc, otypes=[np.float64])
+    return np.float32(0.5) * x * erfc((x * root).astype(np.float64)).astype(np.float32)
+
+
+def gelu_tanh_float32(x: np.ndarray) -> np.ndarray:
+    """x/2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) in float32 steps."""
+    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
+    return np.float32(0.5) * x * (np.float32(1) + tanh_float32(inner))
 
 
 SIGMOID_STEPS = 24  # table entries a unit

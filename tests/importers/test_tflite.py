@@ -323,6 +323,17 @@ def test_float_model(tmp_path: Path, run: Run) -> None:
     assert "dense" in names
 
 
+@pytest.mark.parametrize("approximate", [False, True])
+def test_float_gelu(approximate: bool, tmp_path: Path, run: Run) -> None:
+    tensors = [Tensor("x", (1, 64), "float32"), Tensor("y", (1, 64), "float32")]
+    operator = Operator("GELU", ["x"], ["y"], {"approximate": approximate}, "GeluOptions")
+    content = build(tensors, [operator], ["x"], ["y"])
+    x = np.linspace(-4, 4, 64, dtype=np.float32)[None]
+    (found,) = run(load(content, tmp_path), {"x": x}).values()
+    expected = Reference(content).run({"x": x})["y"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 # ---- real models ---------------------------------------------------------------------------------
 
 ASSETS = {
@@ -417,6 +428,15 @@ def test_unsupported_operator(tmp_path: Path) -> None:
         Operator("LSH_PROJECTION", ["a", "a"], ["y"]), [q("a", 2, 5)], q("y", 2, 5)
     )
     with pytest.raises(ModelError, match="operator LSH_PROJECTION of 'y' is not supported"):
+        load(content, tmp_path)
+
+
+def test_quantised_slopes_by_position_are_refused(tmp_path: Path) -> None:
+    slopes = Tensor("w", (3, 3, 4), "int8", 0.01, 0, 0, integers(3, 3, 4))
+    content = one_operator(
+        Operator("PRELU", ["a", "w"], ["y"]), [q("a", 1, 3, 3, 4)], q("y", 1, 3, 3, 4), [slopes]
+    )
+    with pytest.raises(ModelError, match=r"PRELU of 'y' .*\[3, 3, 4\]; allowed: constant slopes"):
         load(content, tmp_path)
 
 

@@ -253,6 +253,17 @@ def _add_unary(b: Branches, x: str, flat: str) -> None:
             table="LeakyReluOptions",
             alpha=alpha,
         )
+    if b.dtype != "int16":
+        slopes = b.rng.integers(-100, 100, (1, 1, 5)) + (128 if b.dtype == "uint8" else 0)
+        for label, codes in (("_channels", slopes), ("_one", slopes[..., :1])):
+            name = b.constant(f"slope{label}", codes, b.dtype, scale=0.011, zero_point=b.other_zero)
+            b.branch("PRELU", [x, name], shape, label=label, scale=0.047, version=1)
+        for k, source in enumerate((flat, "wide", "fine")):
+            for approximate in (False, True):
+                b.branch(
+                    "GELU", [source], rows, label=f"_{k}{'_tanh' if approximate else ''}",
+                    scale=(0.03, 0.13, 0.003)[k], table="GeluOptions", approximate=approximate,
+                )  # fmt: skip
     bits = 16 if b.dtype == "int16" else 8
     low = {"int8": -128, "uint8": 0, "int16": 0}[b.dtype]
     fraction = 2.0**-15 if bits == 16 else 2.0**-8

@@ -142,7 +142,10 @@ class _Converter(OperatorConverter):
     """TVM's converter, with layer names and the quantised operators it refuses or rounds."""
 
     _SUPPORTED_QUANTIZED_OPS = (
-        OperatorConverter._SUPPORTED_QUANTIZED_OPS | _MOVEMENT | _INDEX | {"BATCH_MATMUL"}
+        OperatorConverter._SUPPORTED_QUANTIZED_OPS
+        | _MOVEMENT
+        | _INDEX
+        | {"BATCH_MATMUL", "GELU", "PRELU"}
     )
     layer_labels: ClassVar[dict[tvm.ir.Var, str]] = {}
     builder: ClassVar[relax.BlockBuilder | None] = None
@@ -154,6 +157,8 @@ class _Converter(OperatorConverter):
         self.convert_map["AVERAGE_POOL_2D"] = self._average_pool
         self.convert_map["BATCH_MATMUL"] = self._batch_matmul
         self.convert_map["FULLY_CONNECTED"] = self._fully_connected
+        self.convert_map["GELU"] = self._gelu
+        self.convert_map["PRELU"] = self._prelu
 
     def check_unsupported_ops(self) -> None:
         for index in range(self.subgraph.OperatorsLength()):
@@ -316,6 +321,38 @@ class _Converter(OperatorConverter):
                 value = relax.op.permute_dims(value, [*range(rank - 2), rank - 1, rank - 2])
             operands.append(value)
         return self.quantize(relax.op.matmul(*operands, out_dtype="float32"), output)
+
+    def _gelu(self, op: Any) -> Any:
+        """By the error function or, when `approximate` is set, by tanh."""
+        options = tflite.GeluOptions()
+        table = op.BuiltinOptions()
+        options.Init(table.Bytes, table.Pos)
+        function = relax.op.nn.gelu_tanh if options.Approximate() else relax.op.nn.gelu
+        source, output = self.get_input_tensors(op)[0], self.get_output_tensors(op)[0]
+        expr = self.get_tensor_expr(source)
+        if source.qnn_params is None:
+            return function(expr)
+        return self.quantize(function(self.dequantize(expr, source)), output)
+
+    def _prelu(self, op: Any) -> Any:
+        """On integers with a constant slope by channel: `quantize(prelu(dequantize(x), slope))`."""
+        source, slope = self.get_input_tensors(op)
+        output = self.get_output_tensors(op)[0]
+        if source.qnn_params is None:
+            return self.convert_prelu(op)
+        channels = int(source.tensor.ShapeAsNumpy()[-1])
+        shape = [int(size) for size in slope.tensor.ShapeAsNumpy()]
+        if self.has_expr(slope.tensor_idx) or np.prod(shape) not in (1, shape[-1]):
+            raise ModelError(
+                f"operator PRELU of {_name(output.tensor)!r} is not supported on quantised tensors "
+                f"with slopes of shape {shape}; allowed: constant slopes by channel"
+            )
+        codes = np.broadcast_to(self.get_tensor_value(slope).reshape(-1), (channels,)).copy()
+        slopes = self.dequantize(relax.const(codes), slope)
+        rectified = relax.op.nn.prelu(
+            self.dequantize(self.get_tensor_expr(source), source), slopes, axis=-1
+        )
+        return self.quantize(rectified, output)
 
 
 def layer_name(outputs: list[str], weights: list[str], kind: str) -> str:
