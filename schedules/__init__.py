@@ -1,8 +1,15 @@
 """Kernels: naive descriptions, and scheduled forms per target. See README.md of this folder."""
 
 from .anchors import describe, prim_func, reference
+from .choice import (
+    CHOICE_ATTR,
+    Choice,
+    SearchSpace,
+    choice_from_json,
+    choice_to_json,
+)
 from .decode_weight import DecodedWeight
-from .dispatch import decode_weight, pack_weight, schedule
+from .dispatch import decode_weight, pack_weight, schedule, search_space
 from .spec import (
     KERNEL_ATTR,
     SCHEDULE_ATTR,
@@ -17,21 +24,27 @@ from .spec import (
 )
 
 __all__ = [
+    "CHOICE_ATTR",
     "KERNEL_ATTR",
     "SCHEDULE_ATTR",
     "BatchMatmulSpec",
+    "Choice",
     "Conv2dSpec",
     "Conv2dTransposeSpec",
     "DecodedWeight",
     "KernelSpec",
     "MatmulSpec",
+    "SearchSpace",
     "SpecError",
     "WeightedSpec",
+    "choice_from_json",
+    "choice_to_json",
     "decode_weight",
     "describe",
     "pack_weight",
     "prim_func",
     "reference",
     "schedule",
+    "search_space",
     "spec_from_json",
 ]

@@ -4,11 +4,12 @@ for it."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..targets import Target
+from .choice import CHOICE_ATTR, Choice, SearchSpace, choice_to_json
 from .spec import SCHEDULE_ATTR, KernelSpec, WeightedSpec
 
 if TYPE_CHECKING:
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
     from .decode_weight import DecodedWeight
     from .fused import FusedFunction
 
-Template = Callable[["FusedFunction", Target], "tirx.PrimFunc | None"]
+
+class Template(NamedTuple):
+    """One way to schedule an anchor. Both callables answer None for functions they cannot take."""
+
+    name: str
+    schedule: Callable[[FusedFunction, Target, Choice | None], tirx.PrimFunc | None]
+    space: Callable[[FusedFunction, Target], SearchSpace | None]
 
 
 def pack_weight(
@@ -46,31 +53,46 @@ def decode_weight(
     return None if decoded is None else split(spec, parts, decoded)
 
 
-def templates(target: Target) -> list[tuple[str, Template]]:
-    """Named templates for anchors on this target, tried in order; None from one means: not
+def templates(target: Target) -> list[Template]:
+    """Templates for anchors on this target, tried in order; None from one means: not
     applicable."""
     if not target.is_x86:
         return []
     from .x86 import TEMPLATES
 
-    return list(TEMPLATES)
+    return [Template(*template) for template in TEMPLATES]
 
 
-def schedule(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
+def search_space(func: tirx.PrimFunc, target: Target) -> SearchSpace | None:
+    """What the schedule of a naive, fused function leaves open; None: nothing to choose."""
+    from .fused import analyse
+
+    fused = analyse(func)
+    if fused is None or fused.anchor is None:
+        return None
+    spaces = (template.space(fused, target) for template in templates(target))
+    return next((space for space in spaces if space is not None), None)
+
+
+def schedule(func: tirx.PrimFunc, target: Target, choice: Choice | None = None) -> tirx.PrimFunc:
     """`func`, naive and fused, as a scheduled function for `target`, marked "tirx.is_scheduled".
 
-    `SCHEDULE_ATTR` names the form that was chosen. Whatever no template takes gets the generic
-    schedule.
+    `choice` is one of `search_space(func, target)`; None is the template's own default.
+    `SCHEDULE_ATTR` names the form, `CHOICE_ATTR` the choice. Whatever no template takes gets the
+    generic schedule.
     """
     from .default import schedule_default
     from .fused import analyse
 
     fused = analyse(func)
     if fused is not None and fused.anchor is not None:
-        for name, template in templates(target):
-            scheduled = template(fused, target)
+        for template in templates(target):
+            scheduled = template.schedule(fused, target, choice)
             if scheduled is not None:
-                return _finish(scheduled, func, name)
+                scheduled = _finish(scheduled, func, template.name)
+                if choice is not None:
+                    scheduled = scheduled.with_attr(CHOICE_ATTR, choice_to_json(choice))
+                return scheduled
     scheduled, name = schedule_default(func, fused, target)
     return _finish(scheduled, func, name)
 

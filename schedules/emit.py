@@ -66,6 +66,15 @@ class Emitter:
         with self.loop(name, extent) as variable:
             yield variable
 
+    def unrolled(self, name: str, extent: int, factor: int, body: Callable[[Any], None]) -> None:
+        """body(i) for i in 0..extent, `factor` of them written out in each turn of a loop."""
+        if extent // factor:
+            with self.loop(name, extent // factor) as i:
+                for offset in range(factor):
+                    body(i * factor + offset)
+        for i in range(extent - extent % factor, extent):
+            body(tirx.const(i, "int32"))
+
     @contextmanager
     def when(self, condition: ir.Expr) -> Iterator[None]:
         """The body of an if without else."""

@@ -14,6 +14,7 @@ from typing import Any
 from tvm import ir, tirx
 
 from ...targets import Target
+from ..choice import Choice, SearchSpace
 from ..emit import Emitter, dtype_bits, vector
 from ..epilogue import Epilogue
 from ..fused import FusedFunction, Stage
@@ -31,11 +32,25 @@ _SAFE_TAPS = 255
 # channels (measured; more only makes the code longer).
 _OUTPUTS, _OUTPUTS_LARGE, _OUTPUTS_TAIL = 8, 4, 2
 _SMALL_TAPS = 9
+_MOST_OUTPUTS = 14  # tried by tuning
 
 
-def schedule_depthwise(fused: FusedFunction, target: Target) -> tirx.PrimFunc | None:
+def schedule_depthwise(
+    fused: FusedFunction, target: Target, choice: Choice | None = None
+) -> tirx.PrimFunc | None:
     """The whole fused function with its depthwise anchor vectorised over channels; None: no form
     for it."""
+    kernel = _kernel(fused, target, choice)
+    return None if kernel is None else kernel.build()
+
+
+def depthwise_space(fused: FusedFunction, target: Target) -> SearchSpace | None:
+    """What the kernel leaves open; None: no form for the function."""
+    kernel = _kernel(fused, target, None)
+    return None if kernel is None else kernel.space()
+
+
+def _kernel(fused: FusedFunction, target: Target, choice: Choice | None) -> _DepthwiseKernel | None:
     anchor = fused.anchor
     if anchor is None or not isinstance(anchor.spec, Conv2dSpec):
         return None
@@ -52,7 +67,7 @@ def schedule_depthwise(fused: FusedFunction, target: Target) -> tirx.PrimFunc | 
     epilogue = Epilogue(fused, anchor)
     if any(not stage.is_map for stage in epilogue.rest):
         return None
-    return _DepthwiseKernel(fused, anchor, spec, operands, target, epilogue).build()
+    return _DepthwiseKernel(fused, anchor, spec, operands, target, epilogue, choice)
 
 
 def takes_weight(spec: Conv2dSpec) -> bool:
@@ -71,6 +86,7 @@ class _DepthwiseKernel:
         operands: Operands,
         target: Target,
         epilogue: Epilogue,
+        choice: Choice | None,
     ) -> None:
         self.fused, self.anchor, self.spec, self.operands = fused, anchor, spec, operands
         self.target, self.epilogue = target, epilogue
@@ -93,7 +109,23 @@ class _DepthwiseKernel:
         self.rows = self.band.choose_rows(1, self.parallel, target, target.l2_bytes // 4)
         outputs = _OUTPUTS if spec.reduction_size <= _SMALL_TAPS else _OUTPUTS_LARGE
         self.columns = min(self.window.columns, outputs, target.vector_registers // 3)
+        if choice is not None:
+            self.rows, self.columns = choice["band"], choice["columns"]
         self.e = Emitter()
+
+    def space(self) -> SearchSpace:
+        """The default and what lies around it."""
+        window = self.window
+        bands = {self.rows, window.rows, *(self.rows * k // 4 for k in (1, 2, 8, 16))}
+        return SearchSpace(
+            "x86.depthwise",
+            {
+                "band": tuple(sorted(rows for rows in bands if 1 <= rows <= window.rows)),
+                "columns": tuple(range(1, min(window.columns, _MOST_OUTPUTS) + 1)),
+            },
+            {"band": self.rows, "columns": self.columns},
+            lambda choice: True,
+        )
 
     def build(self) -> tirx.PrimFunc:
         e, window = self.e, self.window

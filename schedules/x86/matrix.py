@@ -10,12 +10,14 @@ are covered by moving the last tile back inside, so that there is one tile shape
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from tvm import ir, tirx
 
 from ...targets import Target
+from ..choice import Choice, SearchSpace
 from ..emit import Emitter, dtype_bits, vector
 from ..epilogue import Epilogue
 from ..fused import FusedFunction, Stage
@@ -40,11 +42,27 @@ _BAND_SHARE_OF_WEIGHTS = 4
 _SAFE_ROWS = 6
 
 
+# Sides of a tile that tuning tries.
+_LARGEST_SIDE = 14
+
 MatrixSpec = Conv2dSpec | Conv2dTransposeSpec | MatmulSpec
 
 
-def schedule_matrix(fused: FusedFunction, target: Target) -> tirx.PrimFunc | None:
+def schedule_matrix(
+    fused: FusedFunction, target: Target, choice: Choice | None = None
+) -> tirx.PrimFunc | None:
     """The whole fused function with its anchor as a register-tiled kernel; None: no form for it."""
+    kernel = _kernel(fused, target, choice)
+    return None if kernel is None else kernel.build()
+
+
+def matrix_space(fused: FusedFunction, target: Target) -> SearchSpace | None:
+    """What the kernel leaves open; None: no form for the function."""
+    kernel = _kernel(fused, target, None)
+    return None if kernel is None else kernel.space()
+
+
+def _kernel(fused: FusedFunction, target: Target, choice: Choice | None) -> _MatrixKernel | None:
     anchor = fused.anchor
     if anchor is None or not isinstance(anchor.spec, (Conv2dSpec, Conv2dTransposeSpec, MatmulSpec)):
         return None
@@ -66,7 +84,7 @@ def schedule_matrix(fused: FusedFunction, target: Target) -> tirx.PrimFunc | Non
     epilogue = Epilogue(fused, anchor)
     if any(not stage.is_map for stage in epilogue.rest):
         return None
-    return _MatrixKernel(fused, anchor, spec, operands, window, dot, target, epilogue).build()
+    return _MatrixKernel(fused, anchor, spec, operands, window, dot, target, epilogue, choice)
 
 
 def takes_weight(spec: MatrixSpec, dot: Dot) -> bool:
@@ -99,6 +117,7 @@ class _MatrixKernel:
         dot: Dot,
         target: Target,
         epilogue: Epilogue,
+        choice: Choice | None,
     ) -> None:
         self.fused, self.anchor, self.spec, self.operands = fused, anchor, spec, operands
         self.window, self.dot, self.target, self.epilogue = window, dot, target, epilogue
@@ -111,7 +130,7 @@ class _MatrixKernel:
         # The correction for x + 128: known before the tiles, or summed beside them if there is one
         # only.
         self.corrected = isinstance(dot, ByteDot) and spec.data_dtype == "int8"
-        self.tile = self._choose_tile()
+        self.tile = self._choose_tile() if choice is None else _tile_of(choice)
         self.acc_dtype = spec.acc_dtype
         self.band = self._choose_band()
         weight_bytes = math.prod(spec.weight_shape) * dtype_bits(spec.weight_storage_dtype) // 8
@@ -119,29 +138,75 @@ class _MatrixKernel:
             target.l2_bytes // _BAND_SHARE_OF_L2, weight_bytes // _BAND_SHARE_OF_WEIGHTS
         )
         self.rows = self.band.choose_rows(self.tile.rows, self._parallel, target, cache_bytes)
+        self.unroll = 1
+        self.data_outside = False
+        if choice is not None:
+            self.rows = max(self.tile.rows, min(window.rows, choice["band"]))
+            self.unroll = choice["unroll"]
+            self.data_outside = bool(choice["data_outside"])
         self.e = Emitter()
 
     # Decisions
 
-    def _choose_tile(self) -> Tile:
-        window, dot = self.window, self.dot
-        spare = 1 if dot.fused else 2
-        if self.corrected:
-            spare += 1
+    def _tile_costs(self) -> tuple[float, int, int]:
+        """Cycles an accumulator, instructions a weight register, and registers besides both."""
+        dot = self.dot
+        spare = (1 if dot.fused else 2) + self.corrected
         weight_instructions = 0
         if isinstance(dot, WordDot):
             weight_instructions = 1 + bool(dot.zero_point)
         elif isinstance(dot, FloatDot) and dot.weight_dtype != "float32":
             weight_instructions = 3
+        cycles = (1 if dot.fused else 2) / (1 if self.lanes > 8 else 2)
+        return cycles, weight_instructions, spare
+
+    def _choose_tile(self) -> Tile:
+        window = self.window
         return choose_tile(
             window.rows,
             window.columns,
             self.blocks,
             self.steps,
             self.target.vector_registers,
-            (1 if dot.fused else 2) / (1 if self.lanes > 8 else 2),
-            weight_instructions,
-            spare,
+            *self._tile_costs(),
+        )
+
+    def space(self) -> SearchSpace:
+        """The default and what lies around it."""
+        window, spare = self.window, self._tile_costs()[-1]
+        registers = self.target.vector_registers
+        sides = tuple(range(1, _LARGEST_SIDE + 1))
+        bands = {self.rows, window.rows, *(self.rows * k // 4 for k in (1, 2, 8, 16))}
+        default = {
+            "rows": self.tile.rows,
+            "columns": self.tile.columns,
+            "vectors": self.tile.vectors,
+            "band": self.rows,
+            "unroll": 1,
+            "data_outside": 0,
+        }
+
+        def is_valid(choice: Choice) -> bool:
+            tile = _tile_of(choice)
+            used = tile.positions * tile.vectors + tile.vectors + spare
+            return (
+                used <= registers
+                and 2 * used >= registers  # fewer accumulators never pay
+                and tile.rows <= choice["band"] <= window.rows
+            )
+
+        return SearchSpace(
+            "x86.matrix",
+            {
+                "rows": tuple(side for side in sides if side <= window.rows),
+                "columns": tuple(side for side in sides if side <= window.columns),
+                "vectors": tuple(range(1, min(self.blocks, 6) + 1)),
+                "band": tuple(sorted(rows for rows in bands if 1 <= rows <= window.rows)),
+                "unroll": (1, 2, 4),
+                "data_outside": (0, 1) if self.blocks > 1 else (0,),
+            },
+            default,
+            is_valid,
         )
 
     def _choose_band(self) -> Band:
@@ -217,10 +282,9 @@ class _MatrixKernel:
             y = e.bind("y", y)
             source = self.reader.source(b, y, self.rows, group)
             if chosen is not None:
-                self._channel_group(chosen, source, b, y, group)
+                self._tiles(chosen, 1, source, b, y, group)
             else:
-                with e.loop("channel_group", channel_groups) as j:
-                    self._channel_group(j, source, b, y, group)
+                self._tiles(None, channel_groups, source, b, y, group)
         self.epilogue.emit_rest(e, self.lanes)
         return e.function(list(self.fused.func.params), {})
 
@@ -254,20 +318,50 @@ class _MatrixKernel:
     def _zero(self) -> ir.Expr:
         return tirx.Broadcast(tirx.const(0, self.dot.acc_dtype), self.lanes)
 
-    def _channel_group(self, j: Any, source: Source, b: Any, y: Any, group: Any) -> None:
-        """All tiles of the band for one group of output channels."""
+    def _tiles(
+        self, chosen: Any, channel_groups: int, source: Source, b: Any, y: Any, group: Any
+    ) -> None:
+        """All tiles of the band: for every group of output channels (its weights stay in the
+        cache), or every group for each tile (its input does)."""
         e, window, tile = self.e, self.window, self.tile
-        block = tirx.min(j * tile.vectors, self.blocks - tile.vectors)
-        block = e.bind("block", block)
-        with e.loop("tile_row", ceil_div(self.rows, tile.rows)) as ty:
-            dy = e.bind("dy", tirx.min(ty * tile.rows, self.rows - tile.rows))
-            with e.loop("tile_column", ceil_div(window.columns, tile.columns)) as tx:
-                x = e.bind("x", tirx.min(tx * tile.columns, window.columns - tile.columns))
-                count = tile.positions * tile.vectors * self.lanes
-                result = e.alloc(count, self.acc_dtype, "tile", registers=True)
-                start = source.base + dy * source.step[0] + x * source.step[1]
-                self._reduce(result, source, e.bind("start", start), group * self.blocks + block)
-                self._finish(result, b, y + dy, x, group, block)
+
+        def place(j: Any) -> Any:
+            block = tirx.min(j * tile.vectors, self.blocks - tile.vectors)
+            return e.bind("block", block)
+
+        def positions(write: Callable[[Any, Any], None]) -> None:
+            with e.loop("tile_row", ceil_div(self.rows, tile.rows)) as ty:
+                dy = e.bind("dy", tirx.min(ty * tile.rows, self.rows - tile.rows))
+                with e.loop("tile_column", ceil_div(window.columns, tile.columns)) as tx:
+                    limit = window.columns - tile.columns
+                    write(dy, e.bind("x", tirx.min(tx * tile.columns, limit)))
+
+        def one(block: Any, dy: Any, x: Any) -> None:
+            self._tile(block, source, b, y, dy, x, group)
+
+        if chosen is not None:
+            block = place(chosen)
+            positions(partial(one, block))
+        elif self.data_outside:
+
+            def all_channels(dy: Any, x: Any) -> None:
+                with e.loop("channel_group", channel_groups) as j:
+                    one(place(j), dy, x)
+
+            positions(all_channels)
+        else:
+            with e.loop("channel_group", channel_groups) as j:
+                positions(partial(one, place(j)))
+
+    def _tile(
+        self, block: Any, source: Source, b: Any, y: Any, dy: Any, x: Any, group: Any
+    ) -> None:
+        e, tile = self.e, self.tile
+        count = tile.positions * tile.vectors * self.lanes
+        result = e.alloc(count, self.acc_dtype, "tile", registers=True)
+        start = source.base + dy * source.step[0] + x * source.step[1]
+        self._reduce(result, source, e.bind("start", start), group * self.blocks + block)
+        self._finish(result, b, y + dy, x, group, block)
 
     def _reduce(self, result: tirx.Buffer, source: Source, start: Any, block: Any) -> None:
         """result[position, vector, lane] = sum over the reduction."""
@@ -399,13 +493,15 @@ class _MatrixKernel:
         def load(v: int, index: Any) -> ir.Expr:
             return vector(self.weight, ((block + v) * stored_steps + index) * size, size)
 
+        def single(k: Any) -> None:
+            weights = [
+                e.bind(f"w{v}", dot.widen(load(v, step + k))) for v in range(self.tile.vectors)
+            ]
+            weights = self._centre(weights, zero_points)
+            self._step(acc, inside, source, first + k * data_stride, weights)
+
         if not nibbles:
-            with e.loop("k", extent) as k:
-                weights = [
-                    e.bind(f"w{v}", dot.widen(load(v, step + k))) for v in range(self.tile.vectors)
-                ]
-                weights = self._centre(weights, zero_points)
-                self._step(acc, inside, source, first + k * data_stride, weights)
+            e.unrolled("k", extent, self.unroll, single)
             return
 
         def pair(k: Any, count: int) -> None:
@@ -549,6 +645,10 @@ class _MatrixKernel:
                     partial(positions, v, _parts(ragged, lanes)),
                     partial(positions, v, [(0, lanes)]),
                 )
+
+
+def _tile_of(choice: Choice) -> Tile:
+    return Tile(choice["rows"], choice["columns"], choice["vectors"])
 
 
 def _parts(count: int, lanes: int) -> list[tuple[int, int]]:
