@@ -44,7 +44,10 @@ class QuantizeBranches:
             if schemes:
                 module = self._quantized(module, branch, schemes)
         rest = {name: config for name, config in self.schemes.items() if name not in apart}
-        return Quantize(rest, self.statistics)(module)
+        return self._pass(rest)(module)
+
+    def _pass(self, schemes: Schemes) -> tvm.transform.Pass:
+        return tvm.transform.Sequential([Quantize(schemes, self.statistics)])
 
     def _quantized(
         self, module: tvm.IRModule, branch: tvm.ir.GlobalVar, schemes: Schemes
@@ -60,7 +63,7 @@ class QuantizeBranches:
                 if not config.is_weight_only
             ]
             schemes = {name: config for name, config in schemes.items() if config.is_weight_only}
-        module = on_function(module, branch, Quantize(schemes, self.statistics))
+        module = on_function(module, branch, self._pass(schemes))
         if left:
             function = module[branch]
             records = json.loads(str(function.attrs[LEFT_FLOAT_ATTR])) + [vars(x) for x in left]

@@ -13,6 +13,7 @@ from .name_layers import NameLayers
 from .outline_branches import OutlineBranches
 from .remove_identities import RemoveIdentities
 from .split_concat import SplitConcat
+from .wrap_indices import WrapIndices
 
 __all__ = [
     "AttachBias",
@@ -23,6 +24,7 @@ __all__ = [
     "OutlineBranches",
     "RemoveIdentities",
     "SplitConcat",
+    "WrapIndices",
     "canonicalize",
 ]
 
@@ -32,6 +34,8 @@ def canonicalize() -> tvm.transform.Sequential:
     return tvm.transform.Sequential(
         [
             relax.transform.Normalize(),
+            # Before anything is computed.
+            WrapIndices(),
             # Constants first: what looks like an operator (a transposed weight) is then a weight.
             FoldConstants(),
             RemoveIdentities(),

@@ -118,6 +118,18 @@ def test_dynamic_batch(tmp_path: Path, run: Run) -> None:
         load_model(path, shapes={"x": (4, 3, 9, 9)})
 
 
+def test_index_from_the_end(run: Run) -> None:
+    class Last(torch.nn.Module):  # type: ignore[name-defined]
+        def forward(self, x: Any) -> Any:
+            return x[:, -1], x[..., -2], x[:, torch.tensor([-3, 1])]
+
+    x = torch.randn(1, 4, 5)
+    model = load_model(torch.export.export(Last(), (x,)))
+    found = run(model, {"x": x.numpy()})
+    for output, expected in zip(found.values(), Last()(x), strict=True):
+        np.testing.assert_array_equal(output, expected.numpy())
+
+
 def test_quantised_program(run: Run, count: Count) -> None:
     """What PT2E conversion writes: quantize and dequantize per tensor and per channel."""
     from tvm_compress.importers.torch import _register_quantised_operators
