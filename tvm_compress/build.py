@@ -16,21 +16,8 @@ if TYPE_CHECKING:
     import tvm
     from tvm import relax
 
+    from .kernels import Call
     from .targets import Target
-
-
-@dataclass(frozen=True)
-class KernelCall:
-    """One kernel call of the built module, in execution order.
-
-    `layers` are the layers whose multiply-accumulates it holds (none for a pool or a table),
-    `output` the name of the tensor that it writes.
-    """
-
-    symbol: str
-    layers: tuple[str, ...]
-    output: str
-    function: str = "main"  # or the function of a branch
 
 
 @dataclass(frozen=True)
@@ -48,7 +35,7 @@ class Built:
 
     executable: relax.VMExecutable
     reference_module: tvm.IRModule
-    calls: tuple[KernelCall, ...]
+    calls: tuple[Call, ...]
     constants: tuple[ConstantBytes, ...]
     plan_bytes: int
     left_float: tuple[dict[str, str], ...]
@@ -132,11 +119,12 @@ def compile_reference(module: tvm.IRModule) -> relax.VMExecutable:
     return tvm.compile(module, target=tvm.target.Target("llvm"))
 
 
-def _calls(fused: tvm.IRModule) -> tuple[KernelCall, ...]:
+def _calls(fused: tvm.IRModule) -> tuple[Call, ...]:
     """Pair the kernels of the built module with what FuseEpilogues recorded about them.
 
     In execution order, the calls of both branches at the place of an `If`.
     """
+    from .kernels import Call
     from .relay_passes import ir
     from .relay_passes.branches import functions_in_order, walk
     from .relay_passes.fuse_epilogues import CALLS_ATTR
@@ -157,7 +145,7 @@ def _calls(fused: tvm.IRModule) -> tuple[KernelCall, ...]:
             function = global_var.name_hint
             entry = next(recorded[function])
             symbol = binding.value.args[0].name_hint
-            calls.append(KernelCall(symbol, tuple(entry["layers"]), entry["output"], function))
+            calls.append(Call(symbol, tuple(entry["layers"]), entry["output"], function))
     left_over = sum(len(list(entries)) for entries in recorded.values())
     if left_over:
         raise AssertionError(f"{left_over} recorded calls are not in the built module")

@@ -58,7 +58,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Call:
-    """One kernel call: its symbol, the layers it computes and the variable it writes."""
+    """One kernel call, in execution order: its symbol and the variable it writes.
+
+    `layers` are the layers whose multiply-accumulates it holds (none for a pool or a table).
+    """
 
     symbol: str
     layers: tuple[str, ...]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def describe_library(built: Built, library: Path) -> LibraryInfo:
     """Bytes, kernel calls and tensors of one exported library."""
-    from .kernels import Call, LibraryInfo, TensorInfo
+    from .kernels import LibraryInfo, TensorInfo
     from .report.rows import Bytes
     from .sections import section_bytes
 
@@ -32,7 +32,7 @@ def describe_library(built: Built, library: Path) -> LibraryInfo:
     known = {role: by_role.get(role, 0) for role in ("weights", "scales", "bias", "table")}
     tensors = _tensors(built.reference_module)
     return LibraryInfo(
-        calls=tuple(Call(c.symbol, c.layers, c.output, c.function) for c in built.calls),
+        calls=built.calls,
         tensors={
             name: TensorInfo(
                 tuple(t["shape"]), tuple(t["perm"]), t["source"], t["scale"], t["zero_point"]

@@ -10,7 +10,7 @@ import tvm
 from tvm import relax
 from tvm.ir import Expr
 
-from .rewrite import Rewriter, Var, renamed_seq, rewrite_module
+from .rewrite import Rewriter, Var, emit_seq, renamed_seq, rewrite_module
 
 
 @tvm.transform.module_pass(opt_level=0, name="OutlineBranches")
@@ -67,15 +67,7 @@ class _OutlineBranches(Rewriter):
         body = renamed_seq(branch, dict(zip(captured, params, strict=True)))
         builder = relax.BlockBuilder()
         with builder.function("branch", params, private=True):
-            for block in body.blocks:
-                if isinstance(block, relax.DataflowBlock):
-                    with builder.dataflow():
-                        for binding in block.bindings:
-                            builder.emit_normalized(binding)
-                else:
-                    for binding in block.bindings:
-                        builder.emit_normalized(binding)
-            builder.emit_func_output(body.body)
+            emit_seq(builder, body)
         (function,) = builder.get().functions.values()
         call = self._builder.normalize(relax.Call(self.add(name, function), captured))
         result = relax.Var(name, call.ty)

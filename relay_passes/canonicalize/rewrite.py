@@ -85,15 +85,7 @@ class Rewriter:
         with builder.function(
             "main", list(function.params), attrs=attributes, pure=bool(function.is_pure)
         ):
-            for block in body.blocks:
-                if isinstance(block, relax.DataflowBlock):
-                    with builder.dataflow():
-                        for binding in block.bindings:
-                            builder.emit_normalized(binding)
-                else:
-                    for binding in block.bindings:
-                        builder.emit_normalized(binding)
-            builder.emit_func_output(body.body)
+            emit_seq(builder, body)
         return builder.get()["main"]
 
     def _rewrite_seq(self, seq: relax.SeqExpr) -> relax.SeqExpr:
@@ -226,6 +218,19 @@ class Rewriter:
                     live.add(var)
                     live.update(_variables(value))
         return live
+
+
+def emit_seq(builder: relax.BlockBuilder, seq: relax.SeqExpr) -> None:
+    """The bindings as they are, and the result, as the body of the function being built."""
+    for block in seq.blocks:
+        if isinstance(block, relax.DataflowBlock):
+            with builder.dataflow():
+                for binding in block.bindings:
+                    builder.emit_normalized(binding)
+        else:
+            for binding in block.bindings:
+                builder.emit_normalized(binding)
+    builder.emit_func_output(seq.body)
 
 
 def rewrite_module(module: tvm.IRModule, rewriter: type[Rewriter]) -> tvm.IRModule:
