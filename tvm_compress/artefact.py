@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .runtime import Session
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 REPORT_JSON = "report.json"

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
