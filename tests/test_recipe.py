@@ -24,6 +24,7 @@ from tvm_compress.recipe import (
     shipped_recipes,
 )
 from tvm_compress.relay_passes.correct_bias import CorrectBiasConfig
+from tvm_compress.relay_passes.equalize_inputs import EqualizeInputsConfig
 from tvm_compress.relay_passes.numerics.granularity import PerGroup, PerTensor
 from tvm_compress.relay_passes.numerics.ranges import Percentile, Sqnr
 from tvm_compress.relay_passes.quantize_config import QuantizeConfig
@@ -98,7 +99,9 @@ def test_the_four_promised_recipes_ship() -> None:
     assert isinstance(step.config.granularity, PerGroup)
     assert load_recipe("int16x8").steps[0].config.activations == "int16"
     assert load_recipe("int8_w_only").steps[0].config.is_weight_only
-    assert load_recipe("int8").steps[0].config.calibrate == Sqnr()
+    names = [step.name for step in load_recipe("int8").steps]
+    assert names == ["equalize_inputs", "quantize", "correct_bias"]
+    assert load_recipe("int8").steps[1].config.calibrate == Sqnr()
 
 
 def test_tagged_values_have_both_spellings() -> None:
@@ -236,6 +239,7 @@ def test_schema_refuses_what_the_parser_refuses(text: str) -> None:
 
 def test_recipe_in_python_equals_the_yaml() -> None:
     steps = (
+        Step("equalize_inputs", EqualizeInputsConfig()),
         Step("quantize", QuantizeConfig(calibrate=Sqnr())),
         Step("correct_bias", CorrectBiasConfig()),
     )

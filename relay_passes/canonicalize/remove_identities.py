@@ -35,8 +35,8 @@ class RemoveIdentities:
 
     Same-shape reshape, same-dtype cast, identity permutation, dropout, zero pad, concat of one,
     clip without bounds, `x + 0`, `x * 1`, `x * 0`, concat of a split. Squeeze, expand_dims and
-    flatten become `reshape`; consecutive reshapes and permutations become one; `min(max(x, a), b)` becomes
-    `clip`.
+    flatten become `reshape`; consecutive reshapes and permutations become one; `min(max(x, a), b)`
+    becomes `clip`.
     """
 
     def transform_module(
