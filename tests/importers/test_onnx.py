@@ -428,6 +428,22 @@ def test_unsupported_operator(build: Build) -> None:
         load_model(proto)
 
 
+def test_operator_of_another_domain_is_not_taken_for_our_own(build: Build) -> None:
+    proto = build(
+        [node("Conv", ["x", "w"], ["y"], "theirs", domain="com.acme")],
+        {"x": (1, 4, 9, 7)}, ["y"], {"w": weights(8, 4, 3, 3)},
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=r"operator com\.acme\.Conv of node 'theirs' is not supp"):
+        load_model(proto)
+
+
+def test_operator_set_from_the_future(build: Build) -> None:
+    proto = build([node("Relu", ["x"], ["y"])], {"x": (1, 4)}, ["y"])
+    proto.opset_import[0].version = 99
+    with pytest.raises(ModelError, match="operator set 99; .* export the model with opset"):
+        load_model(proto)
+
+
 @pytest.mark.parametrize(
     ("value", "message"), [(np.nan, "'w' contains NaN"), (np.inf, "'w' contains Inf")]
 )

@@ -60,6 +60,12 @@ def import_onnx(
 def _opset(model: onnx.ModelProto) -> int:
     for opset in model.opset_import:
         if opset.domain in ("", "ai.onnx"):
+            newest = onnx.defs.onnx_opset_version()
+            if opset.version > newest:
+                raise ModelError(
+                    f"the model uses ONNX operator set {opset.version}; the installed onnx package "
+                    f"knows them up to {newest}: export the model with opset 13 to 18"
+                )
             return int(opset.version)
     raise ModelError("the model does not say which ONNX operator set it uses; it is damaged")
 

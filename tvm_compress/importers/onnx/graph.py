@@ -39,6 +39,9 @@ ANCHORS = frozenset(
     }
 )
 
+# Whose operators the converters implement: ONNX itself and ONNX Runtime's contributed ones.
+DOMAINS = ("", "ai.onnx", "com.microsoft")
+
 # Unrolled loops: enough for any sequence model of the sizes in scope, and bounded for hostile
 # input.
 MAX_UNROLLED_NODES = 200_000
@@ -119,7 +122,8 @@ class GraphImporter(ONNXGraphImporter):
     def _refuse_unsupported(self, graph: onnx.GraphProto) -> None:
         known = _get_convert_map()
         for node in graph.node:
-            if not (
+            # Another domain's `Conv` may be anything.
+            if node.domain not in DOMAINS or not (
                 node.op_type in known
                 or node.op_type in self._converters
                 or node.op_type in ("If", "Scan", "Loop", "Constant")
