@@ -1,7 +1,7 @@
 """The inner instruction of a matrix kernel, per capability: what one step of the reduction does.
 
 A step multiplies `group` consecutive reduction positions of one data value, broadcast, with as many
-of `lanes` outputs and adds to their accumulators. Three forms:
+of `lanes` outputs and adds to their accumulators. Four forms:
 
 - FloatDot: fused multiply-add, group 1; integer codes of weight-only layers are converted on load.
 - WordDot: both sides 16 bits wide, pairs multiplied and added to 32 bits (vpmaddwd), group 2.
@@ -10,6 +10,9 @@ of `lanes` outputs and adds to their accumulators. Three forms:
 - ByteDot: unsigned by signed bytes, four products and the addition in one instruction (vpdpbusd),
   group 4. Exact, it does not saturate. int8 data becomes x + 128 by flipping its top bit when it is
   copied, and 128 * sum(w) is subtracted from the accumulators' initial value.
+- ChainDot: the same on CPUs without it. vpmaddubsw adds products in pairs to 16 bits and would
+  saturate; the weights prove (`saturation.longest_chain`) how many steps may be added in 16 bits
+  before one vpmaddwd widens them. The fewer bits the weights have, the longer the chain.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ class Dot:
     """Whether multiplication and addition are one instruction."""
     zero_point: int = 0
     """Subtracted from a code when it is widened."""
+    chain: int = 1
+    """Steps that are added before their sum goes to the accumulators."""
 
     name: ClassVar[str] = ""
     group: ClassVar[int] = 1
@@ -169,6 +174,37 @@ class ByteDot(Dot):
         return tirx.call_llvm_pure_intrin(f"int32x{self.lanes}", name, acc, data, weight)
 
 
+class ChainDot(ByteDot):
+    """acc[l] += sum over `chain` steps and j < 4 of (x[j] + 128) * w[l][j], in 16 bits within a
+    chain"""
+
+    name = "pmaddubsw"
+
+    _PAIRS: ClassVar[dict[int, str]] = {
+        4: "llvm.x86.ssse3.pmadd.ub.sw.128",
+        8: "llvm.x86.avx2.pmadd.ub.sw",
+        16: "llvm.x86.avx512.pmaddubs.w.512",
+    }
+
+    def pairs(self, data: ir.Expr, weight: ir.Expr) -> ir.Expr:
+        """The products of one step, added in pairs: int16 x 2 * lanes."""
+        from tvm import tirx
+
+        dtype = f"int16x{2 * self.lanes}"
+        return tirx.call_llvm_pure_intrin(dtype, self._PAIRS[self.lanes], data, weight)
+
+    def add_pairs(self, acc: ir.Expr, pairs: ir.Expr) -> ir.Expr:
+        """acc + what the chain has summed."""
+        from tvm import tirx
+
+        ones = tirx.Broadcast(tirx.const(1, "int16"), 2 * self.lanes)
+        dtype, name = f"int32x{self.lanes}", WordDot._MADD[self.lanes]
+        return acc + tirx.call_llvm_pure_intrin(dtype, name, pairs, ones)
+
+    def accumulate(self, acc: ir.Expr, data: ir.Expr, weight: ir.Expr) -> ir.Expr:
+        return self.add_pairs(acc, self.pairs(data, weight))
+
+
 def _element(value: ir.Expr) -> str:
     return str(value.ty.dtype).partition("x")[0]
 
@@ -178,6 +214,11 @@ def has_byte_dot(target: Target, lanes: int) -> bool:
     if target.has("avx512vnni"):
         return lanes == 16 or target.has("avx512vl")
     return target.has("avxvnni") and lanes <= 8
+
+
+def has_pairs(target: Target, lanes: int) -> bool:
+    """Whether vpmaddubsw exists for registers of `lanes` 32-bit numbers."""
+    return target.has({4: "ssse3", 8: "avx2", 16: "avx512bw"}[lanes])
 
 
 def select_dot(spec: WeightedSpec, target: Target, lanes: int) -> Dot | None:
@@ -192,6 +233,8 @@ def select_dot(spec: WeightedSpec, target: Target, lanes: int) -> Dot | None:
     if spec.weight_dtype == "int8" and not spec.weight_zero_point:
         if spec.data_dtype in ("int8", "uint8") and byte_dot:
             return ByteDot(lanes, "int8", True)
+        if spec.data_dtype in ("int8", "uint8") and spec.chain and has_pairs(target, lanes):
+            return ChainDot(lanes, "int8", False, chain=spec.chain)
         return WordDot(lanes, "int8", byte_dot)
     if spec.weight_dtype in ("int8", "uint8") and abs(spec.weight_zero_point) <= 255:
         return WordDot(lanes, spec.weight_dtype, byte_dot, spec.weight_zero_point)

@@ -24,7 +24,7 @@ from ..fused import FusedFunction, Stage
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, ceil_div
 from .band import ALIASED_BYTES, Band, BandReader, Source
-from .dot import ByteDot, Dot, FloatDot, WordDot, select_dot
+from .dot import ByteDot, ChainDot, Dot, FloatDot, WordDot, select_dot
 from .tile import Tile, choose_tile
 from .window import Window, window_of
 
@@ -42,6 +42,8 @@ _BAND_SHARE_OF_WEIGHTS = 4
 _SAFE_ROWS = 6
 
 
+# Longer chains gain little more and need more registers (measured).
+_DEFAULT_CHAIN = 4
 # Sides of a tile that tuning tries.
 _LARGEST_SIDE = 14
 
@@ -138,9 +140,14 @@ class _MatrixKernel:
             target.l2_bytes // _BAND_SHARE_OF_L2, weight_bytes // _BAND_SHARE_OF_WEIGHTS
         )
         self.rows = self.band.choose_rows(self.tile.rows, self._parallel, target, cache_bytes)
-        self.unroll = 1
-        self.data_outside = False
+        # Loop control is a larger part of a step of narrow registers.
+        self.unroll = 2 if self.lanes <= 8 and not isinstance(dot, ChainDot) else 1
+        # A tile of all channels is written while its input is in the nearest cache, if the weights
+        # stay in the next one.
+        self.data_outside = window.columns == 1 and weight_bytes <= target.l2_bytes // 2
+        self.chain = min(dot.chain, _DEFAULT_CHAIN)
         if choice is not None:
+            self.chain = choice.get("chain", 1)
             self.rows = max(self.tile.rows, min(window.rows, choice["band"]))
             self.unroll = choice["unroll"]
             self.data_outside = bool(choice["data_outside"])
@@ -153,6 +160,9 @@ class _MatrixKernel:
         dot = self.dot
         spare = (1 if dot.fused else 2) + self.corrected
         weight_instructions = 0
+        if isinstance(dot, ChainDot):
+            # Products, their additions, and widening once a chain; two of three ports each.
+            return (2 * dot.chain + 1) / dot.chain / 2, 0, 3 + self.corrected
         if isinstance(dot, WordDot):
             weight_instructions = 1 + bool(dot.zero_point)
         elif isinstance(dot, FloatDot) and dot.weight_dtype != "float32":
@@ -182,9 +192,13 @@ class _MatrixKernel:
             "columns": self.tile.columns,
             "vectors": self.tile.vectors,
             "band": self.rows,
-            "unroll": 1,
-            "data_outside": 0,
+            "unroll": self.unroll,
+            "data_outside": int(self.data_outside and self.blocks > 1),
         }
+        parameters: dict[str, tuple[int, ...]] = {}
+        if isinstance(self.dot, ChainDot):
+            default["chain"] = self.chain
+            parameters["chain"] = tuple(range(1, self.dot.chain + 1))
 
         def is_valid(choice: Choice) -> bool:
             tile = _tile_of(choice)
@@ -204,6 +218,7 @@ class _MatrixKernel:
                 "band": tuple(sorted(rows for rows in bands if 1 <= rows <= window.rows)),
                 "unroll": (1, 2, 4),
                 "data_outside": (0, 1) if self.blocks > 1 else (0,),
+                **parameters,
             },
             default,
             is_valid,
@@ -249,7 +264,7 @@ class _MatrixKernel:
 
     @property
     def _parallel(self) -> bool:
-        speed = {"vpdpbusd": 4, "pmaddwd": 2}.get(self.dot.name, 1)
+        speed = {"vpdpbusd": 4, "pmaddubsw": 2, "pmaddwd": 2}.get(self.dot.name, 1)
         return self.target.threads > 1 and self._macs >= _PARALLEL_MACS * speed
 
     # Writing
@@ -500,6 +515,18 @@ class _MatrixKernel:
             weights = self._centre(weights, zero_points)
             self._step(acc, inside, source, first + k * data_stride, weights)
 
+        def chained(k: Any, count: int) -> None:
+            weights = [
+                [load(v, step + k + g) for v in range(self.tile.vectors)] for g in range(count)
+            ]
+            self._chain(acc, inside, source, first + k * data_stride, data_stride, weights)
+
+        if isinstance(dot, ChainDot):
+            full, ragged = extent // self.chain, extent % self.chain
+            e.unrolled("k", full, self.unroll, lambda k: chained(k * self.chain, self.chain))
+            if ragged:
+                chained(tirx.const(full * self.chain, "int32"), ragged)
+            return
         if not nibbles:
             e.unrolled("k", extent, self.unroll, single)
             return
@@ -552,6 +579,50 @@ class _MatrixKernel:
                 e.store_vector(
                     inside, dot.accumulate(old, self._offset(), weight), v * lanes, lanes
                 )
+
+    def _chain(
+        self,
+        acc: tirx.Buffer,
+        inside: tirx.Buffer | None,
+        source: Source,
+        at: Any,
+        data_stride: int,
+        weights: list[list[Any]],
+    ) -> None:
+        """Some steps for every position and vector of the tile, added in 16 bits first."""
+        e, tile, lanes, dot = self.e, self.tile, self.lanes, self.dot
+        assert isinstance(dot, ChainDot)
+
+        def add(buffer: tirx.Buffer, place: int, data: list[Any], v: int) -> None:
+            pairs: Any = None
+            for step, x in enumerate(data):
+                product = dot.pairs(x, weights[step][v])
+                pairs = product if pairs is None else pairs + product
+            value = dot.add_pairs(vector(buffer, place, lanes), pairs)
+            e.store_vector(buffer, value, place, lanes)
+
+        for row in range(tile.rows):
+            for column in range(tile.columns):
+                offset = at + row * source.step[0] + column * source.step[1]
+                data = [
+                    e.bind(
+                        "x",
+                        dot.broadcast(
+                            vector(source.buffer, offset + step * data_stride, dot.group)
+                        ),
+                    )
+                    for step in range(len(weights))
+                ]
+                for v in range(tile.vectors):
+                    place = ((row * tile.columns + column) * tile.vectors + v) * lanes
+                    add(acc, place, data, v)
+        if inside is not None:
+            # 128 * w: a step at a time, since the chain's proof is for data below 256.
+            for step in weights:
+                for v, weight in enumerate(step):
+                    old = vector(inside, v * lanes, lanes)
+                    value = dot.accumulate(old, self._offset(), weight)
+                    e.store_vector(inside, value, v * lanes, lanes)
 
     # Group-wise codes
 

@@ -9,7 +9,8 @@ from ..layout import PackedLayout
 from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..weights import pack_codes, weight_codes
 from . import depthwise, matrix
-from .dot import select_dot
+from .dot import ChainDot, select_dot
+from .saturation import longest_chain
 
 # A wider block is worth at most this much more memory for padded channels...
 _PADDING_LIMIT = 1.07
@@ -71,10 +72,30 @@ def pack_weight(
         plain = codes.transpose(1, 0, 2).reshape(changed.weight_shape)
         return changed, np.ascontiguousarray(plain)
     spec, codes = without_zero_point(spec, codes)
+    chained = _chained(spec, codes, target)
+    if chained is not None:
+        return chained
     layout = choose_layout(spec, target)
     if layout is None:
         return None
     return spec.replace(weight_layout=layout.name), pack_codes(spec, codes, layout.name)
+
+
+def _chained(
+    spec: WeightedSpec, codes: np.ndarray, target: Target
+) -> tuple[WeightedSpec, np.ndarray] | None:
+    """Packed for the bytes' products in pairs, where no better instruction exists and the weights
+    prove that no sum saturates."""
+    bytes_of_data = spec.data_dtype in ("int8", "uint8") and spec.acc_dtype == "int32"
+    if not bytes_of_data or spec.weight_dtype != "int8":
+        return None
+    asked = spec.replace(chain=1)
+    layout = choose_layout(asked, target)
+    if layout is None or not isinstance(select_dot(asked, target, layout.width), ChainDot):
+        return None
+    packed = pack_codes(spec, codes, layout.name)
+    chain = longest_chain(spec.replace(weight_layout=layout.name), packed)
+    return (spec.replace(weight_layout=layout.name, chain=chain), packed) if chain else None
 
 
 def decoded_spec(spec: WeightedSpec, target: Target) -> WeightedSpec | None:

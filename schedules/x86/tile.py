@@ -8,6 +8,10 @@ from functools import lru_cache
 
 # A register tile's body is unrolled; beyond this many output positions code size buys nothing.
 _MAX_POSITIONS = 14
+# Every row of a tile is a stream of its own for the first-level cache, whose way predictor confuses
+# streams at like offsets; the columns of a row are one stream. So is every vector of weights.
+_MAX_ROWS = 7
+_STREAM = 0.25
 # A multiply-add's result is available after this many cycles: fewer accumulators than that stall.
 _LATENCY = 4
 # Loads a cycle; and what a tile costs outside its reduction loop, per accumulator and as a whole.
@@ -51,13 +55,17 @@ def choose_tile(
     best, best_cost = Tile(1, 1, 1), float("inf")
     for vectors in range(1, min(blocks, 8) + 1):
         for tile_columns in range(1, min(columns, _MAX_POSITIONS) + 1):
-            for tile_rows in range(1, min(rows, _MAX_POSITIONS // tile_columns) + 1):
+            for tile_rows in range(1, min(rows, _MAX_ROWS, _MAX_POSITIONS // tile_columns) + 1):
                 positions = tile_rows * tile_columns
                 if positions * vectors + vectors + spare > registers:
                     break
                 accumulators = positions * vectors
                 issue = accumulators * cycles + vectors * weight_instructions
-                step = max(issue, (positions + vectors) / _LOADS, _LATENCY) + 1
+                step = (
+                    max(issue, (positions + vectors) / _LOADS, _LATENCY)
+                    + 1
+                    + _STREAM * (tile_rows + vectors)
+                )
                 cost = (
                     -(-rows // tile_rows)
                     * -(-columns // tile_columns)

@@ -67,10 +67,17 @@ def run(
 
 
 def check(
-    spec: KernelSpec, target: Target, form: str, seed: int = 0, extreme: bool = False
-) -> None:
-    """Pack, schedule, compile, run, compare; `form` is the schedule that must have been chosen."""
-    plain = arguments(spec, seed, extreme)
+    spec: KernelSpec,
+    target: Target,
+    form: str,
+    seed: int = 0,
+    extreme: bool = False,
+    plain: list[np.ndarray] | None = None,
+) -> KernelSpec:
+    """Pack, schedule, compile, run, compare; `form` is the schedule that must have been chosen.
+
+    Returns the packed spec."""
+    plain = arguments(spec, seed, extreme) if plain is None else plain
     expected = reference(spec, *plain)
     inputs, packed_spec = list(plain), spec
     if isinstance(spec, WeightedSpec):
@@ -85,6 +92,7 @@ def check(
     (result,) = run(func, target, inputs, (expected.shape, str(expected.dtype)))
     if target.runs_here():
         assert_same(result, expected)
+    return packed_spec
 
 
 def assert_same(result: np.ndarray, expected: np.ndarray) -> None:

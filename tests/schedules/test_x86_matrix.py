@@ -4,14 +4,28 @@ saturate."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tvm_compress.schedules import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec
+from tvm_compress.schedules import (
+    Conv2dSpec,
+    Conv2dTransposeSpec,
+    MatmulSpec,
+    WeightedSpec,
+    pack_weight,
+    prim_func,
+    reference,
+    schedule,
+    search_space,
+)
+from tvm_compress.schedules.x86.saturation import longest_chain
 from tvm_compress.targets import Target, get_target
 
-from .kernels import FLOAT, INT8, INT16, UINT8, check
+from .kernels import FLOAT, INT8, INT16, UINT8, arguments, assert_same, check, run
 
 FORM = "x86.matrix"
 DTYPES: dict[str, dict[str, Any]] = {
@@ -143,3 +157,101 @@ def test_large_layers_in_parallel(threads: int) -> None:
         size, channels, kernel = shape
         spec = conv(channels, channels, height=size, width=size, kernel=(kernel, kernel), **INT8)
         check(spec, target, FORM)
+
+
+def few_bits(spec: WeightedSpec, bits: int, seed: int = 0) -> list[np.ndarray]:
+    """Arguments with data at both ends of its range and weights of `bits` bits."""
+    data, weight = arguments(spec, seed, extreme=True)
+    largest = 2 ** (bits - 1) - 1
+    weight = np.random.default_rng(seed).integers(-largest, largest + 1, weight.shape)
+    return [data, weight.astype(np.int8)]
+
+
+PAIRED = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
+
+
+@pytest.mark.parametrize("name", PAIRED)
+@pytest.mark.parametrize("bits", [3, 4, 5, 6, 7])
+@pytest.mark.parametrize("data", ["int8", "uint8"])
+def test_chains_are_exact(name: str, bits: int, data: str) -> None:
+    fields: dict[str, Any] = {**INT8, "data_dtype": data, "padding": (1, 1, 1, 1), "pad_value": 3}
+    spec = conv(37, 21, **fields)
+    packed = check(spec, get_target(name), FORM, plain=few_bits(spec, bits))
+    assert isinstance(packed, WeightedSpec)
+    # Two 7-bit products at most fill 16 bits; half the bits leave room for two more.
+    assert packed.chain >= {7: 1, 6: 2, 5: 4, 4: 8, 3: 8}[bits]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        conv(10, 18, **INT8, groups=2, padding=(1, 1, 1, 1)),
+        conv(8, 9, **INT8, dilation=(1, 2)),
+        conv(3, 16, **INT8, strides=(2, 2)),
+        conv(64, 16, **INT8, kernel=(1, 1)),
+        MatmulSpec(rows=1, in_features=77, out_features=13, **INT8),
+        MatmulSpec(rows=9, in_features=640, out_features=9, **INT8),
+    ],
+    ids=lambda spec: spec.family,
+)
+def test_chains_of_every_geometry(spec: WeightedSpec) -> None:
+    packed = check(spec, get_target("x86-64-v3"), FORM, plain=few_bits(spec, 6))
+    assert isinstance(packed, WeightedSpec)
+    assert packed.chain
+
+
+def test_chain_is_as_long_as_the_weights_allow() -> None:
+    spec = MatmulSpec(rows=1, in_features=32, out_features=8, **INT8, weight_layout="O8R4")
+
+    def chain(weights: list[int]) -> int:
+        packed = np.zeros(spec.weight_shape, np.int8)
+        packed[0, 0, : len(weights), 5, 0] = weights
+        return longest_chain(spec, packed)
+
+    assert chain([127]) == 8
+    assert chain([127, 1, 0, 0]) == 8  # 128 * 255 = 32640
+    assert chain([127, 2]) == 1  # 129 * 255 = 32895
+    assert chain([0, 127, 2]) == 2  # chains start at even steps
+    assert chain([-127, 127, -1, 1]) == 8  # the two signs never meet in the same data
+    packed = np.zeros(spec.weight_shape, np.int8)
+    packed[0, 0, 3, 2, 2:] = [64, 65]
+    assert longest_chain(spec, packed) == 0  # one instruction would saturate
+    packed[0, 0, 3, 2, 2:] = [-64, -64]
+    assert longest_chain(spec, packed) == 8
+    packed[0, 0, 3, 2, 2:] = [-64, -65]
+    assert longest_chain(spec, packed) == 0
+
+
+def test_weights_that_would_saturate_take_another_form(target: Target) -> None:
+    spec = MatmulSpec(rows=4, in_features=64, out_features=16, **INT8)
+    data, weight = arguments(spec, extreme=True)
+    packed = check(spec, target, FORM, plain=[data, np.full_like(weight, 127)])
+    assert isinstance(packed, WeightedSpec)
+    assert packed.chain == 0
+
+
+@pytest.mark.parametrize("bits", [0, 6, 8], ids=["float", "6 bits", "8 bits"])
+@pytest.mark.parametrize(
+    "spec",
+    [conv(16, 40, padding=(1, 1, 1, 1)), MatmulSpec(rows=15, in_features=33, out_features=40)],
+    ids=["conv", "linear"],
+)
+def test_every_choice_is_right(main_target: Target, spec: WeightedSpec, bits: int) -> None:
+    spec = spec.replace(**INT8) if bits else spec
+    plain = few_bits(spec, bits) if bits else arguments(spec)
+    packed_spec, weight = pack_weight(spec, plain[1], main_target) or (spec, plain[1])
+    func = prim_func(packed_spec)
+    space = search_space(func, main_target)
+    assert space is not None
+    expected = reference(spec, *plain)
+    choices = list(itertools.islice(space, 4000))
+    assert choices[0] == space.default
+    assert len(choices) > 50
+    for choice in random.Random(1).sample(choices, 6):
+        assert space.contains(choice)
+        scheduled = schedule(func, main_target, choice)
+        (result,) = run(
+            scheduled, main_target, [plain[0], weight], (expected.shape, str(expected.dtype))
+        )
+        if main_target.runs_here():
+            assert_same(result, expected)
