@@ -36,7 +36,7 @@ def quantize_layer(
     call: relax.Call,
     config: QuantizeConfig,
 ) -> IntegerLayer:
-    """Symmetric narrow int8 weights [-127, 127] and the int32 bias at input scale * weight scale.
+    """Symmetric narrow weights ([-127, 127] for int8), the int32 bias at input scale * weight scale.
 
     `bias` has one number for each output channel. A channel whose weights are so small that its
     bias would leave int32 gets a larger weight scale (Jacob et al. 2018, section 2.4, on biases).
@@ -72,7 +72,7 @@ def choose_weight_parameters(
     return choose_parameters(
         weight.min(axis=others),
         weight.max(axis=others),
-        "int8",
+        config.weights or "int8",
         symmetric=True,
         narrow=True,
         power_of_two=config.scales == "power_of_two",

@@ -10,15 +10,25 @@ from tvm import tirx
 from .. import schedules
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..schedules import Choice
     from ..targets import Target
 
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleKernels")
 class ScheduleKernels:
-    """The pass, for one target. Kernels that are scheduled already stay as they are."""
+    """The pass, for one target. Kernels that are scheduled already stay as they are.
 
-    def __init__(self, target: Target) -> None:
+    `choose` gives the tuned choice of a naive function, one of `schedules.search_space`, or None
+    for the default.
+    """
+
+    def __init__(
+        self, target: Target, choose: Callable[[tirx.PrimFunc], Choice | None] | None = None
+    ) -> None:
         self.target = target
+        self.choose = choose
 
     def transform_module(
         self, module: tvm.IRModule, _context: tvm.transform.PassContext
@@ -28,6 +38,7 @@ class ScheduleKernels:
             attrs = function.attrs or {}
             is_kernel = isinstance(function, tirx.PrimFunc) and not attrs.get("tirx.is_host_func")
             if is_kernel and not attrs.get("tirx.is_scheduled"):
-                function = schedules.schedule(function, self.target)
+                choice = None if self.choose is None else self.choose(function)
+                function = schedules.schedule(function, self.target, choice)
             scheduled[global_var] = function
         return tvm.IRModule(scheduled, attrs=module.attrs)

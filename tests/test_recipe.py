@@ -127,7 +127,7 @@ def test_exponents_and_integers_are_numbers() -> None:
     ("body", "parts"),
     [
         ("{weigths: int8}", ["r.yaml:3:", "'weigths'", "did you mean 'weights'"]),
-        ("{weights: int7}", ["r.yaml:3:", "'int7'", "did you mean 'int8'", "int4"]),
+        ("{weights: int9}", ["r.yaml:3:", "'int7'", "did you mean 'int8'", "int4"]),
         ("{weights: 8}", ["weights: '8' is not a choice"]),
         ("{symmetric: maybe}", ["symmetric must be true or false"]),
         ("{granularity: {per_grup: 4}}", ["'per_grup'", "did you mean 'per_group'"]),
@@ -227,7 +227,7 @@ def test_schema_is_valid_and_accepts_what_the_parser_accepts() -> None:
         "version: 2\nsteps: [quantize]\n",
         "version: 1\nsteps: []\n",
         "version: 1\nsteps: [{quantize: {weigths: int8}}]\n",
-        "version: 1\nsteps: [{quantize: {weights: int7}}]\n",
+        "version: 1\nsteps: [{quantize: {weights: int9}}]\n",
         "version: 1\nsteps: [{quantize: {granularity: {per_group: a}}}]\n",
         "version: 1\nsteps: [quantize]\ngoal: {}\n",
     ],

@@ -14,10 +14,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-IntegerType = Literal["int4", "int8", "uint8", "int16"]
+IntegerType = Literal["int4", "int5", "int6", "int7", "int8", "uint8", "int16"]
 
 INTEGER_RANGES: dict[str, tuple[int, int]] = {
     "int4": (-8, 7),
+    "int5": (-16, 15),
+    "int6": (-32, 31),
+    "int7": (-64, 63),
     "int8": (-128, 127),
     "uint8": (0, 255),
     "int16": (-32768, 32767),
@@ -44,8 +47,8 @@ class QuantizationParameters:
 
     @property
     def storage_dtype(self) -> str:
-        """The NumPy dtype that holds one integer unpacked; int4 lives in int8."""
-        return "int8" if self.dtype == "int4" else self.dtype
+        """The NumPy dtype that holds one integer unpacked; fewer bits live in int8."""
+        return "int8" if self.dtype in ("int4", "int5", "int6", "int7") else self.dtype
 
 
 def choose_parameters(

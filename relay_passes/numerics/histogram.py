@@ -20,10 +20,14 @@ class Histogram:
     counts: NDArray[np.int64]
     width: NDArray[np.float64]
 
-    def centers(self, channel: int = 0) -> NDArray[np.float64]:
-        """The middle of each bin. [bins]"""
+    def centers(
+        self, channel: int = 0, chosen: NDArray[np.intp] | None = None
+    ) -> NDArray[np.float64]:
+        """The middle of each bin, or of those `chosen`. [bins]"""
         bins = self.counts.shape[1]
-        return (np.arange(bins) - bins // 2 + 0.5) * self.width[channel]
+        if chosen is None:
+            chosen = np.arange(bins)
+        return (chosen - bins // 2 + 0.5) * self.width[channel]
 
 
 class StreamingHistogram:

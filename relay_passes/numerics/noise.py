@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 OCTAVES = 8  # candidates reach this far below and above the first sample's peak
 PER_OCTAVE = 8  # neighbouring ends differ by 9 %; twice as many gain less than 0.1 dB more
 LEVELS = (256, 65536)  # sizes of the grids that activations are quantised to
+MAX_RATIO = 1e30  # of noise and signal, and of signal and noise
+PER_LOGARITHM = 10  # products of that many ratios stay within float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,46 +43,69 @@ class RangeNoise:
 
 
 class StreamingNoise:
-    """Sums the noise of all candidate ranges; memory does not depend on the samples."""
+    """Sums the noise of all candidate ranges; memory does not depend on the samples.
+
+    Decibels add where ratios multiply: ratios are multiplied up, and their logarithm, which costs
+    ten times as much as all the rest, is taken once for `PER_LOGARITHM` samples.
+    """
 
     def __init__(self) -> None:
         self._ends = np.zeros(0)
+        self._steps = np.zeros((len(LEVELS), 0, 0))  # noise of one value by rounding
         self._decibels = np.zeros((len(LEVELS), 0, 0))
+        self._product = np.ones((len(LEVELS), 0, 0))  # of the samples not yet in `_decibels`
+        self._pending = 0
 
     def update(self, counts: NDArray[np.int64], centers: NDArray[np.float64], zeros: int) -> None:
-        """Take in one sample as a histogram; `zeros` of its values are exactly zero. [bins]"""
+        """Take in one sample as a histogram; `zeros` of its values are exactly zero. [bins]
+
+        `centers` ascend; empty bins may be left out.
+        """
         used = np.flatnonzero(counts)
         weights, x = counts[used].astype(np.float64), centers[used]
         energy = float(weights @ x**2)
-        values = weights.sum() - zeros
+        values = float(weights.sum()) - zeros
         if values == 0:
             return
         if self._ends.size == 0:
-            peak = 2.0 ** np.ceil(np.log2(np.abs(x).max()))
-            octaves = np.arange(-OCTAVES * PER_OCTAVE, OCTAVES * PER_OCTAVE + 1) / PER_OCTAVE
-            self._ends = np.concatenate([[0.0], peak * 2.0**octaves])
-            self._decibels = np.zeros((len(LEVELS), self._ends.size, self._ends.size))
-        below = clipped_energy(weights[::-1], -x[::-1], self._ends)
-        above = clipped_energy(weights, x, self._ends)
-        clipped = below[:, None] + above[None, :]  # [E, E]
+            self._start(float(np.abs(x).max()))
+        below, above = clipped_energy(weights, x, self._ends) / energy
+        noise = self._steps * (values / energy)  # [2, E, E]
+        noise += below[:, None] + above[None, :]
+        self._product *= np.clip(noise, 1 / MAX_RATIO, MAX_RATIO, out=noise)
+        self._pending += 1
+        if self._pending == PER_LOGARITHM:
+            self._decibels = self._sum()
+            self._product.fill(1.0)
+            self._pending = 0
+
+    def _start(self, peak: float) -> None:
+        octaves = np.arange(-OCTAVES * PER_OCTAVE, OCTAVES * PER_OCTAVE + 1) / PER_OCTAVE
+        self._ends = np.concatenate([[0.0], 2.0 ** np.ceil(np.log2(peak)) * 2.0**octaves])
         width = self._ends[:, None] + self._ends[None, :]
-        for index, levels in enumerate(LEVELS):
-            noise = clipped + values * (width / (levels - 1)) ** 2 / 12
-            self._decibels[index] += 10 * np.log10(np.maximum(noise / energy, 1e-30))
+        self._steps = np.stack([(width / (levels - 1)) ** 2 / 12 for levels in LEVELS])
+        self._decibels = np.zeros_like(self._steps)
+        self._product = np.ones_like(self._steps)
+
+    def _sum(self) -> NDArray[np.float64]:
+        return self._decibels + 10 * np.log10(self._product)
 
     def result(self) -> RangeNoise:
         """What was summed so far, as a value."""
-        return RangeNoise(self._ends.copy(), self._decibels.copy())
+        return RangeNoise(self._ends.copy(), self._sum())
 
 
 def clipped_energy(
     counts: NDArray[np.float64], x: NDArray[np.float64], ends: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Σ counts * (x - end)² over x > end, for each end; `x` ascending. [E]"""
-    # Suffix sums of 1, x and x²: Σ (x - e)² = Σ x² - 2 e Σ x + e² Σ 1
-    start = np.searchsorted(x, ends, side="right")
-    sums = [
-        np.concatenate([np.cumsum((counts * x**power)[::-1])[::-1], [0.0]])[start]
-        for power in range(3)
-    ]
-    return np.maximum(sums[2] - 2 * ends * sums[1] + ends**2 * sums[0], 0.0)
+    """Σ counts * (|x| - end)² over x < -end, and over x > end, for each end; `x` ascends. [2, E]"""
+    weighted = counts * np.stack([np.ones_like(x), x, x**2])  # [3, bins]
+    count = np.searchsorted(x, -ends, side="left"), x.size - np.searchsorted(x, ends, side="right")
+    below, above = (
+        np.concatenate([np.zeros((3, 1)), np.cumsum(values, axis=1)], axis=1)[:, chosen]
+        for values, chosen in zip((weighted, weighted[:, ::-1]), count, strict=True)
+    )
+    # Σ (|x| - e)² = Σ x² - 2 e Σ |x| + e² Σ 1, where |x| is -x below
+    below[1] *= -1
+    sums = np.stack([below, above])  # [2, 3, E]
+    return np.maximum(sums[:, 2] - 2 * ends * sums[:, 1] + ends**2 * sums[:, 0], 0.0)

@@ -37,7 +37,8 @@ class TensorObserver:
         self._samples += 1
         sample = self._histogram.update(x.reshape(1, -1))
         zeros = x.size - int(np.count_nonzero(x))
-        self._noise.update(sample.counts[0], sample.centers(), zeros)
+        used = np.flatnonzero(sample.counts[0])
+        self._noise.update(sample.counts[0, used], sample.centers(0, used), zeros)
 
     def result(self) -> TensorStatistics:
         """Statistics of everything seen. Raises `ValueError` when nothing was."""

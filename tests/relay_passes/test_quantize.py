@@ -264,3 +264,19 @@ def test_missing_statistics_are_named() -> None:
 def test_bad_combinations_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         QuantizeConfig(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_weights_of_fewer_bits_are_stored_in_bytes(bits: int) -> None:
+    config = QuantizeConfig(weights=f"int{bits}")  # type: ignore[arg-type]
+    module = quantize(build(lambda net, x: net.conv("a", x, 8)), config)
+    integers, scale, _ = stored(module, "a_weight")
+    assert integers.dtype == np.int8
+    # Symmetric, and each channel uses all of its range.
+    assert (np.abs(integers.astype(int)).max(axis=(1, 2, 3)) == 2 ** (bits - 1) - 1).all()
+    assert scale.shape == (8,)
+
+
+def test_fewer_bits_without_integer_activations_are_refused() -> None:
+    with pytest.raises(RecipeError, match="int6 without activations"):
+        QuantizeConfig(weights="int6", activations=None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..kernels import LibraryInfo
 from .rows import (
     FloatRow,
+    Latency,
     LayerRow,
     OtherKernelRow,
     Report,
@@ -60,8 +61,8 @@ def assemble(
         macs=profile.macs,
         parameters=profile.parameters,
         original=artefact.original,
-        before=Side(before.bytes, before.plan_bytes, latencies.get("original")),
-        after=Side(after.bytes, after.plan_bytes, latencies.get("compressed")),
+        before=_side(before, latencies.get("original")),
+        after=_side(after, latencies.get("compressed")),
         layers=layers,
         other_kernels=others,
         stayed_float=tuple(left_float + _untouched(layers, left_float)),
@@ -73,6 +74,10 @@ def assemble(
         steps=tuple(steps),
         versions=dict(artefact.manifest["versions"]),
     )
+
+
+def _side(info: LibraryInfo, latency: Latency | None) -> Side:
+    return Side(info.bytes, info.plan_bytes, latency, info.tuned_kernels, info.tunable_kernels)
 
 
 def _float_fields(entry: Mapping[str, str]) -> dict[str, str]:

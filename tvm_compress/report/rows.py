@@ -44,6 +44,8 @@ class Side:
     bytes: Bytes
     plan_bytes: Annotated[int, "memory for activations and temporaries in the compiled plan"]
     latency: Annotated[Latency | None, "on the machine named in `device`"]
+    tuned_kernels: Annotated[int, "kernels with measured schedules, of `tunable_kernels`"] = 0
+    tunable_kernels: Annotated[int, "different kernels whose schedules leave a choice"] = 0
 
 
 @dataclass(frozen=True)

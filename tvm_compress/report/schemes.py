@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     import tvm
 
@@ -62,19 +64,27 @@ def _stored(module: tvm.IRModule, graph: Any, weight: Any) -> str | None:
     import tvm
 
     from ..relay_passes.encodings import match_encoding
-    from ..relay_passes.ir import dtype_of, op_name, shape_of
+    from ..relay_passes.ir import op_name, shape_of
 
     value = _behind_moves(graph, weight)
     if not isinstance(value, tvm.ir.Call):
         return None
     if op_name(value) == "relax.dequantize":
-        codes = value.args[0]
-        if graph.constant(codes) is None:
+        codes = graph.constant(value.args[0])
+        if codes is None:
             return None
         scales = math.prod(shape_of(value.args[1]) or ())
-        return f"{dtype_of(codes)}/{'channel' if scales > 1 else 'tensor'}"
+        return f"{_integer_type(codes)}/{'channel' if scales > 1 else 'tensor'}"
     encoding = match_encoding(value, module)
     return None if encoding is None else f"{encoding.dtype}/group {encoding.group_size}"
+
+
+def _integer_type(codes: np.ndarray) -> str:
+    """The dtype; for symmetric int8 codes that stay within fewer bits, the type of those bits."""
+    if codes.dtype != "int8":
+        return str(codes.dtype)
+    largest = int(np.abs(codes.astype(np.int32)).max(initial=0))
+    return next((f"int{bits}" for bits in (5, 6, 7) if largest < 2 ** (bits - 1)), "int8")
 
 
 def _codes(graph: Any, data: Any) -> str | None:
