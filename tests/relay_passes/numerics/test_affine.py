@@ -118,5 +118,5 @@ def test_bad_ranges_are_refused(low: float, high: float, message: str) -> None:
 
 
 def test_unknown_type_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="no integer type 'int5'; choose from int4, int8"):
-        choose_parameters(0.0, 1.0, "int5", symmetric=True)
+    with pytest.raises(ValueError, match="no integer type 'int9'; choose from int4, int5"):
+        choose_parameters(0.0, 1.0, "int9", symmetric=True)
