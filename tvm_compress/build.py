@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from .kernels import Call
     from .targets import Target
+    from .tuning.database import TunedChoices
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Built:
     left_float: tuple[dict[str, str], ...]
     decoded_per_call: tuple[str, ...]
     """Layers whose codes are decoded to floats by a kernel of its own before every call."""
+    tuned_kernels: int = 0
+    tunable_kernels: int = 0
+    """Different kernels whose schedules leave choices open; `tuned_kernels` of them used tuned
+    ones."""
 
     def export(self, path: Path) -> None:
         """Write the shared library; it needs TVM's runtime and nothing of ours."""
@@ -59,8 +64,10 @@ def require_linker() -> None:
         )
 
 
-def build(module: tvm.IRModule, target: Target) -> Built:
+def build(module: tvm.IRModule, target: Target, choose: TunedChoices | None = None) -> Built:
     """Graph form (float or quantised) => executable with scheduled kernels for `target`.
+
+    `choose` looks up tuned choices; without it every kernel gets its default.
 
     Raises `ModelError` when the model cannot be compiled.
     """
@@ -84,7 +91,9 @@ def build(module: tvm.IRModule, target: Target) -> Built:
         planned = memory_pipeline()(fused)
         try:
             executable = tvm.compile(
-                planned, target=target.tvm_target(), relax_pipeline=schedule_pipeline(target)
+                planned,
+                target=target.tvm_target(),
+                relax_pipeline=schedule_pipeline(target, choose),
             )
         except RuntimeError as error:
             line = str(error).strip().splitlines()[-1]
@@ -103,6 +112,8 @@ def build(module: tvm.IRModule, target: Target) -> Built:
             for entry in json.loads(str(reference[global_var].attrs.get(LEFT_FLOAT_ATTR, "[]")))
         ),
         decoded_per_call=tuple(json.loads(str(packed["main"].attrs[DECODED_ATTR]))),
+        tuned_kernels=choose.tuned if choose is not None else 0,
+        tunable_kernels=choose.tunable if choose is not None else 0,
     )
 
 

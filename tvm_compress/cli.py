@@ -156,6 +156,25 @@ def _threads_option(command: Command) -> Command:
     )(command)
 
 
+def _budget_options(command: Command) -> Command:
+    command = click.option(
+        "--minutes", type=click.FloatRange(0.05, 10_000), help="Tune for at most this long."
+    )(command)
+    return click.option(
+        "--trials",
+        type=click.IntRange(1, 10_000_000),
+        help="Tune with at most this many measured candidates, earlier runs included.",
+    )(command)
+
+
+def _database_option(command: Command) -> Command:
+    return click.option(
+        "--database",
+        type=click.Path(path_type=Path),
+        help="Folder of tuning records.  [default: tvm-compress/tuning in the user's cache]",
+    )(command)
+
+
 def _example(text: str) -> str:
     return f"\b\nExample:\n  {text}"
 
@@ -246,6 +265,8 @@ def profile(
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Seed.  [default: the recipe's]")
 @click.option("--force", is_flag=True, help="Replace the artefact of another model in OUT.")
+@_budget_options
+@_database_option
 @_threads_option
 @_model_options
 @_common_options
@@ -258,6 +279,9 @@ def compress(
     out: Path,
     seed: int | None,
     force: bool,
+    trials: int | None,
+    minutes: float | None,
+    database: Path | None,
     threads: int | None,
     shapes: tuple[tuple[str, tuple[int, ...]], ...],
     input_values: tuple[tuple[str, float], ...],
@@ -283,6 +307,9 @@ def compress(
         shapes=_unique(shapes, "--shape"),
         input_values=_unique(input_values, "--input-value"),
         threads=threads,
+        trials=trials,
+        minutes=minutes,
+        database=database,
         force=force,
         progress=_progress(),
     )
@@ -291,6 +318,99 @@ def compress(
     else:
         print_summary(artefact.report, artefact.path)
     _require(artefact.report["checks"])
+
+
+@cli.command(
+    epilog=_example(
+        "tvm-compress tune model.onnx --recipe int8 --target host --minutes 10\n"
+        "  tvm-compress tune --export records.json"
+    )
+)
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--recipe",
+    default="int8",
+    show_default=True,
+    help="What the model will be compressed with; `none`: the model as it is.",
+)
+@click.option("--target", help="What it will be compressed for.  [default: the recipe's, or host]")
+@click.option(
+    "--calib",
+    "calibration",
+    type=click.Path(path_type=Path),
+    help="Calibration data. Without it random data does: ranges change no schedule.",
+)
+@_budget_options
+@_database_option
+@click.option("--rpc-tracker", metavar="HOST:PORT", help="Measure on a device of this tracker.")
+@click.option("--rpc-key", help="Key of the device on the tracker.")
+@click.option(
+    "--import",
+    "imports",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Take over the records of an exported file; repeat for several.",
+)
+@click.option(
+    "--export",
+    "export",
+    type=click.Path(path_type=Path),
+    help="Write the best records to one file, at the end; of MODEL only, if given.",
+)
+@click.option("--list", "is_list", is_flag=True, help="Show the best records that are known.")
+@_threads_option
+@_model_options
+@_common_options
+def tune(
+    model: Path | None,
+    recipe: str,
+    target: str | None,
+    calibration: Path | None,
+    trials: int | None,
+    minutes: float | None,
+    database: Path | None,
+    rpc_tracker: str | None,
+    rpc_key: str | None,
+    imports: tuple[Path, ...],
+    export: Path | None,
+    is_list: bool,
+    threads: int | None,
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    input_values: tuple[tuple[str, float], ...],
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Measure the kernels of MODEL on its target and remember the best; `compress` uses them.
+
+    A run that was stopped loses nothing and goes on when the same command is given again. Without
+    MODEL, --import, --export and --list work on the records alone.
+    """
+    from .tuning.commands import tune_command
+
+    if model is None and not (imports or export or is_list):
+        raise click.UsageError("give a MODEL to tune, or --import, --export, --list")
+    if (rpc_tracker is None) != (rpc_key is None):
+        raise click.UsageError("--rpc-tracker and --rpc-key belong together")
+    result = tune_command(
+        model,
+        imports=imports,
+        export=export,
+        is_list=is_list,
+        database=database,
+        rpc=None if rpc_tracker is None or rpc_key is None else (rpc_tracker, rpc_key),
+        progress=_progress(),
+        is_quiet=as_json,
+        recipe=recipe,
+        target=target,
+        calibration=calibration,
+        trials=trials,
+        minutes=minutes,
+        threads=threads,
+        shapes=_unique(shapes, "--shape"),
+        input_values=_unique(input_values, "--input-value"),
+    )
+    if as_json:
+        _print_json(result)
 
 
 def _require(checks: list[Mapping[str, Any]]) -> None:

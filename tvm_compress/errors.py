@@ -33,6 +33,10 @@ class ArtefactError(TvmCompressError):
     """An artefact folder is missing, incomplete, damaged or from another version."""
 
 
+class DatabaseError(TvmCompressError):
+    """A tuning database or an exported file of one cannot be read or written."""
+
+
 class CheckFailed(TvmCompressError):
     """A check ran and failed: accuracy dropped too far or integers differ from the reference."""
 

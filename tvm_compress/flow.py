@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .relay_passes.observations import Observations
     from .report.rows import StepTime
     from .targets import Target
+    from .tuning.database import Database
 
 PROBES = 8  # inputs kept in the artefact, so that it can be verified without data
 BENCHMARK_SECONDS = 2.0  # of each side, for the report; `benchmark` measures longer
@@ -56,6 +57,9 @@ def compress(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     input_values: Mapping[str, float] | None = None,
     threads: int | None = None,
+    trials: int | None = None,
+    minutes: float | None = None,
+    database: Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Artefact:
@@ -63,8 +67,11 @@ def compress(
 
     `model` is what `load_model` takes: a path or a model in memory. `recipe` is a shipped recipe's
     name, a file or a `Recipe`. `calibration` and `evaluate` are what `load_data` takes. `target`,
-    `seed`, `shapes` and `input_values` override the recipe's. `force` replaces an artefact of
-    another model. An exact repetition of an interrupted call goes on where that one stopped.
+    `seed`, `shapes` and `input_values` override the recipe's. `threads` is what kernels are laid
+    out and measured for (default: the target's). `trials` or `minutes` tune the kernels before
+    they are built (`tuning.tune`); `database` is the folder of tuning records (default: the
+    user's own). `force` replaces an artefact of another model. An exact repetition of an
+    interrupted call goes on where that one stopped.
 
     Raises an error of `errors.py` before anything is written when an input is wrong. Checks that
     fail (integers, accuracy) do not raise: they stand in `artefact.report["checks"]`.
@@ -74,7 +81,14 @@ def compress(
 
     # 1. Load. Everything the user gave is looked at here, before any work is done.
     with clock.step("import"):
-        job = _load(model, recipe, target, calibration, evaluate, seed, shapes, input_values)
+        job = _load(
+            model, recipe, target, calibration, evaluate, seed, shapes, input_values, threads
+        )
+        records = _open_database(database)
+        if trials is not None or minutes is not None:
+            from .tuning.tune import require_device
+
+            require_device(job.target)
     with Workspace(Path(out), job.model_key, force) as workspace:
         # 2. Profile the float original.
         from .profiling import profile_model
@@ -84,17 +98,21 @@ def compress(
         # 3. Calibrate and compress: graph form in, graph form out.
         compressed = apply_recipe(job, workspace, clock)
 
-        # 4. Lower, schedule and build both sides with the same compiler for the same target, and
-        #    the executable reference graph for this machine.
-        folders = _build_all(job, compressed, workspace, clock)
+        # 4. Tune, if asked to: measured choices go to the database.
+        if trials is not None or minutes is not None:
+            _tune(job, compressed, records, trials, minutes, clock)
 
-        # 5. Lay the artefact out, all but its evidence.
+        # 5. Lower, schedule and build both sides with the same compiler for the same target, and
+        #    the executable reference graph for this machine.
+        folders = _build_all(job, compressed, records, workspace, clock)
+
+        # 6. Lay the artefact out, all but its evidence.
         artefact = _stage(job, folders, workspace.staging)
 
-        # 6. Verify and measure what was laid out, from its files.
+        # 7. Verify and measure what was laid out, from its files.
         evidence = _gather_evidence(artefact, job, threads, clock)
 
-        # 7. Report, manifest, and the atomic swap.
+        # 8. Report, manifest, and the atomic swap.
         from .report.assemble import assemble
         from .report.html import write_html
 
@@ -132,6 +150,7 @@ def _load(
     seed: int | None,
     shapes: Mapping[str, tuple[int, ...]] | None,
     input_values: Mapping[str, float] | None,
+    threads: int | None = None,
 ) -> Job:
     from .build import require_linker
     from .data import load_data
@@ -143,6 +162,8 @@ def _load(
     is_recipe = isinstance(recipe, Recipe)
     chosen: Recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     target = get_target(target_name or chosen.target or "host")
+    if threads is not None:
+        target = replace(target, threads=threads)
     chosen = chosen.replace(
         target=target.name,
         seed=chosen.seed if seed is None else seed,
@@ -255,12 +276,30 @@ def compress_module(
     module: tvm.IRModule, recipe: str | Path | Recipe, target: str, calibration: Any
 ) -> tuple[tvm.IRModule, Target]:
     """Steps 1 to 3 alone, on a module in memory: compressed graph form and the target it is for."""
+    job = load_job(module, recipe, target, calibration)
+    return compress_job(job, Progress()), job.target
+
+
+def load_job(
+    model: Any,
+    recipe: str | Path | Recipe,
+    target: str | None,
+    calibration: Any,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    input_values: Mapping[str, float] | None = None,
+    threads: int | None = None,
+) -> Job:
+    """Step 1 alone: everything the user gave, checked."""
+    return _load(model, recipe, target, calibration, None, None, shapes, input_values, threads)
+
+
+def compress_job(job: Job, progress: Progress) -> tvm.IRModule:
+    """Step 3 alone, in memory."""
     from tempfile import TemporaryDirectory
 
-    job = _load(module, recipe, target, calibration, None, None, None, None)
     with TemporaryDirectory() as folder:
         with Workspace(Path(folder) / "out", job.model_key) as workspace:
-            return apply_recipe(job, workspace, _Clock(Progress())), job.target
+            return apply_recipe(job, workspace, _Clock(progress))
 
 
 def _calibrate(
@@ -271,8 +310,6 @@ def _calibrate(
     clock: _Clock,
 ) -> Statistics:
     """One pass over the data for all groups up to the first that changes the tensors."""
-    from dataclasses import replace
-
     from .calibrate import calibrate
     from .relay_passes.numerics.statistics import Statistics
     from .relay_passes.observations import Observations
@@ -320,11 +357,35 @@ def _observations_key(wanted: Observations) -> str:
     )
 
 
-# --- 4. build -----------------------------------------------------------------------------------
+# --- 4. tune ------------------------------------------------------------------------------------
+
+
+def _open_database(folder: Path | None) -> Database:
+    from .tuning.database import Database
+
+    return Database(folder)
+
+
+def _tune(
+    job: Job,
+    compressed: tvm.IRModule,
+    records: Database,
+    trials: int | None,
+    minutes: float | None,
+    clock: _Clock,
+) -> None:
+    from .tuning.driver import Budget
+    from .tuning.tune import tune_module
+
+    with clock.step("tune", shown=False):
+        tune_module(compressed, job.target, Budget(trials, minutes), records, clock.progress)
+
+
+# --- 5. build -----------------------------------------------------------------------------------
 
 
 def _build_all(
-    job: Job, compressed: tvm.IRModule, workspace: Workspace, clock: _Clock
+    job: Job, compressed: tvm.IRModule, records: Database, workspace: Workspace, clock: _Clock
 ) -> dict[str, Path]:
     """Folder of each library: `library.so` and `info.json`, and the taps of the reference."""
     folders: dict[str, Path] = {}
@@ -333,8 +394,9 @@ def _build_all(
         if folders and _graph_key(compressed) == _graph_key(module):
             folders[side] = folders["compressed"]  # came quantised, and nothing was left to do
             continue
-        parts = [side, module_key(module), dict(job.target.tvm_options), job.target]
-        make = partial(_build_side, module, job.target, side == "compressed")
+        options = dict(job.target.tvm_options)
+        parts = [side, module_key(module), options, job.target, records.fingerprint()]
+        make = partial(_build_side, module, job.target, records, side == "compressed")
         with clock.cached(workspace, f"build {side}", parts, make) as folder:
             folders[side] = folder
     return folders
@@ -349,12 +411,16 @@ def _graph_key(module: tvm.IRModule) -> str:
     return module_key(module)
 
 
-def _build_side(module: tvm.IRModule, target: Target, is_compressed: bool, folder: Path) -> None:
+def _build_side(
+    module: tvm.IRModule, target: Target, records: Database, is_compressed: bool, folder: Path
+) -> None:
     from .build import build, compile_reference
     from .library import describe_library, require_fits
     from .taps import tap
+    from .tuning.database import TunedChoices
+    from .tuning.tune import this_cpu
 
-    built = build(module, target)
+    built = build(module, target, TunedChoices(records, target, this_cpu()))
     library = folder / "library.so"
     built.export(library)
     info = describe_library(built, library)
@@ -371,7 +437,7 @@ def _build_side(module: tvm.IRModule, target: Target, is_compressed: bool, folde
     _write_json(folder / "info.json", value)
 
 
-# --- 5. lay out ---------------------------------------------------------------------------------
+# --- 6. lay out ---------------------------------------------------------------------------------
 
 
 def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
@@ -448,13 +514,14 @@ def _probes(job: Job) -> dict[str, Any]:
     else:
         random = np.random.default_rng(job.recipe.seed)
         feeds = [
-            {spec.name: _random(random, spec.shape, spec.dtype) for spec in job.model.inputs}
+            {spec.name: random_input(random, spec.shape, spec.dtype) for spec in job.model.inputs}
             for _ in range(PROBES)
         ]
     return {spec.name: np.stack([feed[spec.name] for feed in feeds]) for spec in job.model.inputs}
 
 
-def _random(random: Any, shape: tuple[int, ...], dtype: str) -> Any:
+def random_input(random: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """An array for an input of the model where there is no data."""
     import numpy as np
 
     if dtype == "bool":
@@ -500,7 +567,7 @@ def versions() -> dict[str, str]:
     }
 
 
-# --- 6. verify and measure ----------------------------------------------------------------------
+# --- 7. verify and measure ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,8 @@ class LibraryInfo:
     layer_bytes: Mapping[str, int]  # encoded weights, scales, biases and tables of each layer
     bytes: Bytes
     plan_bytes: int
+    tuned_kernels: int = 0
+    tunable_kernels: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,6 +101,8 @@ class LibraryInfo:
             layer_bytes=dict(value["layer_bytes"]),
             bytes=Bytes(**value["bytes"]),
             plan_bytes=value["plan_bytes"],
+            tuned_kernels=value.get("tuned_kernels", 0),
+            tunable_kernels=value.get("tunable_kernels", 0),
         )
 
 

@@ -51,6 +51,8 @@ def describe_library(built: Built, library: Path) -> LibraryInfo:
             other=total - sum(known.values()) - by_role.get("indices", 0) - code,
         ),
         plan_bytes=built.plan_bytes,
+        tuned_kernels=built.tuned_kernels,
+        tunable_kernels=built.tunable_kernels,
     )
 
 

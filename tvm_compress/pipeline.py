@@ -6,6 +6,7 @@ registered on import of this module, is the same flow for somebody else's TVM bu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,10 @@ from .relay_passes.pack_weights import PackWeights
 from .relay_passes.schedule_kernels import ScheduleKernels
 
 if TYPE_CHECKING:
+    from tvm import tirx
+
     from .recipe import Recipe
+    from .schedules import Choice
     from .targets import Target
 
 
@@ -76,8 +80,13 @@ def memory_pipeline() -> tvm.transform.Pass:
     )
 
 
-def schedule_pipeline(target: Target) -> tvm.transform.Pass:
-    """Planned memory => what `tvm.compile` hands to the code generator."""
+def schedule_pipeline(
+    target: Target, choose: Callable[[tirx.PrimFunc], Choice | None] | None = None
+) -> tvm.transform.Pass:
+    """Planned memory => what `tvm.compile` hands to the code generator.
+
+    `choose`: tuned choices, as `tuning.database.TunedChoices` gives them.
+    """
     transform = relax.transform
     return tvm.transform.Sequential(
         [
@@ -89,13 +98,15 @@ def schedule_pipeline(target: Target) -> tvm.transform.Pass:
             transform.AttachGlobalSymbol(),
             # Last, because Relax's own passes look into naive kernels (to find reshapes, say) and
             # insist on the blocks that a scheduled kernel no longer has.
-            ScheduleKernels(target),
+            ScheduleKernels(target, choose),
         ],
         name="schedule",
     )
 
 
-def kernel_pipeline(target: Target) -> tvm.transform.Pass:
+def kernel_pipeline(
+    target: Target, choose: Callable[[tirx.PrimFunc], Choice | None] | None = None
+) -> tvm.transform.Pass:
     """Graph or kernel form => all that `tvm.compile` needs, for `relax_pipeline=`."""
     return tvm.transform.Sequential(
         [
@@ -103,7 +114,7 @@ def kernel_pipeline(target: Target) -> tvm.transform.Pass:
             packing_pipeline(target),
             fusion_pipeline(),
             memory_pipeline(),
-            schedule_pipeline(target),
+            schedule_pipeline(target, choose),
         ],
         name="tvm_compress_kernels",
     )
@@ -125,8 +136,9 @@ def tvm_compress_pipeline(
     @tvm.transform.module_pass(opt_level=0, name="tvm_compress")
     def run(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         from .flow import compress_module
+        from .tuning.database import Database, TunedChoices
 
         compressed, chosen = compress_module(module, recipe, target, calibration)
-        return kernel_pipeline(chosen)(compressed)
+        return kernel_pipeline(chosen, TunedChoices(Database(), chosen))(compressed)
 
     return run

@@ -32,8 +32,21 @@ class Progress:
         """Yield `items`, `total` in number, and show how far this is and how long it will take."""
         yield from items
 
+    @contextmanager
+    def meter(self, label: str, total: int | None) -> Iterator[Meter]:
+        """Around work that reports how far it is by itself; `total` None: nobody knows."""
+        yield Meter()
+
     def note(self, message: str) -> None:
         """One line that stays on the screen."""
+
+
+class Meter:
+    """Shows nothing. What `Progress.meter` gives."""
+
+    def show(self, done: int, text: str, fraction: float | None) -> None:
+        """`done` units of work are done; `text` says how things stand; `fraction` of the whole,
+        where known."""
 
 
 class TerminalProgress(Progress):
@@ -61,6 +74,14 @@ class TerminalProgress(Progress):
                 yield item
                 bar.advance(task)
         self._finished(label, time.perf_counter() - started, f"{total} samples")
+
+    @contextmanager
+    def meter(self, label: str, total: int | None) -> Iterator[Meter]:
+        started = time.perf_counter()
+        with self._bar() as bar:
+            meter = _TerminalMeter(bar, label, total, None if self._console.is_terminal else self)
+            yield meter
+        self._finished(label, time.perf_counter() - started, meter.text)
 
     def note(self, message: str) -> None:
         self._console.print(message, markup=False)
@@ -91,3 +112,26 @@ class TerminalProgress(Progress):
             transient=True,
             disable=not self._console.is_terminal,
         )
+
+
+class _TerminalMeter(Meter):
+    """A bar, or without a terminal a line now and then."""
+
+    _SECONDS_BETWEEN_LINES = 20.0
+
+    def __init__(self, bar: RichBar, label: str, total: int | None, lines: Progress | None) -> None:
+        self._bar, self._label, self._total, self._lines = bar, label, total, lines
+        self._task = bar.add_task(label, total=None)
+        self._last_line = time.perf_counter()
+        self.text = ""
+
+    def show(self, done: int, text: str, fraction: float | None) -> None:
+        of = "" if self._total is None else f"/{self._total}"
+        self.text = f"{done}{of} trials, {text}"
+        if self._lines is None:
+            total = None if fraction is None else 1.0
+            description = f"{self._label}  {self.text}"
+            self._bar.update(self._task, description=description, total=total, completed=fraction)
+        elif time.perf_counter() - self._last_line >= self._SECONDS_BETWEEN_LINES:
+            self._last_line = time.perf_counter()
+            self._lines.note(f"  {self._label}  {self.text}")

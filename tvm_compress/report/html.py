@@ -23,6 +23,7 @@ from .text import (
     ratio_text,
     three_digits,
     time_text,
+    tuned_text,
 )
 
 PARTS = (  # key in `Bytes`, label, CSS class
@@ -121,7 +122,8 @@ def _cards(data: Mapping[str, Any]) -> str:
                 ],
                 f"median of {y['runs']} interleaved runs; 10 to 90 %: "
                 f"{time_text(x['p10_us'])} to {time_text(x['p90_us'])} and "
-                f"{time_text(y['p10_us'])} to {time_text(y['p90_us'])}",
+                f"{time_text(y['p10_us'])} to {time_text(y['p90_us'])}"
+                + (f"; {tuned_text(before, after)}" if after.get("tunable_kernels") else ""),
             )
         )
     cards.append(

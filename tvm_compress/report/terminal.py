@@ -21,6 +21,7 @@ from .text import (
     short_name,
     three_digits,
     time_text,
+    tuned_text,
 )
 
 if TYPE_CHECKING:
@@ -207,6 +208,8 @@ def _print_totals(console: Console, report: Mapping[str, Any]) -> None:
             f"{before['latency']['runs']} interleaved runs",
             style="dim",
         )
+    if after.get("tunable_kernels"):
+        console.print(f"schedules: {tuned_text(before, after)}", style="dim")
 
 
 def _spread(latency: Mapping[str, Any]) -> str:

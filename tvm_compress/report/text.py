@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def bytes_text(count: float) -> str:
     """`1.2 MB`: decimal units, three digits."""
@@ -64,3 +67,12 @@ def points(fraction: float) -> str:
 
 def db_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
+
+
+def tuned_text(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """How many kernels were built from measured choices."""
+    return (
+        f"{after['tuned_kernels']} of {after['tunable_kernels']} kernels tuned, "
+        f"{before['tuned_kernels']} of {before['tunable_kernels']} of the original; "
+        "the others have the default"
+    )

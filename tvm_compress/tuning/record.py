@@ -1,0 +1,178 @@
+"""One measured choice, and its form in MetaSchedule's JSON database.
+
+A choice is a trace there: for each parameter a `SampleCategorical` over its values with the
+decision taken, annotated on the anchor's block; a last annotation (`RECORD_ATTR`, JSON) holds what
+MetaSchedule has no place for. Traces are read and written here as plain JSON: nothing that comes
+from a file reaches TVM's own deserialiser.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..schedules.choice import SearchSpace
+    from ..targets import Target
+
+PARAMETER_ATTR = "tvm_compress.choice."
+RECORD_ATTR = "tvm_compress.record"
+# What MetaSchedule takes for a candidate that did not run.
+FAILED_SECONDS = 1e10
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a measurement holds for: instruction sets, vector width, threads; and where it was
+    made."""
+
+    capabilities: tuple[str, ...]
+    vector_bits: int
+    threads: int
+    cpu: str
+
+    @classmethod
+    def of(cls, target: Target, cpu: str) -> Conditions:
+        """Conditions of measuring for `target` on the machine called `cpu`."""
+        return cls(tuple(sorted(target.capabilities)), target.vector_bits, target.threads, cpu)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One choice of one workload as it was measured.
+
+    `seconds` is None for a candidate that failed; `error` says how. `default_seconds` is set on
+    winners only: their results were checked against the naive function on fresh data, and both
+    times were taken in turns.
+    """
+
+    workload: str
+    template: str
+    choice: Mapping[str, int]
+    conditions: Conditions
+    seconds: float | None
+    error: str = ""
+    default_seconds: float | None = None
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether builds may use the choice."""
+        return self.default_seconds is not None and self.seconds is not None
+
+    @property
+    def speedup(self) -> float:
+        """Over the default choice, of a verified record."""
+        if self.seconds is None or self.default_seconds is None:
+            return 0.0
+        return self.default_seconds / self.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; fields that say nothing are left out."""
+        fields: dict[str, Any] = {
+            "workload": self.workload,
+            "template": self.template,
+            "choice": dict(self.choice),
+            "capabilities": list(self.conditions.capabilities),
+            "vector_bits": self.conditions.vector_bits,
+            "threads": self.conditions.threads,
+            "cpu": self.conditions.cpu,
+            "seconds": self.seconds,
+        }
+        if self.error:
+            fields["error"] = self.error
+        if self.default_seconds is not None:
+            fields["default_seconds"] = self.default_seconds
+        return fields
+
+    @classmethod
+    def from_json(cls, value: Any) -> Record:
+        """Inverse of `to_json`. Raises `ValueError` for anything else."""
+        try:
+            record = cls(
+                workload=_typed(value["workload"], str),
+                template=_typed(value["template"], str),
+                choice={_typed(k, str): _typed(v, int) for k, v in value["choice"].items()},
+                conditions=Conditions(
+                    tuple(_typed(name, str) for name in value["capabilities"]),
+                    _typed(value["vector_bits"], int),
+                    _typed(value["threads"], int),
+                    _typed(value["cpu"], str),
+                ),
+                seconds=_seconds(value["seconds"]),
+                error=_typed(value.get("error", ""), str),
+                default_seconds=_seconds(value.get("default_seconds")),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a tuning record: {error}") from None
+        return record
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{value!r:.40} is no {kind.__name__}")
+    return value
+
+
+def _seconds(value: Any) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        raise TypeError(f"{value!r:.40} is no time in seconds")
+    return float(value)
+
+
+def to_metaschedule(
+    record: Record,
+    space: SearchSpace,
+    block: str,
+    tvm_options: Mapping[str, Any],
+) -> list[Any]:
+    """`[trace, run_secs, target, args_info]`: what MetaSchedule's `TuningRecord.as_json` gives."""
+    instructions: list[Any] = [["GetSBlock", [], [block, "main"], ["b0"]]]
+    decisions: list[Any] = []
+    for number, (name, value) in enumerate(record.choice.items()):
+        values = sorted({*space.parameters.get(name, ()), value})
+        decisions.append([len(instructions), values.index(value)])
+        chances = [1 / len(values)] * len(values)
+        instructions.append(["SampleCategorical", [], [values, chances], [f"v{number + 1}"]])
+        instructions.append(["Annotate", ["b0", f"v{number + 1}"], [PARAMETER_ATTR + name], []])
+    rest = {k: v for k, v in record.to_json().items() if k not in ("choice", "seconds")}
+    text = json.dumps(json.dumps(rest, sort_keys=True))  # a string literal in the trace's language
+    instructions.append(["Annotate", ["b0", text], [RECORD_ATTR], []])
+    seconds = FAILED_SECONDS if record.seconds is None else record.seconds
+    target = {key: _plain(value) for key, value in tvm_options.items()}
+    target["num-cores"] = record.conditions.threads
+    return [[instructions, decisions], [seconds], target, None]
+
+
+def from_metaschedule(value: Any) -> Record | None:
+    """Inverse of `to_metaschedule`; None for a record that somebody else's schedule rules made.
+
+    Raises `ValueError` for what is no tuning record at all.
+    """
+    try:
+        (instructions, decisions), run_secs = value[0], value[1]
+        chosen = dict(decisions)
+        values: dict[str, int] = {}
+        choice: dict[str, int] = {}
+        rest: dict[str, Any] | None = None
+        for index, (name, inputs, attributes, outputs) in enumerate(instructions):
+            if name == "SampleCategorical":
+                values[outputs[0]] = attributes[0][chosen[index]]
+            elif name == "Annotate" and attributes[0].startswith(PARAMETER_ATTR):
+                choice[attributes[0][len(PARAMETER_ATTR) :]] = values[inputs[1]]
+            elif name == "Annotate" and attributes[0] == RECORD_ATTR:
+                rest = json.loads(json.loads(inputs[1]))
+        if rest is None:
+            return None
+        seconds = run_secs[0] if run_secs and run_secs[0] < FAILED_SECONDS else None
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise ValueError(f"not a tuning record: {error}") from None
+    return Record.from_json({**rest, "choice": choice, "seconds": seconds})
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,131 @@
+"""`tune`: measure the kernels of a model for a target; later builds use what was found."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import TargetError
+from ..progress import Progress
+from .database import Database
+from .driver import Budget, Rpc, TuningResult, tune_tasks
+
+if TYPE_CHECKING:
+    import tvm
+
+    from ..model import Model
+    from ..recipe import Recipe
+    from ..targets import Target
+
+FLOAT_RECIPE = "none"  # the model as it is
+_RANDOM_SAMPLES = 4
+
+
+def tune(
+    model: Any,
+    *,
+    recipe: str | Path | Recipe = "int8",
+    target: str | None = None,
+    calibration: Any = None,
+    trials: int | None = None,
+    minutes: float | None = None,
+    threads: int | None = None,
+    database: Path | None = None,
+    rpc: Rpc | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    input_values: Mapping[str, float] | None = None,
+    progress: Progress | None = None,
+) -> TuningResult:
+    """Tune the kernels that `compress` would build for the same model, recipe and target.
+
+    `recipe` "none" is the model as it is. Without `calibration` random data gives the ranges: they
+    change no schedule. `trials` counts those of earlier runs, so that the same call goes on where
+    one was stopped; with neither `trials` nor `minutes` the run ends when nothing more is to be
+    expected. `database` is a folder (default: the user's own). Raises the errors of `errors.py`.
+    """
+    from .. import flow
+    from ..importers import load_model
+    from ..recipe import Recipe
+
+    progress = progress or Progress()
+    opened = Database(database)
+    with progress.step("import"):
+        if calibration is None:
+            loaded = load_model(model, shapes=shapes, input_values=input_values)
+            calibration = _random_samples(loaded)
+        chosen = Recipe(steps=()) if recipe == FLOAT_RECIPE else recipe
+        job = flow.load_job(model, chosen, target, calibration, shapes, input_values, threads)
+    if rpc is None:
+        require_device(job.target)
+    module = flow.compress_job(job, progress)
+    with progress.step("find kernels"):
+        from .tasks import extract_tasks
+
+        tasks = extract_tasks(module, job.target)
+    budget = Budget(trials, minutes)
+    cpu = _name_of_device(rpc)
+    return tune_tasks(tasks, job.target, opened, budget, cpu=cpu, rpc=rpc, progress=progress)
+
+
+def tune_module(
+    module: tvm.IRModule,
+    target: Target,
+    budget: Budget,
+    database: Database,
+    progress: Progress | None = None,
+) -> TuningResult:
+    """Tune what `build.build(module, target)` compiles, on this machine."""
+    from .tasks import extract_tasks
+
+    require_device(target)
+    tasks = extract_tasks(module, target)
+    return tune_tasks(tasks, target, database, budget, cpu=_name_of_device(None), progress=progress)
+
+
+def require_device(target: Target) -> None:
+    """Raise `TargetError` where this machine cannot measure for the target."""
+    if not target.runs_here():
+        missing = ", ".join(sorted(target.missing_here()))
+        raise TargetError(
+            f"target {target.name!r} cannot be measured on this machine: its CPU lacks {missing}; "
+            "tune on a machine that has it, through --rpc-tracker and --rpc-key"
+        )
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+        if target.threads > cores:
+            raise TargetError(
+                f"target {target.name!r} has {target.threads} threads, this machine {cores} cores: "
+                f"their times would say nothing; give --threads {cores} or fewer"
+            )
+
+
+def _name_of_device(rpc: Rpc | None) -> str:
+    """What records call the machine that measured."""
+    from ..benchmarking import this_device
+
+    return f"rpc {rpc.key}" if rpc is not None else this_device(1).cpu
+
+
+def this_cpu() -> str:
+    """What records of this machine call it."""
+    return _name_of_device(None)
+
+
+def _random_samples(model: Model) -> list[dict[str, Any]]:
+    import numpy as np
+
+    from ..flow import random_input
+
+    random = np.random.default_rng(0)
+    return [
+        {spec.name: random_input(random, spec.shape, spec.dtype) for spec in model.inputs}
+        for _ in range(_RANDOM_SAMPLES)
+    ]
+
+
+def result_to_json(result: TuningResult) -> dict[str, Any]:
+    """For `--json`."""
+    return {**dataclasses.asdict(result), "trials_per_minute": result.trials_per_minute}
