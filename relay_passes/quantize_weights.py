@@ -36,7 +36,7 @@ def quantize_layer(
     call: relax.Call,
     config: QuantizeConfig,
 ) -> IntegerLayer:
-    """Symmetric narrow weights ([-127, 127] for int8), the int32 bias at input scale * weight scale.
+    """Symmetric narrow weights ([-127, 127] for int8); bias int32 at input scale * weight scale.
 
     `bias` has one number for each output channel. A channel whose weights are so small that its
     bias would leave int32 gets a larger weight scale (Jacob et al. 2018, section 2.4, on biases).

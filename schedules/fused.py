@@ -193,6 +193,9 @@ def rewrite(
         if isinstance(e, ir.TensorLoad):
             return load(e.source, tuple(visit(i) for i in e.indices))
         if isinstance(e, tirx.Cast):
+            inner = _unrounded(e.value) if str(e.ty.dtype) == "int32" else None
+            if inner is not None:
+                return tirx.call_llvm_pure_intrin("int32", "llvm.lrint", visit(inner))
             return tirx.Cast(e.ty, visit(e.value))
         if isinstance(e, tirx.Select):
             return tirx.Select(visit(e.condition), visit(e.true_value), visit(e.false_value))
@@ -211,6 +214,21 @@ def rewrite(
         raise NotImplementedError(f"expression {type(e).__name__}")
 
     return visit(expr)
+
+
+def _unrounded(expr: ir.Expr) -> ir.Expr | None:
+    """What is rounded half to even in `expr`, clamps by whole numbers around it kept; else None.
+
+    int32(clamp(nearbyint(x))) = lrint(clamp(x)): one instruction on most machines.
+    """
+    if isinstance(expr, ir.Call) and expr.op == _NEARBYINT:
+        return expr.args[0] if str(expr.ty.dtype) == "float32" else None
+    if not isinstance(expr, (tirx.Min, tirx.Max)):
+        return None
+    if not isinstance(expr.b, tirx.FloatImm) or not float(expr.b.value).is_integer():
+        return None
+    inner = _unrounded(expr.a)
+    return None if inner is None else type(expr)(inner, expr.b)
 
 
 def loads(expr: ir.Expr) -> list[tirx.Buffer]:

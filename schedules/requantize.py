@@ -169,7 +169,7 @@ class SumTerm:
     dtype: str
     shape: tuple[int, ...]
     constant_shape: tuple[int, ...]
-    bounds: tuple[int, int]
+    bounds: tuple[int, int] | None
     wide: str = "int32"
 
 
@@ -202,8 +202,9 @@ def requantize_sum(
         total = at(offset, i)
         for term, (x, bias, mult) in zip(terms, inputs, strict=True):
             fixed = scale_float32(at(x, i).astype(term.wide) + at(bias, i), at(mult, i))
-            low, high = (_const(float(bound), "float32") for bound in term.bounds)
-            total = total + _clamp(fixed, low, high).astype("int32")
+            if term.bounds is not None:
+                fixed = _clamp(fixed, *(_const(float(bound), "float32") for bound in term.bounds))
+            total = total + fixed.astype("int32")
         rounded = round_shift(total, fraction_bits) + _const(zero_point, "int32")
         return _clamp(rounded, _const(bounds[0], "int32"), _const(bounds[1], "int32")).astype(dtype)
 

@@ -127,7 +127,7 @@ def test_exponents_and_integers_are_numbers() -> None:
     ("body", "parts"),
     [
         ("{weigths: int8}", ["r.yaml:3:", "'weigths'", "did you mean 'weights'"]),
-        ("{weights: int9}", ["r.yaml:3:", "'int7'", "did you mean 'int8'", "int4"]),
+        ("{weights: int9}", ["r.yaml:3:", "'int9'", "did you mean 'int8'", "int5"]),
         ("{weights: 8}", ["weights: '8' is not a choice"]),
         ("{symmetric: maybe}", ["symmetric must be true or false"]),
         ("{granularity: {per_grup: 4}}", ["'per_grup'", "did you mean 'per_group'"]),

@@ -9,6 +9,7 @@ from .attach_bias import AttachBias
 from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
 from .fold_pad import FoldPad
+from .fold_safe_softmax import FoldSafeSoftmax
 from .name_layers import NameLayers
 from .outline_branches import OutlineBranches
 from .remove_identities import RemoveIdentities
@@ -20,6 +21,7 @@ __all__ = [
     "FoldBatchNorm",
     "FoldConstants",
     "FoldPad",
+    "FoldSafeSoftmax",
     "NameLayers",
     "OutlineBranches",
     "RemoveIdentities",
@@ -40,6 +42,7 @@ def canonicalize() -> tvm.transform.Sequential:
             FoldConstants(),
             RemoveIdentities(),
             FoldPad(),
+            FoldSafeSoftmax(),
             FoldBatchNorm(),
             SplitConcat(),
             AttachBias(),

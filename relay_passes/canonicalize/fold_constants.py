@@ -246,6 +246,9 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "split": _split,
     "take": _take,
     "tile": lambda attrs, x: np.tile(x, [int(r) for r in attrs.repeats]),
+    # made from nothing
+    "full": lambda attrs, shape, value: np.full(shape, value),
+    "arange": lambda attrs, start, end, step: np.arange(start, end, step),
     # elements
     "astype": lambda attrs, x: x,
     "add": _binary(np.add),

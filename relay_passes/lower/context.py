@@ -469,8 +469,9 @@ class Lowering:
         assert physical is not None
         step = np.float64(np.float32(params.scale))
         offset = self.constant_for(frame, np.asarray(value.offset, np.float64)) / step
+        limits = [_largest(term) / float(step) for _, term in value.terms]
         plan = rules.plan_sum(
-            [_largest(term) / float(step) for _, term in value.terms],
+            limits,
             float(np.abs(offset).max()),
             params.bounds[1] - params.bounds[0],
         )
@@ -497,10 +498,14 @@ class Lowering:
             low, high = sorted(
                 round(max(-limit, min(limit, sign * bound / float(step))) * unit) for bound in clamp
             )
+            # A term that cannot reach its bounds needs none.
+            bounded = limit < limits[k] or clamp != (-math.inf, math.inf)
             shape = ir.shape_of(view.expr)
             assert shape is not None
             terms.append(
-                requantize_kernels.SumTerm(source.dtype, shape, real.shape, (low, high), wide)
+                requantize_kernels.SumTerm(
+                    source.dtype, shape, real.shape, (low, high) if bounded else None, wide
+                )
             )
         fixed = np.rint(offset * unit) if matched is None else np.full_like(offset, matched[1])
         arguments.append(fixed.astype(np.int32))

@@ -23,7 +23,7 @@ from ..spec import Conv2dSpec, ceil_div
 from .band import Band, BandReader, Source
 from .window import window_of
 
-_PARALLEL_MACS = 200_000
+_PARALLEL_MACS = 1_000_000  # about 50 us
 # Larger kernels are not written out as a whole but row by row.
 _UNROLLED_TAPS = 30
 # Products of 16-bit data and 8-bit codes below 2**23 each: as many as fit int32.

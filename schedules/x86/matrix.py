@@ -28,9 +28,10 @@ from .dot import ByteDot, ChainDot, Dot, FloatDot, WordDot, select_dot
 from .tile import Tile, choose_tile
 from .window import Window, window_of
 
-# Starting the thread pool costs 5-10 us: below this many multiply-adds (float; a byte dot does four
-# times as many in the time) a layer stays on one thread.
-_PARALLEL_MACS = 500_000
+# Starting the thread pool costs 5-10 us, and far more when a core is busy: below this many
+# multiply-adds (50 us of float; a byte dot does four times as many in the time) a layer stays on
+# one thread.
+_PARALLEL_MACS = 2_500_000
 # Operations of a whole tile's epilogue up to which it is written out: the accumulators then go
 # through it in registers, otherwise through the stack. A matter of compile time.
 _UNROLLED_EPILOGUE = 1000
