@@ -1,4 +1,4 @@
-"""Product of two activations: the right side is packed on the fly, then register tiles as in `matrix`.
+"""Product of two activations: the right side is packed on the fly, then tiles as in `matrix`.
 
 Order of loops: tasks (batches, perhaps bands of rows; in parallel), the copies of both sides in the
 layout of the instruction, groups of columns, tiles of rows, the reduction. Zero points cost nothing

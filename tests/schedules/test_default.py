@@ -116,12 +116,12 @@ def test_scheduled_equals_naive(main_target: Target, name: str) -> None:
 
 @pytest.mark.parametrize("transpose_b", [False, True])
 def test_batch_matmul(main_target: Target, transpose_b: bool) -> None:
-    spec = BatchMatmulSpec(batch=2, rows=5, depth=9, columns=7, transpose_b=transpose_b)
+    """16-bit codes: what no template takes."""
+    spec = BatchMatmulSpec(
+        batch=2, rows=5, depth=9, columns=7, transpose_b=transpose_b,
+        a_dtype="int16", b_dtype="uint8", acc_dtype="int64", a_zero_point=3, b_zero_point=100,
+    )  # fmt: skip
     check(spec, main_target, "default.batch_matmul")
-    integer = spec.replace(
-        a_dtype="int8", b_dtype="uint8", acc_dtype="int32", a_zero_point=3, b_zero_point=100
-    )
-    check(integer, main_target, "default.batch_matmul")
 
 
 def test_unpacked_convolution_still_runs() -> None:
