@@ -15,6 +15,7 @@ from tvm_compress.relay_passes.canonicalize import (
     FoldBatchNorm,
     FoldConstants,
     FoldPad,
+    FoldSafeSoftmax,
     NameLayers,
     RemoveIdentities,
     SplitConcat,
@@ -433,6 +434,22 @@ def test_constant_expressions_fold() -> None:
     unchanged_numbers(before, after)
 
 
+def test_mask_made_from_nothing_folds() -> None:
+    def build(emit: Callable[..., Expr], x: Expr) -> Expr:
+        row = emit(relax.op.arange(0, 6, 1, dtype="int64"))
+        column = emit(relax.op.expand_dims(row, 1))
+        seen = emit(relax.op.less_equal(row, column))
+        everywhere = emit(relax.op.full((6, 6), relax.const(True, "bool"), "bool"))
+        seen = emit(relax.op.logical_and(seen, everywhere))
+        mask = emit(relax.op.where(seen, relax.const(0.0), relax.const(-1e9)))
+        return emit(relax.op.add(x, mask))
+
+    before = module(build, (6, 6))
+    after = canonicalize()(before)
+    assert ops(after) == ["add"]
+    unchanged_numbers(before, after)
+
+
 @pytest.mark.parametrize(
     "operator", ["divide", "power", "greater", "where", "mean", "split", "take"]
 )
@@ -735,3 +752,51 @@ def test_constant_state_becomes_a_bias_and_other_axes_stay() -> None:
 
     before = module(rows, (1, 4))
     assert ops(apply(SplitConcat(), before)).count("matmul") == 1
+
+
+# --- softmax with a guard against rows that are hidden altogether -------------------------------
+
+VISIBLE = np.where(np.tri(6, dtype=bool), 0, -np.inf).astype("float32")
+
+
+def guarded_softmax(
+    mask: np.ndarray | None, product: bool = True, bound: float = -np.inf
+) -> tvm.IRModule:
+    """As `torch.export` writes attention: where(not any(x != -inf), 0, softmax(x))."""
+
+    def build(emit: Callable[..., Expr], x: Expr) -> Expr:
+        if product:
+            x = emit(relax.op.matmul(x, const(6, 6)))
+        if mask is not None:
+            x = emit(relax.op.add(x, array_const(mask)))
+        softmax = emit(relax.op.nn.softmax(x, -1))
+        seen = emit(relax.op.logical_not(emit(relax.op.equal(x, relax.const(bound)))))
+        seen = emit(relax.op.max(emit(relax.op.astype(seen, "int8")), [-1], keepdims=True))
+        hidden = emit(relax.op.logical_not(emit(relax.op.astype(seen, "bool"))))
+        return emit(
+            relax.op.where(hidden, emit(relax.op.full_like(softmax, relax.const(0.0))), softmax)
+        )
+
+    return module(build, (6, 6))
+
+
+@pytest.mark.parametrize("mask", [None, VISIBLE], ids=["no mask", "causal"])
+def test_guard_of_rows_that_cannot_be_hidden_goes(mask: np.ndarray | None) -> None:
+    before = guarded_softmax(mask)
+    after = canonicalize()(before)
+    assert ops(after) == (["matmul", "softmax"] if mask is None else ["matmul", "add", "softmax"])
+    unchanged_numbers(before, after)
+
+
+@pytest.mark.parametrize("case", ["row hidden by the mask", "input", "another bound"])
+def test_guard_that_may_be_needed_stays(case: str) -> None:
+    hidden = VISIBLE.copy()
+    hidden[3] = -np.inf
+    before = {
+        "row hidden by the mask": lambda: guarded_softmax(hidden),
+        "input": lambda: guarded_softmax(VISIBLE, product=False),
+        "another bound": lambda: guarded_softmax(None, bound=0.0),
+    }[case]()
+    assert "where" in ops(canonicalize()(before))
+    assert "where" in ops(FoldSafeSoftmax()(before))
+    unchanged_numbers(before, canonicalize()(before))
