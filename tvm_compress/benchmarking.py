@@ -1,7 +1,8 @@
 """Latency of the artefact and its float original side by side, and where the time goes.
 
 All sides run in one process, in turn, warm, with the same threads, so that a busy machine disturbs
-them alike. The time of single kernels is measured in separate inferences.
+them alike. Other runtimes are timed only after their outputs were found to agree. The time of
+single kernels is measured in separate inferences.
 """
 
 from __future__ import annotations
@@ -9,26 +10,36 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import DataError, ModelError
+from .errors import CheckFailed, ModelError
 from .kernels import LibraryInfo, Observer
+from .measures import ErrorSums
 from .progress import Progress
 from .report.rows import Device, Latency
 
 if TYPE_CHECKING:
     from .artefact import Artefact
+    from .peers import Peer
     from .runtime import Session
 
 WARM_UP_RUNS = 3
 MIN_RUNS = 10
 MAX_RUNS = 2000
+TURN_SECONDS, LEAST_RUNS_A_TURN, MOST_RUNS_A_TURN = 0.03, 2, 50
+# Between turns: idle threads of the one before spin for a while, on cores that others now need.
+PAUSE_SECONDS = 0.004
 OBSERVED_RUNS = 20
+PEER_SAMPLES = 128  # calibration inputs for other runtimes
+# What another runtime must agree to: the float model (as far as rounding goes), or a quantised one.
+LEAST_FLOAT_DB, LEAST_INT8_DB, MOST_DB = 30.0, 3.0, 999.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,8 @@ class Benchmark:
     device: Device
     latencies: dict[str, Latency]
     kernels: dict[str, tuple[KernelTime, ...]]  # by side, in order of execution
+    agreement_db: dict[str, float]
+    """Signal to noise of another runtime's outputs against the original's; at most 999."""
 
     @property
     def speedup(self) -> float:
@@ -59,15 +72,19 @@ def benchmark(
     artefact: Artefact,
     *,
     against: tuple[str, ...] = (),
-    model: Path | None = None,
+    models: tuple[Path, ...] = (),
+    calibration: Any = None,
     seconds: float = 5.0,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Benchmark:
     """Time `artefact`, its float original and the runtimes in `against` for `seconds` each.
 
-    Raises `ModelError` when the other runtime cannot run `model`, `TargetError` when the artefact
-    is not for this machine.
+    Each of these takes the first of `models` that it can read; with `calibration` (what `load_data`
+    takes) it also runs that model as its own tools quantise it to int8.
+
+    Raises `ModelError` when another runtime cannot run the model, `CheckFailed` when it computes
+    something else, `TargetError` when the artefact is not for this machine.
     """
     from .targets import get_target
 
@@ -77,12 +94,71 @@ def benchmark(
     feed = probe_inputs(artefact)[0]
     sessions = {side: artefact.session(side) for side in ("compressed", "original")}
     programs = {side: session.bind(feed) for side, session in sessions.items()}
-    for name in against:
-        programs[name] = _OTHERS[name](artefact, model, feed, threads)
+    agreement = {}
+    if against:
+        expected = list(sessions["original"].run(feed).values())
+        samples = _samples(calibration, artefact)
+        for name, peer in load_peers(against, models, samples, threads):
+            agreement[name] = _agreement_db(name, expected, peer.run(feed))
+            programs[name] = peer.bind(feed)
     latencies = time_interleaved(programs, seconds, progress)
     infos = {side: LibraryInfo.from_json(artefact.kernels[side]) for side in sessions}
     kernels = {side: time_kernels(session, infos[side], feed) for side, session in sessions.items()}
-    return Benchmark(this_device(threads), latencies, kernels)
+    return Benchmark(this_device(threads), latencies, kernels, agreement)
+
+
+def load_peers(
+    against: tuple[str, ...],
+    models: tuple[Path, ...],
+    samples: list[dict[str, np.ndarray]],
+    threads: int,
+) -> Iterator[tuple[str, Peer]]:
+    """Side and loaded model of every runtime, as delivered and, with `samples`, in int8."""
+    from . import peers
+    from .targets import get_target
+
+    has_vnni = bool(get_target("host").capabilities & {"avx512vnni", "avxvnni"})
+    for name in against:
+        path = next((model for model in models if model.suffix in peers.READS[name]), None)
+        if path is None:
+            suffixes = " or ".join(peers.READS[name])
+            raise ModelError(f"--against {name}: reads {suffixes} files; give one with --model")
+        yield name, peers.LOADERS[name](path, threads)
+        if not samples or path.suffix != ".onnx":
+            continue
+        with TemporaryDirectory() as folder:
+            for side, file in peers.quantize(
+                name, path, samples, Path(folder), has_vnni=has_vnni
+            ).items():
+                yield side, peers.LOADERS[name](file, threads)
+
+
+def _samples(calibration: Any, artefact: Artefact) -> list[dict[str, np.ndarray]]:
+    """Calibration inputs for the other runtimes; they hold all of them in memory."""
+    if calibration is None:
+        return []
+    from .data import read_arrays
+
+    return list(islice(read_arrays(calibration, artefact.inputs), PEER_SAMPLES))
+
+
+def _agreement_db(name: str, expected: list[np.ndarray], outputs: list[np.ndarray]) -> float:
+    """Signal to noise of `outputs`; raises `CheckFailed` when they are another model's."""
+    if [x.size for x in expected] != [y.size for y in outputs]:
+        shapes = [list(x.shape) for x in expected], [list(y.shape) for y in outputs]
+        raise CheckFailed(f"--against {name}: outputs {shapes[1]} instead of {shapes[0]}")
+    sums = ErrorSums()
+    for x, y in zip(expected, outputs, strict=True):
+        sums.add(x, y.reshape(x.shape))
+    found = sums.sqnr_db
+    decibels = min(MOST_DB, MOST_DB if found is None else found)
+    least = LEAST_INT8_DB if "int8" in name else LEAST_FLOAT_DB
+    if not decibels >= least:
+        raise CheckFailed(
+            f"--against {name}: its outputs differ from the original's, {decibels:.1f} dB of "
+            f"signal to noise where {least:.0f} were expected; is --model the artefact's source?"
+        )
+    return decibels
 
 
 def time_interleaved(
@@ -90,19 +166,39 @@ def time_interleaved(
 ) -> dict[str, Latency]:
     """Run every program in turn until each had about `seconds`. Times are of single calls."""
     times: dict[str, list[float]] = {name: [] for name in programs}
-    for program in programs.values():
-        for _ in range(WARM_UP_RUNS):
-            program()
+    runs = {name: runs_a_turn(program) for name, program in programs.items()}
     with progress.step("timing"):
         end = time.perf_counter() + seconds * len(programs)
-        rounds = 0
-        while rounds < MIN_RUNS or (rounds < MAX_RUNS and time.perf_counter() < end):
-            rounds += 1
+        while any(
+            len(found) < MIN_RUNS or (len(found) < MAX_RUNS and time.perf_counter() < end)
+            for found in times.values()
+        ):
             for name, program in programs.items():
-                started = time.perf_counter()
-                program()
-                times[name].append((time.perf_counter() - started) * 1e6)
-    return {name: _latency(values) for name, values in times.items()}
+                times[name] += take_turn(program, runs[name])
+    return {name: _latency([1e6 * t for t in found]) for name, found in times.items()}
+
+
+def runs_a_turn(program: Callable[[], Any]) -> int:
+    """Timed runs that fill a turn; warms the program up."""
+    took = 0.0
+    for _ in range(WARM_UP_RUNS):
+        started = time.perf_counter()
+        program()
+        took = time.perf_counter() - started
+    return int(min(MOST_RUNS_A_TURN, max(LEAST_RUNS_A_TURN, TURN_SECONDS / took)))
+
+
+def take_turn(program: Callable[[], Any], runs: int) -> list[float]:
+    """Seconds of `runs` runs, after one untimed run: its weights are warm then, its threads
+    awake."""
+    time.sleep(PAUSE_SECONDS)
+    program()
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        program()
+        times.append(time.perf_counter() - started)
+    return times
 
 
 def _latency(times_us: list[float]) -> Latency:
@@ -169,34 +265,3 @@ def this_device(threads: int) -> Device:
         threads=threads,
         system=f"{platform.system()} {platform.release()}",
     )
-
-
-def _onnxruntime(
-    artefact: Artefact, model: Path | None, feed: Mapping[str, np.ndarray], threads: int
-) -> Callable[[], Any]:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ModelError(
-            "--against onnxruntime: the package is not installed; pip install onnxruntime"
-        ) from None
-    if model is None or not model.is_file():
-        raise ModelError(f"{model}: no such model file for --against onnxruntime")
-    if model.suffix != ".onnx":
-        raise ModelError(f"{model}: onnxruntime reads .onnx files")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Its idle threads would keep the cores from the others, who take turns with it.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    names = {item.name for item in session.get_inputs()}
-    missing = names - set(feed)
-    if missing:
-        raise DataError(f"{model}: input {missing.pop()!r} is not an input of the artefact")
-    arrays = {name: feed[name] for name in names}
-    return lambda: session.run(None, arrays)
-
-
-_OTHERS = {"onnxruntime": _onnxruntime}

@@ -175,6 +175,18 @@ def _database_option(command: Command) -> Command:
     )(command)
 
 
+PEERS = ("onnxruntime", "openvino", "litert")  # `peers.LOADERS`, which would import NumPy
+
+
+def _runtimes(_context: Any, _parameter: Any, value: str | None) -> tuple[str, ...]:
+    """Comma-separated names of other runtimes."""
+    names = tuple(part.strip() for part in (value or "").split(",") if part.strip())
+    for name in names:
+        if name not in PEERS:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(PEERS)}")
+    return tuple(dict.fromkeys(names))
+
+
 def _example(text: str) -> str:
     return f"\b\nExample:\n  {text}"
 
@@ -504,16 +516,27 @@ def verify(
     result.require()
 
 
-@cli.command(epilog=_example("tvm-compress benchmark out --against onnxruntime --model model.onnx"))
+@cli.command(
+    epilog=_example("tvm-compress benchmark out --against onnxruntime,openvino --model model.onnx")
+)
 @click.argument("artefact", type=click.Path(path_type=Path))
 @click.option(
     "--against",
-    type=click.Choice(["onnxruntime"]),
-    multiple=True,
-    help="Another runtime to time side by side; needs --model.",
+    callback=_runtimes,
+    help=f"Other runtimes to time side by side, of {', '.join(PEERS)}; needs --model.",
 )
 @click.option(
-    "--model", type=click.Path(path_type=Path), help="Source model for the other runtimes."
+    "--model",
+    "models",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Source model for the other runtimes; again for one in another format.",
+)
+@click.option(
+    "--calib",
+    "calibration",
+    type=click.Path(path_type=Path),
+    help="An .npz: the other runtimes also run the model as their own tools quantise it.",
 )
 @click.option(
     "--seconds",
@@ -527,7 +550,8 @@ def verify(
 def benchmark(
     artefact: Path,
     against: tuple[str, ...],
-    model: Path | None,
+    models: tuple[Path, ...],
+    calibration: Path | None,
     seconds: float,
     threads: int | None,
     as_json: bool,
@@ -540,13 +564,14 @@ def benchmark(
     from .benchmarking import benchmark as run_benchmark
     from .report.terminal import print_benchmark
 
-    if against and model is None:
+    if against and not models:
         raise click.UsageError("--against needs the source model: --model model.onnx")
     opened = Artefact.open(artefact)
     result = run_benchmark(
         opened,
         against=against,
-        model=model,
+        models=models,
+        calibration=calibration,
         seconds=seconds,
         threads=threads,
         progress=_progress(),

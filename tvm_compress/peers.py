@@ -6,7 +6,10 @@ model that is loaded and ready; `bind` gives a function for timing that copies n
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +152,39 @@ LOADERS: dict[str, Callable[[Path, int], Peer]] = {
 }
 
 
+# Files each of them reads.
+READS = {
+    "onnxruntime": (".onnx",),
+    "openvino": (".onnx", ".tflite", ".xml"),
+    "litert": (".tflite",),
+}
+
+
 # --- int8 -----------------------------------------------------------------------------------------
+
+
+def quantize(
+    name: str, model: Path, samples: Sequence[Arrays], folder: Path, *, has_vnni: bool
+) -> dict[str, Path]:
+    """`{side: file}` of the int8 forms of an ONNX model that runtime `name` has tools for."""
+    transformer = _is_transformer(model)
+    if name == "onnxruntime":
+        files = quantize_for_onnxruntime(
+            model, samples, folder, has_vnni=has_vnni, transformer=transformer
+        )
+        return {f"onnxruntime int8 {form}": file for form, file in files.items()}
+    if name == "openvino":
+        file = quantize_for_openvino(model, samples, folder / "nncf.xml", transformer=transformer)
+        return {"openvino int8": file}
+    return {}
+
+
+def _is_transformer(model: Path) -> bool:
+    """Whether attention is what the model is made of: softmax between products, no convolution."""
+    import onnx
+
+    kinds = {node.op_type for node in onnx.load(str(model), load_external_data=False).graph.node}
+    return {"Softmax", "MatMul"} <= kinds and "Conv" not in kinds
 
 
 def quantize_for_onnxruntime(
@@ -201,18 +236,18 @@ def quantize_for_openvino(
     model: Path, samples: Sequence[Arrays], file: Path, *, transformer: bool
 ) -> Path:
     """NNCF's post-training quantisation for CPUs; writes OpenVINO's `.xml` (and `.bin`)."""
-    nncf, ov = _import("nncf"), _import("openvino")
-    import logging
-
-    logging.getLogger("nncf").setLevel(logging.ERROR)
-    quantized = nncf.quantize(
-        ov.Core().read_model(str(model)),
-        nncf.Dataset([dict(sample) for sample in samples]),
-        preset=nncf.QuantizationPreset.PERFORMANCE,
-        target_device=nncf.TargetDevice.CPU,
-        model_type=nncf.ModelType.TRANSFORMER if transformer else None,
-        subset_size=len(samples),
-    )
+    # It writes its progress to standard output, which belongs to our caller.
+    with redirect_stdout(sys.stderr):
+        nncf, ov = _import("nncf"), _import("openvino")
+        logging.getLogger("nncf").setLevel(logging.ERROR)
+        quantized = nncf.quantize(
+            ov.Core().read_model(str(model)),
+            nncf.Dataset([dict(sample) for sample in samples]),
+            preset=nncf.QuantizationPreset.PERFORMANCE,
+            target_device=nncf.TargetDevice.CPU,
+            model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+            subset_size=len(samples),
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     ov.save_model(quantized, str(file), compress_to_fp16=False)
     return file

@@ -32,9 +32,6 @@ import numpy as np
 
 CALIBRATION_SAMPLES = 64
 RANDOM_SAMPLES = 16  # for networks with random weights: there is nothing to learn from more
-TURN_SECONDS, LEAST_RUNS, MOST_RUNS = 0.03, 2, 50
-# Between turns: idle threads of the one before spin for a while, on cores that others now need.
-PAUSE_SECONDS = 0.004
 WORK = Path.home() / ".cache" / "tvm-compress" / "peers"
 LEAST_SQNR_DB = {"float32": 60.0, "int8": 3.0}
 
@@ -82,6 +79,10 @@ def main() -> None:
     parser.add_argument("--target", default="host")
     parser.add_argument("--runs", type=int, default=15, help="turns of each contestant")
     parser.add_argument("--recipe", default="int8")
+    parser.add_argument(
+        "--database", type=Path,
+        help="folder of tuning records for our kernels, over those that ship; without it: untuned",
+    )  # fmt: skip
     parser.add_argument("--against", default="onnxruntime,openvino,litert")
     parser.add_argument("--kinds", default="float32,int8")
     parser.add_argument(
@@ -92,58 +93,61 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)  # one network, timings to stdout
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps({str(n): [asdict(t) for t in ts] for n, ts in measure(arguments).items()}))
+        print(json.dumps([asdict(timing) for timing in measure(arguments)]))
         return
+    counts = [int(part) for part in arguments.threads.split(",")]
     timings: dict[str, dict[int, list[Timing]]] = {}
     for name in arguments.models.split(","):
         if name not in NETWORKS:
             parser.error(f"unknown model {name!r}; there are {', '.join(NETWORKS)}")
-        found = measure_apart(name)
-        if found is not None:
+        found = {threads: measure_apart(name, threads) for threads in counts}
+        if all(found.values()):
             timings[name] = found
-            print_lines(name, found)
             if arguments.json:
                 plain = {
                     model: {n: [asdict(t) for t in found] for n, found in by_threads.items()}
                     for model, by_threads in timings.items()
                 }
                 arguments.json.write_text(json.dumps(plain, indent=1))
-    for threads in (int(part) for part in arguments.threads.split(",")):
+    for threads in counts:
         print_table(timings, threads)
 
 
-def measure_apart(name: str) -> dict[int, list[Timing]] | None:
-    """Measure one network in a process of its own: no other one's memory or threads disturb it."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
+def measure_apart(name: str, threads: int) -> list[Timing]:
+    """Measure in a process of its own: thread pools keep the cores that they were started on."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", name, "--threads", str(threads)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode:
         print(f"{name}: not measured (status {result.returncode}), see above", flush=True)
-        return None
-    found = json.loads(result.stdout.splitlines()[-1])
-    return {int(n): [Timing(**t) for t in ts] for n, ts in found.items()}
+        return []
+    found = [Timing(**timing) for timing in json.loads(result.stdout.splitlines()[-1])]
+    print_lines(name, threads, found)
+    return found
 
 
 # --- one network ----------------------------------------------------------------------------------
 
 
-def measure(arguments: argparse.Namespace) -> dict[int, list[Timing]]:
-    """Timings of every contestant by number of threads."""
+def measure(arguments: argparse.Namespace) -> list[Timing]:
+    """Timings of every contestant on `arguments.threads` threads."""
+    threads = int(arguments.threads)
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < threads:
+        raise SystemExit(f"{threads} threads need as many cores; this process may use {cores}")
+    os.sched_setaffinity(0, cores[:threads])
     # Read when TVM's pool starts: it would count two hardware threads as one core.
-    most = max(int(part) for part in arguments.threads.split(","))
-    os.environ["TVM_NUM_THREADS"] = str(most)
+    os.environ["TVM_NUM_THREADS"] = str(threads)
     network = NETWORKS[arguments.one]
     model = model_file(network, arguments.work)
     samples = input_samples(network, model)
     kinds = arguments.kinds.split(",")
     modules = compressed_modules(model, samples, arguments, kinds)
     files = peer_files(network, model, samples, arguments, kinds)
-    cores = sorted(os.sched_getaffinity(0))
-    found = {}
-    for threads in (int(part) for part in arguments.threads.split(",")):
-        os.sched_setaffinity(0, cores[:threads])
-        found[threads] = race(network, model, files, modules, samples[0], arguments, threads)
-        os.sched_setaffinity(0, cores)
-    return found
+    sessions = {
+        kind: our_session(loaded, module, arguments, threads)
+        for kind, (loaded, module) in modules.items()
+    }
+    return race(network, model, files, sessions, samples[0], arguments, threads)
 
 
 def model_file(network: Network, work: Path) -> Path:
@@ -246,7 +250,7 @@ def race(
     network: Network,
     model: Path,
     files: list[tuple[str, str, Path]],
-    modules: dict[str, Any],
+    sessions: dict[str, Any],
     feed: dict[str, np.ndarray],
     arguments: argparse.Namespace,
     threads: int,
@@ -263,8 +267,7 @@ def race(
         expected = softmax(reference) if runtime == "litert" else reference
         errors[runtime, kind] = sqnr_db(expected, peer.run(given))
         programs[runtime, kind] = peer.bind(given)
-    for kind, (loaded, module) in modules.items():
-        session = our_session(loaded, module, arguments, threads)
+    for kind, session in sessions.items():
         errors["ours", kind] = sqnr_db(reference, list(session.run(feed).values()))
         programs["ours", kind] = session.bind(feed)
     for (runtime, kind), error in errors.items():
@@ -294,10 +297,20 @@ def our_session(loaded: Any, module: Any, arguments: argparse.Namespace, threads
     started = time.perf_counter()
     target = dataclasses.replace(get_target(arguments.target), threads=threads)
     target.require_runs_here()
-    built = build(module, target)
+    built = build(module, target, tuned_choices(arguments.database, target))
     say(f"{loaded.name}: built for {threads} threads in {time.perf_counter() - started:.1f} s")
     set_threads(threads)
     return Session(built.executable, loaded.inputs, loaded.outputs)
+
+
+def tuned_choices(database: Path | None, target: Any) -> Any:
+    """What `build` looks tuned choices up in."""
+    if database is None:
+        return None
+    from tvm_compress.tuning.database import Database, TunedChoices
+    from tvm_compress.tuning.tune import this_cpu
+
+    return TunedChoices(Database(database), target, this_cpu())
 
 
 def as_tflite(feed: dict[str, np.ndarray], names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -328,37 +341,27 @@ def take_turns(
     programs: dict[tuple[str, str], Callable[[], object]], turns: int
 ) -> dict[tuple[str, str], list[float]]:
     """Seconds of every timed run."""
+    from tvm_compress.benchmarking import runs_a_turn, take_turn
+
     times: dict[tuple[str, str], list[float]] = {key: [] for key in programs}
-    runs = {}
-    for key, program in programs.items():
-        for _ in range(3):
-            started = time.perf_counter()
-            program()
-            took = time.perf_counter() - started
-        runs[key] = int(min(MOST_RUNS, max(LEAST_RUNS, TURN_SECONDS / took)))
+    runs = {key: runs_a_turn(program) for key, program in programs.items()}
     for _ in range(turns):
         for key, program in programs.items():
-            time.sleep(PAUSE_SECONDS)
-            program()
-            for _ in range(runs[key]):
-                started = time.perf_counter()
-                program()
-                times[key].append(time.perf_counter() - started)
+            times[key] += take_turn(program, runs[key])
     return times
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def print_lines(name: str, found: dict[int, list[Timing]]) -> None:
+def print_lines(name: str, threads: int, timings: list[Timing]) -> None:
     """Every contestant of one network."""
-    for threads, timings in found.items():
-        for t in timings:
-            print(
-                f"{name:14s} {threads} threads {t.kind:8s} {t.contestant:18s} "
-                f"min {t.min_ms:9.3f} ms  median {t.median_ms:9.3f} ms  SQNR {t.sqnr_db:6.1f} dB",
-                flush=True,
-            )
+    for t in timings:
+        print(
+            f"{name:14s} {threads} threads {t.kind:8s} {t.contestant:18s} "
+            f"min {t.min_ms:9.3f} ms  median {t.median_ms:9.3f} ms  SQNR {t.sqnr_db:6.1f} dB",
+            flush=True,
+        )
 
 
 def print_table(timings: dict[str, dict[int, list[Timing]]], threads: int) -> None:

@@ -195,6 +195,39 @@ def test_benchmark_times_both_sides_and_onnxruntime(world: World) -> None:
     assert "float original" in tvm_compress("benchmark", world.out, "--seconds", "0.1").out
 
 
+def test_benchmark_against_the_int8_forms_of_other_runtimes(world: World) -> None:
+    """As delivered and as their own tools quantise it; the outputs are compared first."""
+    pytest.importorskip("nncf")
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnxruntime")
+    result = tvm_compress(
+        "benchmark", world.out, "--against", "onnxruntime,openvino", "--model", world.model,
+        "--calib", world.calibration, "--seconds", "0.1", "--threads", "1", "--json",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    others = {
+        "onnxruntime", "onnxruntime int8 u8s8", "onnxruntime int8 s8s8", "openvino",
+        "openvino int8",
+    }  # fmt: skip
+    assert set(result.json["latencies"]) == {"compressed", "original", *others}
+    agreement = result.json["agreement_db"]
+    assert set(agreement) == others
+    assert min(agreement["onnxruntime"], agreement["openvino"]) > 80
+    assert all(10 < agreement[name] < 80 for name in others if "int8" in name)
+
+
+def test_benchmark_refuses_another_model(world: World, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    other = tiny_onnx(tmp_path / "other.onnx", weight=np.ones((8, 1, 3, 3)))
+    arguments = ["benchmark", world.out, "--against", "onnxruntime", "--seconds", "0.1", "--model"]
+    result = tvm_compress(*arguments, other)
+    assert result.status == 1
+    assert "its outputs differ from the original's" in result.err
+    missing = tvm_compress(*arguments, tmp_path / "model.tflite")
+    assert missing.status == 2
+    assert "reads .onnx files" in missing.err
+
+
 def test_report_on_the_terminal_and_as_page(world: World) -> None:
     text = tvm_compress("report", world.out).out
     for part in ("tiny", "conv", "int8/channel", "latency (median)", "exact integers"):
