@@ -39,6 +39,17 @@ def test_identical_and_empty_have_no_ratio() -> None:
     assert ErrorSums().sqnr_db is None and ErrorSums().cosine is None
 
 
+def test_equal_infinities_are_no_difference_and_others_are_a_huge_one() -> None:
+    x = np.array([1.0, -np.inf, 2.0, np.nan])
+    sums = ErrorSums()
+    sums.add(x, x + np.array([0.1, 0, 0, 0]))
+    assert sums.max_abs_error == pytest.approx(0.1)
+    assert sums.sqnr_db == pytest.approx(10 * np.log10(5 / 0.01))
+    sums.add(x, np.array([1.0, -np.inf, np.inf, np.nan]))
+    assert sums.max_abs_error >= 1e300
+    assert sums.sqnr_db is not None and np.isfinite(sums.sqnr_db) and sums.sqnr_db < -1000
+
+
 @pytest.mark.parametrize(("right", "count"), [(0, 10), (10, 10), (455, 500), (1, 1), (917, 1000)])
 def test_wilson_equals_scipy(right: int, count: int) -> None:
     expected = stats.binomtest(right, count).proportion_ci(method="wilson")

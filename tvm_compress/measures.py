@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+HUGE = 1e300  # for what has no finite difference; reports are JSON, which has no infinity
 
 
 class ErrorSums:
@@ -21,9 +22,19 @@ class ErrorSums:
         self.max_abs_error = 0.0
 
     def add(self, original: np.ndarray, compressed: np.ndarray) -> None:
-        """Both of the same shape, real values."""
+        """Both of the same shape, real values.
+
+        Where both hold the same infinity (an attention mask) or NaN, nothing differs and nothing is
+        counted; where only one does, or they differ, the difference is `HUGE`.
+        """
         x = original.astype(np.float64).ravel()
         y = compressed.astype(np.float64).ravel()
+        finite = np.isfinite(x) & np.isfinite(y)
+        if not finite.all():
+            if not np.array_equal(x[~finite], y[~finite], equal_nan=True):
+                self.max_abs_error = HUGE
+                self._noise = HUGE
+            x, y = x[finite], y[finite]
         difference = x - y
         self._signal += float(x @ x)
         self._other += float(y @ y)
