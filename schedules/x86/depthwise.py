@@ -4,6 +4,8 @@ registers.
 Order of loops: tasks (batch, bands of output rows), the copy of the band's input with its border,
 blocks of channels, rows, groups of `columns` outputs, kernel taps written out. Within a row
 neighbouring outputs share the input they have in common, and a block's weights stay in registers.
+8-bit data first go to words of several columns, so that one instruction computes several taps
+(`taps.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from ..fused import FusedFunction, Stage
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, ceil_div
 from .band import Band, BandReader, Source
+from .taps import TapWords, tap_words
 from .window import window_of
 
 _PARALLEL_MACS = 1_000_000  # about 50 us
@@ -31,6 +34,7 @@ _SAFE_TAPS = 255
 # Neighbouring outputs computed together: for small kernels, for large ones, and for the last few
 # channels (measured; more only makes the code longer).
 _OUTPUTS, _OUTPUTS_LARGE, _OUTPUTS_TAIL = 8, 4, 2
+_OUTPUTS_IN_WORDS, _LEAST_ROWS = 4, 8
 _SMALL_TAPS = 9
 _MOST_OUTPUTS = 14  # tried by tuning
 
@@ -109,9 +113,17 @@ class _DepthwiseKernel:
         self.rows = self.band.choose_rows(1, self.parallel, target, target.l2_bytes // 4)
         outputs = _OUTPUTS if spec.reduction_size <= _SMALL_TAPS else _OUTPUTS_LARGE
         self.columns = min(self.window.columns, outputs, target.vector_registers // 3)
+        self.words = tap_words(spec, target, self.lanes)
+        if self.words is not None:
+            # Shorter bands write more words twice, longer ones leave the caches (measured).
+            row = self.words.words(self.window.padded_columns) * 4 * self.lanes
+            self.rows = min(self.rows, max(_LEAST_ROWS, 2 * target.l1_bytes // row))
+            self.columns = min(self.window.columns, _OUTPUTS_IN_WORDS)
+        self.e = Emitter()
         if choice is not None:
             self.rows, self.columns = choice["band"], choice["columns"]
-        self.e = Emitter()
+        if self.words is not None and self.columns % 2 and self.columns < self.window.columns:
+            self.columns += 1  # the phase of every output of a tile is known
 
     def space(self) -> SearchSpace:
         """The default and what lies around it."""
@@ -140,6 +152,9 @@ class _DepthwiseKernel:
             y = e.bind("y", tirx.min(task % bands * self.rows, window.rows - self.rows))
             source = reader.source(b, y, self.rows, 0)
             for channel, lanes in e.chunks(self.spec.out_channels, self.lanes):
+                if lanes == self.lanes and self.words is not None:
+                    self._in_words(self.words, source, b, y, channel)
+                    continue
                 count = self.columns if lanes == self.lanes else min(self.columns, _OUTPUTS_TAIL)
                 tiles = ceil_div(window.columns, count)
                 with e.loop("row", self.rows) as row, e.loop("tile", tiles) as tile:
@@ -160,7 +175,7 @@ class _DepthwiseKernel:
         count: int,
     ) -> None:
         """`count` neighbouring outputs of `lanes` channels."""
-        e, spec, window = self.e, self.spec, self.window
+        e, spec = self.e, self.spec
         acc = e.alloc(count * lanes, self.compute, "acc", registers=True)
         zero = tirx.const(0, self.compute)
         for c in range(count):
@@ -175,16 +190,96 @@ class _DepthwiseKernel:
         else:
             with e.loop("ky", kh) as ky:
                 self._kernel_row(acc, source, start, ky, channel, lanes, count)
-        # Written out for every output, so that the accumulators never leave the registers.
+        self._finish(acc, b, y + row, x, channel, lanes, count)
+
+    def _finish(
+        self, acc: tirx.Buffer, b: Any, row: Any, x: Any, channel: Any, lanes: int, count: int
+    ) -> None:
+        """Written out for every output, so that the accumulators never leave the registers."""
+        window = self.window
         for c in range(count):
             self.epilogue.emit(
-                e,
-                partial(window.indices, b, y + row, x + c),
-                (b * window.rows + y + row) * window.columns + x + c,
+                self.e,
+                partial(window.indices, b, row, x + c),
+                (b * window.rows + row) * window.columns + x + c,
                 channel,
                 lanes,
-                partial(_element, acc, c * lanes, spec.acc_dtype),
+                partial(_element, acc, c * lanes, self.spec.acc_dtype),
             )
+
+    def _in_words(self, words: TapWords, source: Source, b: Any, y: Any, channel: Any) -> None:
+        """All outputs of the band for one block of channels."""
+        e, spec, window, lanes = self.e, self.spec, self.window, self.lanes
+        columns = self.band.columns
+        rows, pitch = window.input_rows(self.rows), words.words(columns)
+        buffer = e.alloc(rows * pitch * lanes, "int32", "words")
+        inside = max(0, min(pitch, (columns - words.taps) // 2 + 1))
+        with e.loop("row", rows) as row:
+            start = source.base + row * source.row_pitch + channel
+
+            def write(j: Any, present: int) -> None:
+                at = start + j * (2 * source.column_pitch)
+                word = words.data_word(source.buffer, at, source.column_pitch, present)
+                e.store_vector(buffer, word, (row * pitch + j) * lanes, lanes)
+
+            with e.loop("word", inside) as j:
+                write(j, words.taps)
+            for last in range(inside, pitch):
+                write(tirx.const(last, "int32"), columns - 2 * last)
+        weights = words.weight_words(e, self.weight, channel)
+        initial = self._initial(words, weights)
+        count, full = self.columns, window.columns // self.columns
+        with e.loop("row", self.rows) as row:
+            first = row * (spec.strides[0] * pitch)
+
+            def tile(x: Any, outputs: int) -> None:
+                acc = e.alloc(outputs * lanes, "int32", "acc", registers=True)
+                for c in range(outputs):
+                    e.store_vector(acc, initial, c * lanes, lanes)
+                for ky in range(spec.kernel[0]):
+                    origin = first + ky * (spec.dilation[0] * pitch)
+                    self._words_row(words, acc, buffer, origin, x, ky, outputs, weights)
+                self._finish(acc, b, y + row, x, channel, lanes, outputs)
+
+            with e.loop("tile", full) as index:
+                tile(index * count, count)
+            if window.columns % count:
+                tile(tirx.const(full * count, "int32"), window.columns % count)
+
+    def _words_row(
+        self,
+        words: TapWords,
+        acc: tirx.Buffer,
+        buffer: tirx.Buffer,
+        origin: Any,
+        x: Any,
+        ky: int,
+        outputs: int,
+        weights: dict[tuple[int, int, int], Any],
+    ) -> None:
+        """The taps of one kernel row for a tile that starts at an even column; a word is loaded
+        once."""
+        e, lanes = self.e, self.lanes
+        begin = e.bind("begin", (origin + x * self.spec.strides[1] // 2) * lanes)
+        loaded: dict[int, Any] = {}
+        for c in range(outputs):
+            for word, phase, index in words.uses(c):
+                if word not in loaded:
+                    loaded[word] = e.bind("v", vector(buffer, begin + word * lanes, lanes))
+                old = vector(acc, c * lanes, lanes)
+                value = words.accumulate(old, loaded[word], weights[ky, phase, index])
+                e.store_vector(acc, value, c * lanes, lanes)
+
+    def _initial(self, words: TapWords, weights: dict[tuple[int, int, int], Any]) -> Any:
+        """What accumulators start from: -128 * sum(w) for flipped data, else zero."""
+        zero = words.constant(0)
+        if not words.signed:
+            return zero
+        total: Any = zero
+        for (_, phase, _), word in weights.items():
+            if phase == 0:
+                total = words.accumulate(total, words.constant(-0x7F7F7F80), word)
+        return self.e.bind("initial", zero - total)
 
     def _kernel_row(
         self,

@@ -58,5 +58,5 @@ def test_ragged_channels(main_target: Target, channels: int) -> None:
     ids=str,
 )
 def test_geometry(main_target: Target, fields: dict[str, Any]) -> None:
-    check(depthwise(12, **fields), main_target, FORM)
-    check(depthwise(12, **fields, **INT8), main_target, FORM)
+    check(depthwise(20, **fields), main_target, FORM)
+    check(depthwise(20, **fields, **INT8), main_target, FORM)
