@@ -86,6 +86,14 @@ def fashion_mnist() -> Path:
     return REPOSITORY / "examples" / "fashion_mnist"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_user_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the user tuned must not change what tests build, nor the other way round."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _free_compiled_modules() -> Iterator[None]:
     """TVM modules hang in reference cycles; without this they pile up over a run."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import TargetError
 from .database import Database
 from .record import Record
 
@@ -28,12 +27,11 @@ def tune_command(
 ) -> dict[str, Any]:
     """Import, tune, list and export, in this order; returns what `--json` prints."""
     from ..report.terminal import print_rows
-    from .driver import Rpc
+    from .rpc import Rpc
     from .tune import result_to_json, tune
 
     said: dict[str, Any] = {}
-    if rpc is not None:
-        _check_address(rpc[0])
+    device = None if rpc is None else Rpc(*rpc)
     opened = Database(database)
     for path in imports:
         said.setdefault("imported", []).append({"file": str(path), "records": opened.merge(path)})
@@ -43,7 +41,7 @@ def tune_command(
         result = tune(
             model,
             database=database,
-            rpc=None if rpc is None else Rpc(*rpc),
+            rpc=device,
             progress=progress,
             **options,
         )
@@ -116,9 +114,3 @@ def _row(record: Record) -> dict[str, Any]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
-
-
-def _check_address(tracker: str) -> None:
-    host, _, port = tracker.rpartition(":")
-    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 65536:
-        raise TargetError(f"--rpc-tracker {tracker}: is not of the form host:port")

@@ -1,7 +1,7 @@
 """The tuning run: which task gets the next trials, workers kept busy, every result stored at once.
 
-One process builds while another measures, each pinned to cores of its own; where the target's
-threads need all cores, the two take turns. A result is in the database before the next request is
+Processes build while another measures, which has cores of its own: builders on those cores are
+stopped while it does. A result is in the database before the next request is
 sent, so a killed run loses nothing, and the same command goes on from what it finds there.
 """
 
@@ -26,6 +26,7 @@ from ..schedules.choice import choice_from_json, choice_to_json
 from .pool import Worker, wait_for
 from .proposals import Proposals
 from .record import Conditions, Record
+from .rpc import Rpc
 from .worker import ARGUMENTS, DETAILS, FUNCTION, REFERENCE
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ _WORTH_USING = 0.99
 # Failures in a row, from the first trial on, after which a task is given up.
 _HOPELESS_FAILURES = 12
 _AHEAD = 6  # candidates that wait for a worker
+_MOST_BUILDERS = 8  # more build faster than one can measure
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,6 @@ class Limits:
     prepare: float = 180.0
     measure: float = 30.0
     compare: float = 240.0
-
-
-@dataclass(frozen=True)
-class Rpc:
-    """A device behind TVM's RPC tracker."""
-
-    tracker: str  # host:port
-    key: str
 
 
 @dataclass(frozen=True)
@@ -127,6 +121,8 @@ def tune_tasks(
 
     `cpu` names the machine that measures. Raises `TargetError` when the device cannot be reached.
     """
+    if rpc is not None:
+        rpc.require()
     with tempfile.TemporaryDirectory(prefix="tvm-compress-tune-") as folder:
         run = _Run(tasks, target, database, budget, cpu, rpc, limits or Limits(), Path(folder))
         with run.workers_stopped_at_end():
@@ -252,7 +248,8 @@ class _Run:
         self.limits, self.folder = limits, folder
         self.conditions = Conditions.of(target, cpu)
         self.target_fields = _target_fields(target)
-        self.builders, self.runner, self.overlaps = _workers(target, rpc)
+        self.builders, self.runner = _workers(target, rpc)
+        self.pausing = [b for b in self.builders if rpc is None and b.shares(self.runner)]
         self.states = [self._state(task, index) for index, task in enumerate(tasks)]
         self.to_build: deque[_Job] = deque()
         self.to_run: deque[_Job] = deque()
@@ -332,12 +329,12 @@ class _Run:
 
     @contextmanager
     def _out_of_the_way(self) -> Iterator[None]:
-        """Keep this process off the core that measures."""
-        if not self.overlaps or not hasattr(os, "sched_setaffinity"):
+        """Keep this process off the cores that measure, where there are others."""
+        if not hasattr(os, "sched_setaffinity"):
             yield
             return
         before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, {core for worker in self.builders for core in worker.cores})
+        os.sched_setaffinity(0, (before - set(self.runner.cores)) or before)
         try:
             yield
         finally:
@@ -407,14 +404,10 @@ class _Run:
                 self._drop(job)
 
     def _dispatch(self) -> None:
-        may_build = self.overlaps or self.runner.is_idle
         for worker in self.builders:
-            if may_build and self.to_build and worker.is_idle:
+            if self.to_build and worker.is_idle and not worker.is_paused:
                 self._build(worker, self.to_build.popleft())
-        building = any(not worker.is_idle for worker in self.builders)
-        if not self.runner.is_idle or (building and not self.overlaps):
-            return
-        if not self.overlaps and self.to_build:
+        if not self.runner.is_idle:
             return
         for _ in range(len(self.to_run)):
             job = self.to_run.popleft()
@@ -467,6 +460,9 @@ class _Run:
                 "best": state.best_seconds,
             }
             limit = self.limits.measure
+        if job.kind != "prepare":
+            for worker in self.pausing:
+                worker.pause()
         self.runner.send(job, request, limit)
 
     # What came back
@@ -478,6 +474,9 @@ class _Run:
         answer = worker.receive()
         if answer is None:
             return
+        if worker is self.runner:
+            for builder in self.pausing:
+                builder.resume()
         error = str(answer.get("error", ""))
         handlers = {
             "reference": self._reference_built,
@@ -696,22 +695,17 @@ def _task_result(state: _State) -> TaskResult:
     )
 
 
-def _workers(target: Target, rpc: Rpc | None) -> tuple[list[Worker], Worker, bool]:
-    """Builders, the runner, and whether they can work at the same time."""
+def _workers(target: Target, rpc: Rpc | None) -> tuple[list[Worker], Worker]:
+    """A builder for each core, and the runner on the last cores."""
     if hasattr(os, "sched_getaffinity"):
         cores = sorted(os.sched_getaffinity(0))
     else:
         cores = list(range(os.cpu_count() or 1))
-    if rpc is not None:
-        setup = [
-            {"op": "connect", "tracker": rpc.tracker, "key": rpc.key, "threads": target.threads}
-        ]
-        return [Worker([core], 1) for core in cores], Worker(cores, 1, setup), True
-    overlaps = target.threads < len(cores)
-    measuring = cores[-target.threads :] if overlaps else cores
-    building = cores[: -target.threads] if overlaps else cores
-    builders = [Worker([core], 1) for core in building]
-    return builders, Worker(measuring, target.threads), overlaps
+    builders = [Worker([core], 1) for core in cores[:_MOST_BUILDERS]]
+    if rpc is None:
+        return builders, Worker(cores[-target.threads :], target.threads)
+    remote = {"op": "connect", "tracker": rpc.tracker, "key": rpc.key, "threads": target.threads}
+    return builders, Worker(cores, 1, [remote])
 
 
 def _target_fields(target: Target) -> dict[str, Any]:

@@ -6,6 +6,7 @@ gets a sentence, and the next request a worker that works.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from typing import Any
 
 from ..errors import TargetError
 
+COMMAND = (sys.executable, "-m", f"{__package__}.worker")
 START_SECONDS = 180.0  # importing TVM on a machine that is busy with other things
 
 
@@ -39,6 +41,7 @@ class Worker:
         self._connection: Connection | None = None
         self._deadline = 0.0
         self._limit = 0.0
+        self._paused_at: float | None = None
         self._waits_for = 0  # answers: those of `setup`, then the request's
         self.job: Any = None
         """What the driver gave with the request in flight; None: idle."""
@@ -48,13 +51,23 @@ class Worker:
         return self.job is None
 
     @property
+    def is_paused(self) -> bool:
+        return self._paused_at is not None
+
+    def shares(self, other: Worker) -> bool:
+        """Whether the two have a core in common."""
+        return not set(self.cores).isdisjoint(other.cores)
+
+    @property
     def connection(self) -> Connection:
         assert self._connection is not None
         return self._connection
 
     @property
     def seconds_left(self) -> float:
-        """Of the time limit of the request in flight."""
+        """Of the time limit of the request in flight, which stands still while we are paused."""
+        if self._paused_at is not None:
+            return self._deadline - self._paused_at
         return max(0.0, self._deadline - time.monotonic())
 
     def send(self, job: Any, request: Mapping[str, Any], seconds: float) -> None:
@@ -88,6 +101,8 @@ class Worker:
                 if "error" in answer:  # of the setup
                     self.stop()
                     raise TargetError(f"tuning cannot start: {answer['error']}")
+                if self._waits_for == 1:  # the request's own time begins
+                    self._deadline = time.monotonic() + self._limit
         except (EOFError, OSError):
             answer = {"error": self._how_it_ended()}
             self.stop()
@@ -97,11 +112,31 @@ class Worker:
             return {"error": f"timeout: no answer within {self._limit:.0f} s"}
         return None
 
+    def pause(self) -> None:
+        """Leave the cores to somebody else until `resume`."""
+        if self._process is not None and self._paused_at is None:
+            self._paused_at = time.monotonic()
+            self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        if self._paused_at is not None:
+            self._deadline += time.monotonic() - self._paused_at
+            self._paused_at = None
+            self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To the worker and the linker it may have started."""
+        with contextlib.suppress(ProcessLookupError):
+            if self._process is not None:
+                os.killpg(self._process.pid, number)
+
     def stop(self) -> None:
         """Kill the process, whatever it does, and forget its request."""
         self.job = None
+        self._paused_at = None
         if self._process is not None:
-            self._process.kill()
+            self._signal(signal.SIGKILL)
             self._process.wait()
             self._process = None
         if self._connection is not None:
@@ -121,7 +156,7 @@ class Worker:
         }
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.worker", str(theirs.fileno())],
+                [*COMMAND, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env=environment,
                 stdin=subprocess.DEVNULL,

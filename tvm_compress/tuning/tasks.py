@@ -79,19 +79,22 @@ def tasks_of(planned: tvm.IRModule, target: Target) -> list[Task]:
             found[key].calls += 1
             continue
         constants = {i: ir.constant(argument) for i, argument in enumerate(call.args)}
-        task = _task(key, name, func, target, {i: a for i, a in constants.items() if a is not None})
+        task = make_task(
+            key, name, func, target, {i: a for i, a in constants.items() if a is not None}
+        )
         if task is not None:
             found[key] = task
     return list(found.values())
 
 
-def _task(
+def make_task(
     key: str,
     name: str,
     func: tirx.PrimFunc,
     target: Target,
     constants: Mapping[int, np.ndarray],
 ) -> Task | None:
+    """The task of one function; None: there is nothing to choose in it."""
     from ..schedules import search_space
     from ..schedules.fused import analyse
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import TargetError
 from ..progress import Progress
 from .database import Database
-from .driver import Budget, Rpc, TuningResult, tune_tasks
+from .driver import Budget, TuningResult, tune_tasks
+from .rpc import Rpc
 
 if TYPE_CHECKING:
     import tvm
@@ -60,6 +61,8 @@ def tune(
         job = flow.load_job(model, chosen, target, calibration, shapes, input_values, threads)
     if rpc is None:
         require_device(job.target)
+    else:
+        rpc.require()
     module = flow.compress_job(job, progress)
     with progress.step("find kernels"):
         from .tasks import extract_tasks

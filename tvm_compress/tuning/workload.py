@@ -111,6 +111,8 @@ def _text(expr: ir.Expr, names: _Names, exact: bool) -> str:
     elif hasattr(expr, "a"):
         children, conditions = [expr.a, *([expr.b] if hasattr(expr, "b") else [])], 0
         exact = exact or kind in _CONDITIONS
+        if kind == "Sub" and not exact and isinstance(expr.b, (tirx.IntImm, tirx.FloatImm)):
+            kind = "Add"  # of a zero point below zero
     elif isinstance(expr, ir.StringImm):
         return json.dumps(str(expr.value))
     else:

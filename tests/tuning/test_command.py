@@ -1,0 +1,122 @@
+"""The verb `tune`, in processes of its own: killed, resumed, exported, used by `compress`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import tiny_data, tiny_onnx, tvm_compress
+from tvm_compress.tuning.database import RECORDS, Database
+
+pytestmark = pytest.mark.links
+
+
+def lines(folder: Path) -> int:
+    path = folder / RECORDS
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def processes_of(group: int) -> list[str]:
+    """Command lines that still run in children of a process that is gone."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                status = (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if f"TUNE_TEST={group}".encode() in status:
+                found.append(command)
+    return found
+
+
+def test_kill_9_loses_nothing_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "db"
+    model = tiny_onnx(tmp_path / "model.onnx")
+    arguments = ["tune", str(model), "--threads", "1", "--trials", "14", "--database", str(folder)]
+    command = [
+        sys.executable, "-c", "from tvm_compress.cli import main; main()", *arguments,
+    ]  # fmt: skip
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "TUNE_TEST": str(os.getpid())}
+    run = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while lines(folder) < 3 and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    measured = lines(folder)
+    assert measured >= 3
+    while processes_of(os.getpid()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes_of(os.getpid()) == []  # the workers ended with it
+
+    result = tvm_compress(*arguments, "--json")
+    assert result.status == 0, result.err
+    said = result.json
+    assert said["trials_before"] + said["trials"] == 14
+    assert 3 <= said["trials_before"] <= measured
+    assert {task["state"] for task in said["tasks"]} <= {"open", "converged"}
+
+    exported = tmp_path / "records.json"
+    assert tvm_compress("tune", "--export", exported, "--database", folder).status == 0
+    winners = Database(folder, shipped=False).winners()
+    assert len(json.loads(exported.read_text())["records"]) >= len(winners)
+    listed = tvm_compress("tune", "--list", "--database", folder, "--json")
+    assert {record["workload"] for record in listed.json["records"]} >= {
+        record.workload for record in winners
+    }
+
+
+def test_compress_tunes_and_says_so(tmp_path: Path) -> None:
+    model, data = tiny_onnx(tmp_path / "model.onnx"), tiny_data(tmp_path / "data.npz")
+    folder = tmp_path / "db"
+    options = ("--calib", data, "--threads", 1, "--trials", 6, "--database", folder, "--json")
+    result = tvm_compress("compress", model, "-o", tmp_path / "out", *options)
+    assert result.status == 0, result.err
+    after = result.json["after"]
+    assert after["tunable_kernels"] == 2
+    faster = [r for r in Database(folder, shipped=False).winners() if r.speedup > 0]
+    assert after["tuned_kernels"] == len({record.workload for record in faster})
+    assert "tune" in [step["name"] for step in result.json["steps"]]
+    assert lines(folder) >= 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ([], "give a MODEL"),
+        (["--list", "--rpc-key", "x"], "belong together"),
+        (["--import", "nothing.json"], "nothing.json: cannot be read: No such file"),
+        (["nothing.onnx"], "nothing.onnx"),
+        (["--list", "--trials", "0"], "--trials"),
+        (["model.onnx", "--target", "nowhere"], "no target 'nowhere'"),
+        (["model.onnx", "--threads", "1000"], "give --threads"),
+        (["model.onnx", "--rpc-tracker", "x", "--rpc-key", "y"], "host:port"),
+    ],
+)
+def test_wrong_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], error: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_onnx(tmp_path / "model.onnx")
+    result = tvm_compress("tune", "--database", tmp_path / "db", *arguments)
+    assert result.status == 2
+    assert error in result.error
+    assert not (tmp_path / "db").exists()
+
+
+def test_database_must_be_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    path.write_text("x")
+    result = tvm_compress("tune", "--list", "--database", path)
+    assert result.status == 2
+    assert "is a folder" in result.error

@@ -1,0 +1,137 @@
+"""A tuning run whose candidates crash, hang and lie goes on; what was measured is never lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tvm_compress.progress import Meter, Progress
+from tvm_compress.schedules.choice import choice_to_json
+from tvm_compress.tuning import pool
+from tvm_compress.tuning.database import Database
+from tvm_compress.tuning.driver import Budget, Limits, TuningResult, tune_tasks
+from tvm_compress.tuning.record import Conditions
+from tvm_compress.tuning.tasks import Task
+
+from .tuning_tasks import CPU, TARGET, conv_task, small_task
+
+pytestmark = pytest.mark.links
+
+FAULTS = (
+    "does not compile", "compiler crashes", "compiler hangs", "wrong", "crashes", "exits",
+    "hangs", "lucky",
+)  # fmt: skip
+LIMITS = Limits(build=5.0, measure=4.0)
+
+
+def run(
+    tasks: list[Task], folder: Path, budget: Budget | None = None, progress: Progress | None = None
+) -> TuningResult:
+    return tune_tasks(
+        tasks,
+        TARGET,
+        Database(folder, shipped=False),
+        budget or Budget(),
+        cpu=CPU,
+        limits=LIMITS,
+        progress=progress,
+    )
+
+
+def measured(folder: Path, task: Task) -> dict[str, str]:
+    """Choice => error of everything in the database, winners' records left out."""
+    records = Database(folder, shipped=False).measured(task.key, Conditions.of(TARGET, CPU))
+    return {choice_to_json(r.choice): r.error for r in records if not r.is_verified}
+
+
+def test_faults_are_recorded_and_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = small_task(len(FAULTS) + 6)
+    texts = [choice_to_json(choice) for choice in task.space]
+    faults = dict(zip(texts[2:], FAULTS, strict=False))
+    monkeypatch.setenv("FAULTS", json.dumps(faults))
+    script = Path(__file__).parent / "faulty_worker.py"
+    monkeypatch.setattr(pool, "COMMAND", (sys.executable, str(script)))
+    result = run([task], tmp_path)
+
+    (found,) = result.tasks
+    assert result.stopped == "converged"
+    assert found.trials == found.space == len(texts)
+    assert found.failures == len(FAULTS)
+    errors = {faults[text]: error for text, error in measured(tmp_path, task).items() if error}
+    assert set(errors) == set(FAULTS)
+    assert "out of registers while compiling" in errors["does not compile"]
+    assert errors["compiler crashes"] == "does not compile: crashed: SIGSEGV"
+    assert "timeout: no answer within 5 s" in errors["compiler hangs"]
+    assert errors["crashes"] == "crashed: SIGSEGV"
+    assert errors["exits"] == "crashed: exit status 3"
+    assert errors["hangs"] == "timeout: no answer within 4 s"
+    assert errors["wrong"].startswith("wrong result: ")
+    # It had the best time by far, and was refused on fresh data.
+    assert errors["lucky"].startswith("wrong result: ")
+    for winner in Database(tmp_path, shipped=False).winners():
+        assert choice_to_json(winner.choice) not in faults
+
+
+class Stop(Progress):
+    """Ctrl-C after some trials."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def meter(self, label: str, total: int | None) -> Stop:  # type: ignore[override]
+        return self
+
+    def __enter__(self) -> Stop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def show(self, done: int, _text: str, _fraction: float | None) -> None:
+        if done >= self.after:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_interrupted_then_resumed(tmp_path: Path) -> None:
+    tasks = [conv_task(), conv_task(strides=(2, 2))]
+    with pytest.raises(KeyboardInterrupt):
+        run(tasks, tmp_path, Budget(trials=12), Stop(after=5))
+    before = sum(len(measured(tmp_path, task)) for task in tasks)
+    assert 5 <= before <= 8
+    result = run(tasks, tmp_path, Budget(trials=12))
+    assert (result.trials_before, result.trials, result.stopped) == (before, 12 - before, "trials")
+    assert sum(len(measured(tmp_path, task)) for task in tasks) == 12
+    assert all(task.default_us for task in result.tasks)
+    assert result.best_us <= result.default_us
+    again = run(tasks, tmp_path, Budget(trials=12))
+    assert (again.trials_before, again.trials) == (12, 0)
+
+
+def test_naive_function_that_does_not_run_ends_its_task_only(tmp_path: Path) -> None:
+    good = small_task(2)
+    bad = dataclasses.replace(conv_task(strides=(2, 2)), constants={1: good.constants[1][:, :1]})
+    result = run([bad, good], tmp_path)
+    assert [task.state for task in result.tasks] == ["given up", "converged"]
+    assert "naive function does not run" in result.tasks[0].note
+    assert result.tasks[1].trials == 2
+
+
+def test_meter_shows_rate_and_gain(tmp_path: Path) -> None:
+    shown: list[str] = []
+
+    class Listener(Stop):
+        def show(self, done: int, text: str, fraction: float | None) -> None:
+            shown.append(text)
+            assert fraction is None or 0 <= fraction <= 1
+
+    assert isinstance(Progress().meter("x", None).__enter__(), Meter)
+    run([small_task(3)], tmp_path, Budget(trials=3), Listener(0))
+    assert "trials/min" in shown[-1]
+    assert "to win" in shown[-1]
