@@ -2,6 +2,8 @@
 
 PY := .venv/bin/python
 EXAMPLE := examples/fashion_mnist
+# A process for each core, up to 8 (each takes about 1 GB); a file's tests share fixtures and stay together.
+PYTEST_WORKERS ?= -n logical --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test lint format clean
 
@@ -14,7 +16,7 @@ demo:
 	.venv/bin/tvm-compress report build/demo
 
 test: lint
-	$(PY) -m pytest $(PYTEST_OPTIONS)
+	$(PY) -m pytest $(PYTEST_WORKERS) $(PYTEST_OPTIONS)
 
 lint:
 	@tools/setup test

@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 
 NESTED = ("relay_passes", "schedules", "targets")
-NOT_SOURCE = {".git", ".venv", "build", "dist", "__pycache__", ".mypy_cache", ".ruff_cache"}
+NOT_SOURCE = {
+    ".git", ".venv", "build", "dist", "__pycache__", ".mypy_cache", ".ruff_cache",
+    ".pytest_cache", ".hypothesis",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
