@@ -117,8 +117,11 @@ def requantize(
     dtype: str,
     rule: str,
     wide: str | None = None,
+    fits_int32: bool = False,
 ) -> tirx.PrimFunc:
     """(acc, bias, multiplier[, exponent]) -> clamp(scale(acc + bias) + zero_point).
+
+    `fits_int32` says that no scaled sum leaves int32, so that the clamp can wait for the integers.
 
     bias and sum are int32 (int64 when acc_dtype is, or when `wide` says so). The multiplier is
     float32 (rule float32), float64 (rule float64) or an int32 mantissa with an int32 exponent
@@ -133,6 +136,9 @@ def requantize(
 
         def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
             scaled = scale_float32(acc[i].astype(wide) + at(bias, i), at(factors[0], i))
+            if fits_int32:
+                code = scaled.astype("int32") + _const(zero_point, "int32")
+                return _clamp(code, _const(low, "int32"), _const(high, "int32")).astype(dtype)
             scaled = _clamp(
                 scaled, _const(low - zero_point, "float32"), _const(high - zero_point, "float32")
             )
@@ -180,13 +186,14 @@ def requantize_sum(
     bounds: tuple[int, int],
     dtype: str,
     fraction_bits: int,
-    offset_shape: Sequence[int] = (1,),
+    offset_shape: Sequence[int] | None = (1,),
 ) -> tirx.PrimFunc:
-    """(x0, bias0, mult0, x1, bias1, mult1, ..., offset) -> clamp(round(Σ clamp((x+b)*m) + o) +
+    """(x0, bias0, mult0, x1, bias1, mult1, ...[, offset]) -> clamp(round(Σ clamp((x+b)*m) + o) +
     zero_point).
 
     Rule float32, half to even. The terms are accumulators or codes and broadcast as in NumPy; mult
-    and the int32 offset hold their reals times 2^fraction_bits. bias has the term's `wide` dtype.
+    and the int32 offset (none when `offset_shape` is None) hold their reals times 2^fraction_bits.
+    bias has the term's `wide` dtype.
     """
     inputs = [
         (
@@ -196,21 +203,25 @@ def requantize_sum(
         )
         for k, term in enumerate(terms)
     ]
-    offset = te.placeholder(offset_shape, "int32", name="offset")
+    offset = None
+    if offset_shape is not None:
+        offset = te.placeholder(offset_shape, "int32", name="offset")
 
     def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
-        total = at(offset, i)
+        total = _const(0, "int32") if offset is None else at(offset, i)
         for term, (x, bias, mult) in zip(terms, inputs, strict=True):
             fixed = scale_float32(at(x, i).astype(term.wide) + at(bias, i), at(mult, i))
             if term.bounds is not None:
                 fixed = _clamp(fixed, *(_const(float(bound), "float32") for bound in term.bounds))
             total = total + fixed.astype("int32")
-        rounded = round_shift(total, fraction_bits) + _const(zero_point, "int32")
+        rounded = round_shift(total, fraction_bits, zero_point)
         return _clamp(rounded, _const(bounds[0], "int32"), _const(bounds[1], "int32")).astype(dtype)
 
     out = te.compute(shape, compute, name="requantize_sum")
-    roles = [*["data", "bias", "scales"] * len(terms), "bias"]
-    tensors = [*(tensor for term in inputs for tensor in term), offset]
+    roles = ["data", "bias", "scales"] * len(terms)
+    tensors = [tensor for term in inputs for tensor in term]
+    if offset is not None:
+        roles, tensors = [*roles, "bias"], [*tensors, offset]
     return make_prim_func("requantize_sum", tensors, out, roles, BROADCAST)
 
 
@@ -218,10 +229,11 @@ def _wide(dtype: str) -> str:
     return "int64" if dtype == "int64" else "int32"
 
 
-def round_shift(x: tirx.PrimExpr, bits: int) -> tirx.PrimExpr:
-    """int32 x / 2^bits, half to even."""
+def round_shift(x: tirx.PrimExpr, bits: int, plus: int = 0) -> tirx.PrimExpr:
+    """int32 x / 2^bits, half to even, plus a number: added before the shift, where it is free."""
     odd = tirx.bitwise_and(x >> _const(bits, "int32"), _const(1, "int32"))
-    return (x + (odd + _const((1 << (bits - 1)) - 1, "int32"))) >> _const(bits, "int32")
+    nudge = (1 << (bits - 1)) - 1 + (plus << bits)
+    return (x + (odd + _const(nudge, "int32"))) >> _const(bits, "int32")
 
 
 def dequantize(

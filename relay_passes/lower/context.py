@@ -433,7 +433,7 @@ class Lowering:
         wide = self._width(value)
         func = requantize_kernels.requantize(
             physical, sums.dtype, real.shape, params.zero_point, self._bounds(value.clamp, params),
-            params.dtype, "float32", wide,
+            params.dtype, "float32", wide, self._fits_int32(value, multiplier),
         )  # fmt: skip
         arguments = [sums.expr, bias.astype(wide), real]
         expr = self.kernel(func, arguments, physical, params.dtype, name, "requantize")
@@ -448,6 +448,13 @@ class Lowering:
             return "int32"
         largest = np.asarray(value.limit, np.int64) + np.abs(np.asarray(value.bias, np.int64))
         return "int32" if int(largest.max()) < 2**31 else "int64"
+
+    def _fits_int32(self, value: Accumulator, multiplier: np.ndarray) -> bool:
+        """Whether no sum can leave int32 when it is scaled."""
+        if value.limit is None:
+            return False
+        largest = np.asarray(value.limit, np.float64) + np.abs(np.asarray(value.bias, np.float64))
+        return bool(np.max(largest * np.abs(multiplier.astype(np.float64))) < 2.0**30)
 
     def exact(self, value: Accumulator, params: QuantParams, name: str) -> Tensor | None:
         """int32 results (ConvInteger, MatMulInteger): the sums themselves, when the scale is
@@ -508,10 +515,11 @@ class Lowering:
                 )
             )
         fixed = np.rint(offset * unit) if matched is None else np.full_like(offset, matched[1])
-        arguments.append(fixed.astype(np.int32))
+        if fixed.any():
+            arguments.append(fixed.astype(np.int32))
         func = requantize_kernels.requantize_sum(
             physical, terms, params.zero_point, self._bounds(value.clamp, params), params.dtype,
-            plan[0], offset.shape,
+            plan[0], offset.shape if fixed.any() else None,
         )  # fmt: skip
         expr = self.kernel(func, arguments, physical, params.dtype, name, "requantize_sum")
         expr = self.reshape(expr, frame.physical_shape, f"{name}.view")

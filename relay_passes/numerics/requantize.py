@@ -28,6 +28,7 @@ RULES: tuple[Rule, ...] = ("float32", "tflite")
 # Fraction bits that the terms of a rescaled sum keep at most: a term is a float32 product, so that
 # more than 24 significant bits would say nothing.
 MAX_SUM_FRACTION_BITS = 20
+ENOUGH_SUM_FRACTION_BITS = 16  # a clamp costs more than the bits are worth
 
 
 def quantize_multiplier(real: float) -> tuple[int, int]:
@@ -166,10 +167,14 @@ def plan_sum(
     """Fraction bits of a rescaled sum, and the bounds that its terms are clamped to; None: no room.
 
     `limits` bound the terms' magnitudes and `offset` the constant's, all in output steps; the
-    output has `codes` codes. The sum stays below 2^30. The largest term may be clamped where the
-    others cannot bring the sum back into the output's range: the result is saturated either way.
+    output has `codes` codes. The sum stays below 2^30. Where that leaves too few fraction bits, the
+    largest term is clamped where the others cannot bring the sum back into the output's range: the
+    result is saturated either way.
     """
     bounds = list(limits)
+    bits = math.floor(30 - math.log2(max(sum(bounds) + offset, 1.0)))
+    if bits >= ENOUGH_SUM_FRACTION_BITS:
+        return min(bits, MAX_SUM_FRACTION_BITS), tuple(bounds)
     largest = max(range(len(bounds)), key=bounds.__getitem__)
     others = sum(bounds) - bounds[largest] + offset
     bounds[largest] = min(bounds[largest], others + codes + 1)

@@ -1,4 +1,4 @@
-"""Neighbouring columns of a channel in one 32-bit word: several taps of a kernel row per instruction.
+"""Neighbouring columns of a channel in one 32-bit word: several taps of a kernel row at once.
 
     word j of a row, channel c = columns 2j, 2j + 1[, 2j + 2, 2j + 3] of channel c, lowest first
 
