@@ -145,7 +145,7 @@ class Database:
             with self._locked():
                 known = self.folder / IMPORTED
                 merged = read_export(known) if known.is_file() else []
-                _write_export(known, _best_of([*merged, *read_export(path)]))
+                write_export(known, _best_of([*merged, *read_export(path)]))
         return new
 
     def export(self, path: Path, workloads: Iterable[str] | None = None) -> int:
@@ -153,7 +153,7 @@ class Database:
         kept = None if workloads is None else set(workloads)
         records = [r for r in self.winners() if kept is None or r.workload in kept]
         try:
-            _write_export(path, records)
+            write_export(path, records)
         except OSError as error:
             raise DatabaseError(f"{path}: cannot be written: {error.strerror}") from None
         return len(records)
@@ -276,7 +276,8 @@ def read_export(path: Path) -> list[Record]:
     return records
 
 
-def _write_export(path: Path, records: Iterable[Record]) -> None:
+def write_export(path: Path, records: Iterable[Record]) -> None:
+    """Write records to one file, which is complete or not there at all."""
     ordered = sorted(records, key=lambda r: (r.workload, r.conditions.threads, r.conditions.cpu))
     lines = ",\n".join(json.dumps(r.to_json(), sort_keys=True) for r in ordered)
     head = f'{{"format": {json.dumps(FORMAT)}, "version": {VERSION}, "records": ['
