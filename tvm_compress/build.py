@@ -79,13 +79,14 @@ def build(module: tvm.IRModule, target: Target, choose: TunedChoices | None = No
         packing_pipeline,
         reference_pipeline,
         schedule_pipeline,
+        storage_pipeline,
     )
     from .relay_passes.branches import functions_in_order
     from .relay_passes.lower import LEFT_FLOAT_ATTR
     from .relay_passes.pack_weights import DECODED_ATTR
 
     with target.tvm_target():
-        reference = reference_pipeline()(module)
+        reference = reference_pipeline()(storage_pipeline(target)(module))
         packed = packing_pipeline(target)(reference)
         fused = fusion_pipeline()(packed)
         planned = memory_pipeline()(fused)

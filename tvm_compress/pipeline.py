@@ -20,6 +20,7 @@ from .relay_passes.lower import LowerToKernels
 from .relay_passes.narrow_indices import NarrowIndices
 from .relay_passes.pack_weights import PackWeights
 from .relay_passes.schedule_kernels import ScheduleKernels
+from .relay_passes.unsigned_activations import UnsignedActivations
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .schedules import Choice
     from .targets import Target
+
+
+def storage_pipeline(target: Target) -> tvm.transform.Pass:
+    """Graph form => the same numbers, with activations stored as the target's kernels like them."""
+    passes = [UnsignedActivations()] if target.is_x86 else []
+    return tvm.transform.Sequential(passes, name="storage")
 
 
 def reference_pipeline() -> tvm.transform.Pass:
@@ -110,6 +117,7 @@ def kernel_pipeline(
     """Graph or kernel form => all that `tvm.compile` needs, for `relax_pipeline=`."""
     return tvm.transform.Sequential(
         [
+            storage_pipeline(target),
             reference_pipeline(),
             packing_pipeline(target),
             fusion_pipeline(),

@@ -124,13 +124,14 @@ def describe_kernels(module: Any, target: Any) -> dict[str, KernelFacts]:
         memory_pipeline,
         packing_pipeline,
         reference_pipeline,
+        storage_pipeline,
     )
     from tvm_compress.schedules.fused import analyse
     from tvm_compress.schedules.spec import SCHEDULE_ATTR
 
     with target.tvm_target():
         for pipeline in (
-            reference_pipeline(), packing_pipeline(target), fusion_pipeline(), memory_pipeline(),
+            storage_pipeline(target), reference_pipeline(), packing_pipeline(target), fusion_pipeline(), memory_pipeline(),
         ):  # fmt: skip
             module = pipeline(module)
     facts = {}
@@ -146,7 +147,7 @@ def describe_kernels(module: Any, target: Any) -> dict[str, KernelFacts]:
             shape=_shape(spec, function),
             macs=int(getattr(spec, "macs", 0)),
             bytes=sum(_bytes(p) for p in function.params),
-            dtype=str(getattr(spec, "data_dtype", "")) if spec is not None else "",
+            dtype=str(getattr(spec, "data_dtype", getattr(spec, "a_dtype", ""))),
         )
     return facts
 
