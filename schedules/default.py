@@ -16,7 +16,9 @@ from tvm import ir, tirx
 
 from ..targets import Target
 from .emit import Emitter, dtype_bits
+from .fast_math import vectorised
 from .fused import FusedFunction, Index, Stage, loads, rewrite
+from .rows import schedule_rows
 from .spec import ceil_div
 
 # Elements (times terms of a reduction) below which starting threads costs more than it saves.
@@ -36,9 +38,13 @@ def schedule_default(
     is."""
     if fused is None or not _supported(fused):
         return func, "default.naive"
-    kept = _kept_stages(fused)
+    if fused.anchor is None:
+        by_rows = schedule_rows(fused, target)
+        if by_rows is not None:
+            return by_rows, "default.rows"
     e = Emitter()
     buffers: dict[tirx.Buffer, tirx.Buffer] = {}
+    kept = _kept_stages(fused)
     params = list(fused.func.params)
     for stage in kept:
         if not any(stage.buffer.same_as(p) for p in params):
@@ -251,7 +257,12 @@ class _Nest:
         return None
 
     def _value(self, where: Index) -> ir.Expr:
-        return self.fused.inline(self.stage.buffer, where, self._leaf)
+        return self._written_out(self.fused.inline(self.stage.buffer, where, self._leaf))
+
+    def _written_out(self, value: ir.Expr) -> ir.Expr:
+        """Functions of the mathematical library as vectors, unless codes are made of them."""
+        is_float = all(str(b.dtype) == "float32" for b in self.fused.outputs)
+        return vectorised(value) if is_float else value
 
     def _store(self, where: Index, value: ir.Expr) -> None:
         buffer = self.stage.buffer
@@ -348,11 +359,8 @@ class _Nest:
             first = self.e.bind("first", tirx.min(task * per_task, size - per_task))
 
             def body(i: Any) -> None:
-                self.e.store(
-                    destination,
-                    rewrite(value, {flat: first + i}, lambda b, where: b[where]),
-                    first + i,
-                )
+                element = rewrite(value, {flat: first + i}, lambda b, where: b[where])
+                self.e.store(destination, self._written_out(element), first + i)
 
             self.e.elementwise(per_task, self.lanes, body)
         return True

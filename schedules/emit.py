@@ -80,7 +80,7 @@ class Emitter:
         """The body of an if without else."""
         self._lists.append([])
         yield
-        self._add(IfThenElse(condition, self._close()))
+        self._add(IfThenElse(condition, self._close(), None))
 
     def branch(
         self, condition: ir.Expr, then: Callable[[], None], otherwise: Callable[[], None]

@@ -70,4 +70,7 @@ def softmax(
         return te.max(te.min(code, high), low).astype(out_dtype)
 
     out = te.compute(shape, divide, name="softmax")
-    return make_prim_func("softmax", [x, table], out, ["data", "table"], OPAQUE, {"axis": axis})
+    parameters = {
+        "axis": axis, "reciprocal": reciprocal, "zero_point": zero_point, "bounds": list(bounds),
+    }  # fmt: skip
+    return make_prim_func("softmax", [x, table], out, ["data", "table"], OPAQUE, parameters)

@@ -77,7 +77,7 @@ CASES: dict[str, tuple[Case, str]] = {
     "per_channel": (per_channel, "default.elementwise"),
     "max_pool": (pool("max"), "default.reduction"),
     "avg_pool": (pool("avg"), "default.reduction"),
-    "softmax": (softmax, "default.reduction"),
+    "softmax": (softmax, "default.rows"),
     "global_sum": (one(lambda x: topi.sum(x, [1, 2])), "default.reduction"),
     "global_sum_keepdims": (one(lambda x: topi.sum(x, [1, 2], keepdims=True)), "default.reduction"),
     "last_axis_max": (one(lambda x: topi.max(x, -1)), "default.reduction"),
