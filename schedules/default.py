@@ -15,11 +15,13 @@ from typing import Any
 from tvm import ir, tirx
 
 from ..targets import Target
-from .emit import Emitter, dtype_bits
+from .emit import Emitter, dtype_bits, vector
 from .fast_math import vectorised
 from .fused import FusedFunction, Index, Stage, loads, rewrite
+from .interleave import write_interleaved
 from .rows import schedule_rows
 from .spec import ceil_div
+from .vector_table import LANES, byte_lookup, look_up, table_registers
 
 # Elements (times terms of a reduction) below which starting threads costs more than it saves.
 _PARALLEL_WORK = 200_000
@@ -193,7 +195,7 @@ class _Nest:
 
     def write(self) -> None:
         """Emit the loop nest."""
-        if not self.stage.reduces and self._write_flat():
+        if not self.stage.reduces and (self._write_flat() or self._write_interleaved()):
             return
         stage, e = self.stage, self.e
         # The vectors' axis: elements that lie side by side, in front of axes of extent 1 (a packed
@@ -243,6 +245,15 @@ class _Nest:
                     with e.loop("lane", width, "vectorized") as lane:
                         where = (*prefix, first + start + lane, *tail)
                         self._store(where, self._value(where))
+
+    def _write_interleaved(self) -> bool:
+        """False where that form does not fit."""
+        if self.lanes == 1:  # a look-up
+            return False
+        destination = self.views[self.stage.buffer]
+        return write_interleaved(
+            self.e, self.fused, self.stage, destination, self._value, self._parallel, self.target
+        )
 
     @property
     def _parallel(self) -> bool:
@@ -350,13 +361,18 @@ class _Nest:
         for extent in self.shape:
             size *= extent
         destination = self.views[self.stage.buffer]
+        lookup = byte_lookup(value, self.target)
+        lanes = self.lanes if lookup is None else min(LANES, size)
         tasks = 1
         if self._parallel:
-            tasks = min(4 * self.target.threads, max(1, size // (16 * self.lanes)))
-        per_task = ceil_div(ceil_div(size, tasks), self.lanes) * self.lanes
+            tasks = min(4 * self.target.threads, max(1, size // (16 * lanes)))
+        per_task = ceil_div(ceil_div(size, tasks), lanes) * lanes
         tasks, per_task = ceil_div(size, per_task), min(per_task, size)
         with self.e.loop("task", tasks, "parallel") as task:
             first = self.e.bind("first", tirx.min(task * per_task, size - per_task))
+            if lookup is not None:
+                self._write_lookups(destination, flat, first, per_task, *lookup)
+                return True
 
             def body(i: Any) -> None:
                 element = rewrite(value, {flat: first + i}, lambda b, where: b[where])
@@ -364,6 +380,37 @@ class _Nest:
 
             self.e.elementwise(per_task, self.lanes, body)
         return True
+
+    def _write_lookups(
+        self,
+        destination: tirx.Buffer,
+        flat: tirx.Var,
+        first: Any,
+        count: int,
+        table: tirx.Buffer,
+        code: ir.Expr,
+        dtype: str,
+    ) -> None:
+        """`count` bytes of a table that stays in registers; the last vector is moved back."""
+        e = self.e
+
+        def element(at: Any) -> ir.Expr:
+            return rewrite(code, {flat: at}, lambda b, where: b[where])
+
+        if count < LANES:
+            with e.loop("i", count) as i:
+                offset = tirx.const(128 if dtype == "int8" else 0, "int32")
+                entry = table[element(first + i).astype("int32") + offset]
+                e.store(destination, entry, first + i)
+            return
+        quarters = table_registers(e, self.views[table])
+        with e.loop("i", ceil_div(count, LANES)) as i:
+            start = e.bind("start", first + tirx.min(i * LANES, count - LANES))
+            codes = e.alloc(LANES, dtype, "codes", registers=True)
+            with e.loop("lane", LANES, "vectorized") as lane:
+                e.store(codes, element(start + lane), lane)
+            found = look_up(quarters, vector(codes, 0, LANES), dtype, str(table.dtype))
+            e.store_vector(destination, found, start, LANES)
 
 
 def _is_lookup(stage: Stage) -> bool:

@@ -10,6 +10,7 @@ import tvm
 from tvm import te, tirx, topi
 
 from tvm_compress.schedules import SCHEDULE_ATTR, BatchMatmulSpec, Conv2dSpec, prim_func, schedule
+from tvm_compress.schedules.table import table_lookup
 from tvm_compress.targets import Target, get_target
 
 from .kernels import INT8, assert_same, check, naive, random_array, run
@@ -146,3 +147,35 @@ def test_opaque_function_is_left_alone() -> None:
     func = tirx.PrimFunc([buffer], tirx.Evaluate(tirx.const(0, "int32")))
     after = schedule(func, get_target("host"))
     assert after.attrs[SCHEDULE_ATTR] == "default.naive"
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("width", [15, 16, 17, 40])
+def test_channels_first_to_last(main_target: Target, channels: int, width: int) -> None:
+    """An image is quantised and interleaved."""
+    x = placeholder((2, channels, 9, width))
+    codes = te.compute(
+        (2, 9, width, channels),
+        lambda b, i, j, c: te.max(te.min(x[b, c, i, j] * 40, 127.0), -128.0).astype("int8"),
+    )
+    for output in (codes, topi.transpose(x, [0, 2, 3, 1])):
+        before = naive([x], [output])
+        after = schedule(before, main_target)
+        array = random_array(np.random.default_rng(0), [int(n) for n in x.shape], "float32")
+        shape = (tuple(int(n) for n in output.shape), str(output.dtype))
+        (expected,), (found,) = (run(f, main_target, [array], shape) for f in (before, after))
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(1,), (63,), (64,), (65,), (1, 300, 7), (500, 1000)], ids=str)
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_table_of_bytes(main_target: Target, shape: tuple[int, ...], dtype: str) -> None:
+    for entries in ("int8", "uint8"):
+        func = table_lookup(shape, dtype, entries)
+        rng = np.random.default_rng(0)
+        codes = random_array(rng, shape, dtype)
+        values = random_array(rng, (256,), entries)
+        after = schedule(func, main_target)
+        (found,) = run(after, main_target, [codes, values], (shape, entries))
+        smallest = np.iinfo(dtype).min
+        np.testing.assert_array_equal(found, values[codes.astype(np.int64) - smallest])
