@@ -17,6 +17,8 @@ import numpy as np
 import onnx
 from networks import Network, mobilenet_v2
 
+EVIDENCE = ("build original", "verify", "benchmark")  # what the artefact runs without
+
 
 def stack(layers: int) -> onnx.ModelProto:
     """`layers` 3x3 convolutions with ReLU, no two of the same shape."""
@@ -39,12 +41,17 @@ def measure(label: str, model: onnx.ModelProto) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(model, str(path))
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         artefact = compress(path, recipe="int8", calibration=samples, out=Path(folder) / "out")
-        total = time.perf_counter() - started
+        total, cpu = time.perf_counter() - started, time.process_time() - cpu_started
         steps = {step["name"]: step["seconds"] for step in artefact.report["steps"]}
+    runnable = sum(seconds for name, seconds in steps.items() if name not in EVIDENCE)
     parts = "  ".join(f"{name} {seconds:.1f}" for name, seconds in steps.items())
-    print(f"{label:14s} {layers:4d} layers  total {total:6.1f} s  ({parts})", flush=True)
+    print(
+        f"{label:14s} {layers:4d} layers  runnable after {runnable:6.1f} s, with its evidence "
+        f"{total:6.1f} s ({cpu:.1f} s of CPU)  ({parts})",
+        flush=True,
+    )
 
 
 def main() -> None:
