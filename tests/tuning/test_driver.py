@@ -6,10 +6,12 @@ import dataclasses
 import json
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tvm_compress import interrupts
 from tvm_compress.progress import Meter, Progress
 from tvm_compress.schedules.choice import choice_to_json
 from tvm_compress.tuning import pool
@@ -22,11 +24,8 @@ from .tuning_tasks import CPU, TARGET, conv_task, small_task
 
 pytestmark = pytest.mark.links
 
-FAULTS = (
-    "does not compile", "compiler crashes", "compiler hangs", "wrong", "crashes", "exits",
-    "hangs", "lucky",
-)  # fmt: skip
-LIMITS = Limits(build=5.0, measure=4.0)
+FAULTS = ("does not compile", "compiler crashes", "wrong", "hangs", "lucky")
+LIMITS = Limits(measure=4.0)
 
 
 def run(
@@ -52,7 +51,7 @@ def measured(folder: Path, task: Task) -> dict[str, str]:
 def test_faults_are_recorded_and_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = small_task(len(FAULTS) + 6)
+    task = small_task(len(FAULTS) + 4)
     texts = [choice_to_json(choice) for choice in task.space]
     faults = dict(zip(texts[2:], FAULTS, strict=False))
     monkeypatch.setenv("FAULTS", json.dumps(faults))
@@ -68,9 +67,6 @@ def test_faults_are_recorded_and_passed_over(
     assert set(errors) == set(FAULTS)
     assert "out of registers while compiling" in errors["does not compile"]
     assert errors["compiler crashes"] == "does not compile: crashed: SIGSEGV"
-    assert "timeout: no answer within 5 s" in errors["compiler hangs"]
-    assert errors["crashes"] == "crashed: SIGSEGV"
-    assert errors["exits"] == "crashed: exit status 3"
     assert errors["hangs"] == "timeout: no answer within 4 s"
     assert errors["wrong"].startswith("wrong result: ")
     # It had the best time by far, and was refused on fresh data.
@@ -99,10 +95,22 @@ class Stop(Progress):
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture
+def watched() -> Iterator[None]:
+    """SIGINT as the command line handles it; forgotten afterwards."""
+    before = signal.getsignal(signal.SIGINT)
+    interrupts.watch()
+    yield
+    interrupts.watch()
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("watched")
 def test_interrupted_then_resumed(tmp_path: Path) -> None:
     tasks = [conv_task(), conv_task(strides=(2, 2))]
     with pytest.raises(KeyboardInterrupt):
         run(tasks, tmp_path, Budget(trials=12), Stop(after=5))
+    interrupts.watch()
     before = sum(len(measured(tmp_path, task)) for task in tasks)
     assert 5 <= before <= 8
     result = run(tasks, tmp_path, Budget(trials=12))

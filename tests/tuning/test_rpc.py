@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tvm_compress.errors import TargetError
+from tvm_compress.tuning import rpc
 from tvm_compress.tuning.database import Database
 from tvm_compress.tuning.driver import Budget, tune_tasks
 from tvm_compress.tuning.rpc import Rpc
@@ -36,7 +37,7 @@ def tracker() -> Iterator[Rpc]:
     tracker.terminate()
 
 
-def test_tunes_on_a_server(tmp_path: Path, tracker: Rpc) -> None:
+def test_tunes_on_a_server(tmp_path: Path, tracker: Rpc, monkeypatch: pytest.MonkeyPatch) -> None:
     task = small_task(4)
     database = Database(tmp_path, shipped=False)
     result = tune_tasks([task], TARGET, database, Budget(), cpu="rpc board", rpc=tracker)
@@ -45,6 +46,7 @@ def test_tunes_on_a_server(tmp_path: Path, tracker: Rpc) -> None:
     assert found.best_us is not None
     assert found.best_us < 1e6
 
+    monkeypatch.setattr(rpc, "REGISTER_SECONDS", 0.1)
     unknown = Rpc(tracker.tracker, "other")
     with pytest.raises(TargetError, match="no device 'other', it has board"):
         tune_tasks([task], TARGET, database, Budget(), cpu="rpc other", rpc=unknown)

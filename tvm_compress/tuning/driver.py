@@ -24,7 +24,7 @@ from ..interrupts import check
 from ..progress import Progress
 from ..schedules.choice import choice_from_json, choice_to_json
 from .pool import Worker, wait_for
-from .proposals import Experience, Proposals
+from .proposals import Proposals
 from .record import Conditions, Record
 from .rpc import Rpc
 from .worker import ARGUMENTS, DETAILS, FUNCTION, REFERENCE
@@ -252,7 +252,6 @@ class _Run:
         self.target_fields = _target_fields(target)
         self.builders, self.runner = _workers(target, rpc)
         self.pausing = [b for b in self.builders if rpc is None and b.shares(self.runner)]
-        self.experience = Experience()
         self.states = [self._state(task, index) for index, task in enumerate(tasks)]
         self.to_build: deque[_Job] = deque()
         self.to_run: deque[_Job] = deque()
@@ -262,7 +261,7 @@ class _Run:
         self.numbers = 0
 
     def _state(self, task: Task, index: int) -> _State:
-        proposals = Proposals(task.space, int(task.key[:8], 16), self.experience)
+        proposals = Proposals(task.space, int(task.key[:8], 16))
         state = _State(task, self.folder / f"task{index}", proposals)
         for record in self.database.measured(task.key, self.conditions):
             is_current = record.template == task.space.template
@@ -558,7 +557,7 @@ class _Run:
             state.proposals.tell(choice, None)
             return
         default_seconds, seconds = map(float, answer["seconds"])
-        state.results[state.default] = default_seconds
+        state.results[state.default] = min(default_seconds, state.results[state.default])
         state.results[choice_to_json(choice)] = seconds
         state.proposals.tell(state.task.space.default, default_seconds)
         state.proposals.tell(choice, seconds)
@@ -630,12 +629,14 @@ class _Run:
     # What to say
 
     def _totals(self) -> tuple[float, float]:
-        """Seconds of one inference by default and at best, over the tasks measured so far."""
+        """Seconds of one inference by default, and with what builds would use now: winners that
+        were compared with their default."""
         default = best = 0.0
         for state in self.states:
             if state.default_seconds is not None:
-                default += state.task.calls * state.default_seconds
-                best += state.share
+                seconds = state.task.calls * state.default_seconds
+                default += seconds
+                best += seconds / (state.verified.speedup if state.verified is not None else 1.0)
         return default, best
 
     def _expected_gain(self) -> float:

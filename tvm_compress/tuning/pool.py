@@ -55,8 +55,8 @@ class Worker:
         return self._paused_at is not None
 
     def shares(self, other: Worker) -> bool:
-        """Whether the two have a core in common."""
-        return not set(self.cores).isdisjoint(other.cores)
+        """Whether the two have a core in common, be it as two hardware threads of it."""
+        return not siblings(self.cores).isdisjoint(other.cores)
 
     @property
     def connection(self) -> Connection:
@@ -178,6 +178,18 @@ class Worker:
         if status < 0:
             return f"crashed: {signal.Signals(-status).name}"
         return f"crashed: exit status {status}"
+
+
+def siblings(cores: Iterable[int]) -> set[int]:
+    """`cores` and the hardware threads that they share physical cores with."""
+    found = set(cores)
+    for core in cores:
+        path = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
+        with contextlib.suppress(OSError, ValueError):
+            for part in path.read_text(encoding="ascii").strip().split(","):
+                first, _, last = part.partition("-")
+                found.update(range(int(first), int(last or first) + 1))
+    return found
 
 
 def wait_for(workers: Iterable[Worker], seconds: float) -> None:

@@ -1,9 +1,7 @@
 """Which choices of one kernel to measure next: xgboost ranks what was not tried, some are random.
 
 The spaces are products of a few small parameters, so a model over the parameters themselves learns
-from a few dozen measurements what MetaSchedule's model needs loop features and hundreds for. What
-is learned about one kernel helps with the next of the same template: a second model corrects the
-common one (`Experience`) by the kernel's own measurements.
+from a few dozen measurements what MetaSchedule's model needs loop features and hundreds for.
 """
 
 from __future__ import annotations
@@ -30,56 +28,6 @@ _NEIGHBOURED = 6  # of the best measured choices get their neighbours considered
 _MIN_TO_LEARN = 12
 _ROUNDS = 60
 _EPSILON = 0.25
-# Speed is relative to the default's; more than this is a measurement that went wrong.
-_MOST_SPEED = 4.0
-
-
-class Experience:
-    """What was measured of all kernels of a run, by template: features => speed over the default.
-
-    The model is trained anew when there is an eighth more to learn from.
-    """
-
-    def __init__(self) -> None:
-        self._rows: dict[object, list[np.ndarray]] = {}
-        self._speeds: dict[object, list[float]] = {}
-        self._models: dict[object, tuple[int, xgboost.Booster]] = {}
-
-    def add(self, kind: object, features: np.ndarray, speed: float) -> None:
-        """One measurement; `kind` says which features are comparable."""
-        self._rows.setdefault(kind, []).append(features)
-        self._speeds.setdefault(kind, []).append(speed)
-
-    def predict(self, kind: object, features: np.ndarray) -> np.ndarray | None:
-        """Speeds [n] for features [n, m]; None: too little is known."""
-        rows = self._rows.get(kind, [])
-        if len(rows) < _MIN_TO_LEARN:
-            return None
-        size, model = self._models.get(kind, (0, None))
-        if model is None or 8 * len(rows) >= 9 * size:
-            model = _train(np.stack(rows), np.array(self._speeds[kind]))
-            self._models[kind] = len(rows), model
-        return np.asarray(model.inplace_predict(features))
-
-
-def _train(
-    features: np.ndarray, speeds: np.ndarray, known: np.ndarray | None = None
-) -> xgboost.Booster:
-    """A model of `speeds`, or of what `known` leaves of them."""
-    import xgboost
-
-    data = xgboost.DMatrix(features, label=speeds, base_margin=known)
-    options = {
-        "max_depth": 6,
-        "eta": 0.2,
-        "min_child_weight": 1,
-        "subsample": 0.9,
-        "nthread": 1,
-        "seed": 1,
-        "verbosity": 0,
-        "base_score": 0.0 if known is not None else float(speeds.mean()),
-    }
-    return xgboost.train(options, data, num_boost_round=_ROUNDS)
 
 
 class Proposals:
@@ -88,16 +36,10 @@ class Proposals:
     The default comes first. `tell` everything that was measured, failures with None.
     """
 
-    def __init__(
-        self, space: SearchSpace, seed: int = 0, experience: Experience | None = None
-    ) -> None:
+    def __init__(self, space: SearchSpace, seed: int = 0) -> None:
         self.space = space
-        self._experience = experience or Experience()
         self._random = random.Random(seed)
-        self._names = sorted(space.parameters)
-        self._kind = (space.template, *self._names)
-        self._untold: list[tuple[Choice, float | None]] = []
-        self._default_seconds: float | None = None
+        self._names = list(space.parameters)
         self._seen: set[str] = set()
         self._results: dict[str, tuple[Choice, float | None]] = {}
         product = math.prod(len(values) for values in space.parameters.values())
@@ -118,20 +60,6 @@ class Proposals:
         """The result of a choice, proposed here or by an earlier run; the last one counts."""
         self.seen(choice)
         self._results[choice_to_json(choice)] = (choice, seconds)
-        self._untold.append((choice, seconds))
-        if dict(choice) == dict(self.space.default):
-            self._default_seconds = seconds
-        if self._default_seconds is not None:
-            for other, took in self._untold:
-                features = self._features([other])[0]
-                self._experience.add(self._kind, features, self._speed(took))
-            self._untold.clear()
-
-    def _speed(self, seconds: float | None) -> float:
-        """Over the default's; failures count as infinitely slow."""
-        if seconds is None or self._default_seconds is None:
-            return 0.0
-        return min(_MOST_SPEED, self._default_seconds / seconds)
 
     def ask(self, count: int) -> list[dict[str, int]]:
         """At most `count` choices that were not proposed before; fewer when there are no more."""
@@ -190,21 +118,31 @@ class Proposals:
 
     def _ranked(self, candidates: list[dict[str, int]]) -> list[int]:
         """Indices of candidates, the most promising first."""
-        features = self._features(candidates)
-        speeds = self._experience.predict(self._kind, features)
-        measured = list(self._results.values())
-        if len(measured) >= _MIN_TO_LEARN and self._default_seconds is not None:
-            own = self._features([choice for choice, _ in measured])
-            known = self._experience.predict(self._kind, own)
-            labels = np.array([self._speed(seconds) for _, seconds in measured])
-            rest = _train(own, labels, known).inplace_predict(features, base_margin=speeds)
-            speeds = np.asarray(rest)
-        shuffled = self._random.sample(range(len(candidates)), len(candidates))
-        if speeds is None:
+        order = self._random.sample(range(len(candidates)), len(candidates))
+        if sum(s is not None for _, s in self._results.values()) < _MIN_TO_LEARN:
             centre = (self._fastest(1) or [self.space.default])[0]
-            return sorted(shuffled, key=lambda i: self._distance(candidates[i], centre))
-        predicted = speeds
-        return sorted(shuffled, key=lambda i: -float(predicted[i]))
+            return sorted(order, key=lambda i: self._distance(candidates[i], centre))
+        predicted = self._model().inplace_predict(self._features(candidates))
+        return sorted(order, key=lambda i: -float(predicted[i]))
+
+    def _model(self) -> xgboost.Booster:
+        """Predicts speed relative to the best; failures count as infinitely slow."""
+        import xgboost
+
+        choices, seconds = zip(*self._results.values(), strict=True)
+        best = min(s for s in seconds if s is not None)
+        speeds = np.array([0.0 if s is None else best / s for s in seconds])
+        data = xgboost.DMatrix(self._features(list(choices)), label=speeds)
+        options = {
+            "max_depth": 6,
+            "eta": 0.2,
+            "min_child_weight": 1,
+            "subsample": 0.9,
+            "nthread": 1,
+            "seed": 1,
+            "verbosity": 0,
+        }
+        return xgboost.train(options, data, num_boost_round=_ROUNDS)
 
     def _fastest(self, count: int) -> list[Choice]:
         succeeded = [(s, text) for text, (_, s) in self._results.items() if s is not None]
@@ -214,21 +152,13 @@ class Proposals:
         return sum(one[name] != other.get(name) for name in self._names)
 
     def _features(self, choices: list[dict[str, int]] | list[Choice]) -> np.ndarray:
-        """[choices, features]: the values, their pairwise products and ratios, how much of the
-        largest value of a parameter is wasted when it is covered in steps of the chosen one, and
-        the kernel, as its default and its largest values."""
+        """[choices, features]: the values, their pairwise products and ratios, and how much of the
+        largest value of a parameter is wasted when it is covered in steps of the chosen one."""
         values = np.array([[c.get(n, 0) for n in self._names] for c in choices], np.float32)
-        ranges = [self.space.parameters[name] for name in self._names]
-        largest = np.array([max(map(abs, values)) for values in ranges], np.float32)
-        default = np.array([self.space.default.get(n, 0) for n in self._names], np.float32)
-        steps, centre = np.maximum(values, 1), np.maximum(default, 1)
-        kernel = np.concatenate([largest, default])
-        columns: list[np.ndarray] = [
-            values,
-            np.ceil(largest / steps) * steps / np.maximum(largest, 1),
-            steps / centre,
-            np.broadcast_to(kernel, (len(choices), len(kernel))),
-        ]
+        largest = np.array([max(map(abs, v)) for v in self.space.parameters.values()], np.float32)
+        steps = np.maximum(values, 1)
+        waste = np.ceil(largest / steps) * steps / np.maximum(largest, 1)
+        columns: list[np.ndarray] = [values, waste]
         for i, j in itertools.combinations(range(len(self._names)), 2):
             columns.append((steps[:, i] * steps[:, j])[:, None])
             columns.append((steps[:, i] / steps[:, j])[:, None])

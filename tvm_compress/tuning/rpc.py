@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import time
 from dataclasses import dataclass
 
 from ..errors import TargetError
 
 _CONNECT_SECONDS = 5.0
+REGISTER_SECONDS = 10.0  # a server that was started just now has not told the tracker yet
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,12 @@ class Rpc:
             ) from None
         from tvm import rpc
 
-        known = rpc.connect_tracker(*self.address).summary()["queue_info"]
-        if self.key not in known:
+        tracker = rpc.connect_tracker(*self.address)
+        deadline = time.monotonic() + REGISTER_SECONDS
+        while self.key not in (known := tracker.summary()["queue_info"]):
+            if time.monotonic() < deadline:
+                time.sleep(0.2)
+                continue
             has = ", ".join(sorted(known)) or "no device"
             server = f"python -m tvm.exec.rpc_server --tracker {self.tracker} --key {self.key}"
             raise TargetError(
