@@ -89,6 +89,10 @@ def main() -> None:
         "--work", type=Path, default=WORK,
         help="folder that keeps the peers' quantised models",
     )  # fmt: skip
+    parser.add_argument(
+        "--nice", type=int, default=0,
+        help="priority of the contestants; below 0 (root) where other work keeps the cores busy",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the timings there as well")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # one network, timings to stdout
     arguments = parser.parse_args()
@@ -147,6 +151,8 @@ def measure(arguments: argparse.Namespace) -> list[Timing]:
         kind: our_session(loaded, module, arguments, threads)
         for kind, (loaded, module) in modules.items()
     }
+    # Before anything starts threads, which inherit it.
+    os.setpriority(os.PRIO_PROCESS, 0, arguments.nice)
     return race(network, model, files, sessions, samples[0], arguments, threads)
 
 
