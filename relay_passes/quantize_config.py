@@ -54,11 +54,6 @@ class QuantizeConfig:
                     "from it; say int8 or int4, or give the activations a type"
                 )
             return
-        if self.weights == "int4":
-            raise RecipeError(
-                f"weights: int4 with activations: {self.activations}: integer layers take int8 "
-                "weights; say `activations: none` (weight-only) or `weights: int8`"
-            )
         if isinstance(self.granularity, PerGroup):
             raise RecipeError(
                 f"granularity: per_group with activations: {self.activations}: an integer sum has "

@@ -136,7 +136,7 @@ def test_exponents_and_integers_are_numbers() -> None:
         ("{calibrate: [mse]}", ["calibrate must be a mapping"]),
         ("{layers: []}", ["layers is an empty list"]),
         ("{layers: {a: b}}", ["layers must be a single value"]),
-        ("{weights: int4}", ["r.yaml:3:", "activations: none"]),
+        ("{weights: int6, activations: none}", ["r.yaml:3:", "int6 without activations"]),
         ("{weights: int8, weights: int4}", ["'weights' appears twice"]),
         ("[1, 2]", ["quantize must be a mapping"]),
         ("{calibrate: {percentile: .nan}}", ["finite number"]),

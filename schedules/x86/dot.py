@@ -230,6 +230,11 @@ def select_dot(spec: WeightedSpec, target: Target, lanes: int) -> Dot | None:
             return None
         return FloatDot(lanes, spec.weight_dtype, target.has("fma"))
     byte_dot = has_byte_dot(target, lanes)
+    if spec.weight_dtype == "int4":  # opened to bytes in registers
+        if byte_dot:
+            return ByteDot(lanes, "int4", True)
+        usable = spec.chain >= 2 and has_pairs(target, lanes)
+        return ChainDot(lanes, "int4", False, chain=2) if usable else None
     if spec.weight_dtype == "int8" and not spec.weight_zero_point:
         if spec.data_dtype in ("int8", "uint8") and byte_dot:
             return ByteDot(lanes, "int8", True)

@@ -34,7 +34,7 @@ from .window import Window, window_of
 _PARALLEL_MACS = 2_500_000
 # Operations of a whole tile's epilogue up to which it is written out: the accumulators then go
 # through it in registers, otherwise through the stack. A matter of compile time.
-_UNROLLED_EPILOGUE = 1000
+_UNROLLED_EPILOGUE = 2000
 # Input of one task: half of the second-level cache, or more where the weights do not fit there
 # anyway, since they are read once for every task.
 _BAND_SHARE_OF_L2 = 2
@@ -100,7 +100,7 @@ def takes_weight(spec: MatrixSpec, dot: Dot) -> bool:
     ):
         return False
     return spec.weight_dtype != "int4" or (
-        isinstance(dot, FloatDot)
+        (isinstance(dot, FloatDot) or (isinstance(dot, ByteDot) and spec.data_dtype == "uint8"))
         and row_terms == spec.reduction_size
         and window.groups == 1
         and not (spec.group_size and spec.group_size % 2 and spec.group_size < row_terms)
@@ -522,7 +522,7 @@ class _MatrixKernel:
             ]
             self._chain(acc, inside, source, first + k * data_stride, data_stride, weights)
 
-        if isinstance(dot, ChainDot):
+        if isinstance(dot, ChainDot) and not nibbles:
             full, ragged = extent // self.chain, extent % self.chain
             e.unrolled("k", full, self.unroll, lambda k: chained(k * self.chain, self.chain))
             if ragged:
@@ -532,7 +532,29 @@ class _MatrixKernel:
             e.unrolled("k", extent, self.unroll, single)
             return
 
+        def byte_pair(k: Any, count: int) -> None:
+            """Nibbles to signed bytes: those of 8 and more are negative."""
+            steps: list[list[Any]] = [[] for _ in range(count)]
+            for v in range(self.tile.vectors):
+                both = e.bind(f"both{v}", load(v, tirx.div(step, 2) + k))
+                low = tirx.bitwise_and(both, self._byte_vector(15))
+                halves = [low, both >> self._byte_vector(4)]
+                for half in range(count):
+                    flipped = tirx.bitwise_xor(halves[half], self._byte_vector(8))
+                    code = flipped - self._byte_vector(8)
+                    code = tirx.reinterpret(f"int8x{size}", code)
+                    steps[half].append(e.bind(f"w{v}", code))
+            at = first + 2 * k * data_stride
+            if isinstance(dot, ChainDot):
+                self._chain(acc, inside, source, at, data_stride, steps)
+                return
+            for half, weights in enumerate(steps):
+                self._step(acc, inside, source, at + half * data_stride, weights)
+
         def pair(k: Any, count: int) -> None:
+            if isinstance(dot, ByteDot):
+                byte_pair(k, count)
+                return
             both = [
                 e.bind(f"both{v}", load(v, tirx.div(step, 2) + k).astype(f"int32x{self.lanes}"))
                 for v in range(self.tile.vectors)
@@ -547,10 +569,12 @@ class _MatrixKernel:
                 self._step(acc, inside, source, first + (2 * k + half) * data_stride, weights)
 
         if extent // 2:
-            with e.loop("k", extent // 2) as k:
-                pair(k, 2)
+            e.unrolled("k", extent // 2, self.unroll, lambda k: pair(k, 2))
         if extent % 2:
             pair(tirx.const(extent // 2, "int32"), 1)
+
+    def _byte_vector(self, value: int) -> ir.Expr:
+        return tirx.Broadcast(tirx.const(value, "uint8"), self.lanes * self.dot.group)
 
     def _int_vector(self, value: int) -> ir.Expr:
         return tirx.Broadcast(tirx.const(value, "int32"), self.lanes)

@@ -256,7 +256,6 @@ def test_missing_statistics_are_named() -> None:
     ("options", "message"),
     [
         ({"weights": None}, "weights: none with activations: int8"),
-        ({"weights": "int4"}, "weights: int4 with activations: int8"),
         ({"granularity": PerGroup(32)}, "per_group with activations: int8"),
         ({"activations": "int16", "symmetric": False}, "int16 with symmetric: false"),
     ],
@@ -266,7 +265,7 @@ def test_bad_combinations_are_refused(options: dict[str, object], message: str) 
         QuantizeConfig(**options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bits", [5, 6, 7])
+@pytest.mark.parametrize("bits", [4, 5, 6, 7])
 def test_weights_of_fewer_bits_are_stored_in_bytes(bits: int) -> None:
     config = QuantizeConfig(weights=f"int{bits}")  # type: ignore[arg-type]
     module = quantize(build(lambda net, x: net.conv("a", x, 8)), config)

@@ -36,6 +36,7 @@ DTYPES: dict[str, dict[str, Any]] = {
     "int16": INT16,
     "weight-only": {"weight_dtype": "int8"},
 }
+W4A8: dict[str, Any] = {**INT8, "data_dtype": "uint8"}
 CHANNELS = [(1, 8), (3, 16), (7, 3), (8, 33), (15, 24), (16, 17), (17, 1), (33, 40)]
 
 
@@ -255,3 +256,30 @@ def test_every_choice_is_right(main_target: Target, spec: WeightedSpec, bits: in
         )
         if main_target.runs_here():
             assert_same(result, expected)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        MatmulSpec(rows=1, in_features=75, out_features=21, **W4A8),
+        MatmulSpec(rows=3, in_features=64, out_features=16, **W4A8),
+        MatmulSpec(rows=4, in_features=33, out_features=40, **W4A8),
+        conv(48, 10, **W4A8, height=2, width=2, kernel=(1, 1)),
+    ],
+    ids=["ragged", "even", "odd", "pointwise"],
+)
+def test_four_bit_weights_are_opened_in_registers(target: Target, spec: WeightedSpec) -> None:
+    data, weight = arguments(spec, extreme=True)
+    weight = np.random.default_rng(0).integers(-8, 8, weight.shape).astype(np.int8)
+    packed = check(spec, target, FORM, plain=[data, weight])
+    assert isinstance(packed, WeightedSpec)
+    assert packed.weight_dtype == "int4"
+    assert packed.weight_storage_dtype == "uint8"
+
+
+def test_four_bit_weights_of_many_positions_stay_bytes() -> None:
+    spec = MatmulSpec(rows=64, in_features=64, out_features=16, **W4A8)
+    data, weight = arguments(spec)
+    packed = check(spec, get_target("host"), FORM, plain=[data, weight // 16])
+    assert isinstance(packed, WeightedSpec)
+    assert packed.weight_dtype == "int8"
