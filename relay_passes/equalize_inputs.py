@@ -5,10 +5,14 @@ and an input is quantised with one scale for all: the small features are left wi
 Multiplying each feature before the quantiser, and dividing its weights, moves part of the
 difficulty to the weights, which have a scale for each output (SmoothQuant, Xiao et al. 2023,
 section 4). The scales are powers of two, so the float model computes exactly what it did.
+
+A convolution along the features has one weight for all of them: there is nothing to divide. Such an
+input is marked (`wide_inputs`) to be quantised with 16 bits, which is what one layer pays for.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -20,7 +24,7 @@ from tvm import relax
 from ..errors import DataError, RecipeError
 from .channels import scale_inputs
 from .graph import Graph, rebuild
-from .ir import constant_slices, dtype_of, shape_of
+from .ir import WIDE_INPUTS_ATTR, constant_slices, dtype_of, shape_of
 from .layer_pairs import float_layers
 from .numerics.equalization import activation_scales
 from .numerics.statistics import Statistics
@@ -38,7 +42,11 @@ class EqualizeInputsConfig:
     )
     spread: float = field(
         default=4.0,
-        metadata={"help": "inputs whose largest and smallest feature range differ less stay"},
+        metadata={"help": "inputs whose largest and median feature range differ less stay"},
+    )
+    widen: bool = field(
+        default=True,
+        metadata={"help": "quantise inputs that cannot be scaled by feature with 16 bits"},
     )
 
     def __post_init__(self) -> None:
@@ -50,7 +58,8 @@ class EqualizeInputsConfig:
 
 @dataclass(frozen=True)
 class _Features:
-    """An input, its axis of features, and the feature that each input channel of a layer reads."""
+    """An input, its axis of features, and the feature that each input channel of a layer reads; no
+    layers where the features cannot be scaled."""
 
     value: relax.Var
     axis: int
@@ -58,7 +67,7 @@ class _Features:
 
 
 def observe(module: tvm.IRModule, schemes: Mapping[str, EqualizeInputsConfig]) -> Observations:
-    """The extremes by feature of every input that can be scaled."""
+    """The extremes by feature of every input that layers read."""
     found = _inputs(Graph(module["main"]), schemes)
     return Observations(channels={item.value.name: item.axis for item in found})
 
@@ -67,8 +76,10 @@ def observe(module: tvm.IRModule, schemes: Mapping[str, EqualizeInputsConfig]) -
 class EqualizeInputs:
     """Scale each float input whose features only selected layers read, feature by feature.
 
-    `schemes` maps layer names to configs (that of the first reader counts); `statistics` is what
-    `observe` asks for. Raises `DataError` when statistics are missing.
+    Uneven inputs that cannot be scaled are listed in the attribute `tvm_compress.wide_inputs` of
+    `main`. `schemes` maps layer names to configs (that of the first reader, or else of the first
+    layer, counts); `statistics` is what `observe` asks for. Raises `DataError` when statistics are
+    missing.
     """
 
     def __init__(self, schemes: Mapping[str, EqualizeInputsConfig], statistics: Statistics) -> None:
@@ -80,34 +91,44 @@ class EqualizeInputs:
     ) -> tvm.IRModule:
         graph = Graph(module["main"])
         module = module.clone()
-        module["main"] = _write(
-            graph,
-            [
-                (item, scales)
-                for item in _inputs(graph, self.schemes)
-                if (scales := self._scales(item)) is not None
-            ],
-        )
+        scaled, wide = [], []
+        for item in _inputs(graph, self.schemes):
+            config = self._config(item)
+            ranges = self._ranges(item)
+            if not _is_uneven(ranges, config.spread):
+                continue
+            if item.channels:
+                scales = activation_scales(ranges, config.strength, None)
+                scaled.append((item, np.exp2(np.rint(np.log2(scales)))))
+            elif config.widen:
+                wide.append(item.value.name)
+        main = _write(graph, scaled)
+        module["main"] = main.with_attr(WIDE_INPUTS_ATTR, json.dumps(wide)) if wide else main
         return relax.transform.Normalize()(module)
 
-    def _scales(self, item: _Features) -> NDArray[np.float64] | None:
-        config = self.schemes[next(iter(item.channels)).name]
+    def _config(self, item: _Features) -> EqualizeInputsConfig:
+        reader = next((layer.name for layer in item.channels), next(iter(self.schemes)))
+        return self.schemes[reader]
+
+    def _ranges(self, item: _Features) -> NDArray[np.float64]:
         observed = self.statistics.channels.get(item.value.name)
         if observed is None:
             raise DataError(
                 f"the calibration statistics lack the features of {item.value.name!r}; calibrate "
                 "this module with what `equalize_inputs.observe` lists"
             )
-        ranges = np.maximum(np.abs(observed.low), np.abs(observed.high))
-        used = ranges[ranges > 0]
-        if not used.size or used.max() < config.spread * used.min():
-            return None
-        scales = activation_scales(ranges, config.strength, None)
-        return np.exp2(np.rint(np.log2(scales)))
+        return np.maximum(np.abs(observed.low), np.abs(observed.high))
+
+
+def _is_uneven(ranges: NDArray[np.float64], spread: float) -> bool:
+    used = ranges[ranges > 0]
+    return bool(used.size) and float(used.max()) >= spread * float(np.median(used))
 
 
 def _inputs(graph: Graph, schemes: Mapping[str, EqualizeInputsConfig]) -> Iterator[_Features]:
     layers = float_layers(graph, schemes)
+    if not layers:
+        return
     for parameter in graph.function.params:
         shape = shape_of(parameter)
         if shape is None or dtype_of(parameter) != "float32" or not graph.readers[parameter]:
@@ -119,6 +140,9 @@ def _inputs(graph: Graph, schemes: Mapping[str, EqualizeInputsConfig]) -> Iterat
             if channels:
                 yield _Features(parameter, axis, channels)
                 break
+        else:
+            if shape and shape[-1] > 1:
+                yield _Features(parameter, len(shape) - 1, {})
 
 
 def _channels_read(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,6 +10,9 @@ import tvm
 from tvm import relax
 
 from ..schedules.spec import KERNEL_ATTR, KernelSpec, SpecError, spec_from_json
+
+# Attribute of `main`: names (JSON) of the inputs to be quantised with 16 bits.
+WIDE_INPUTS_ATTR = "tvm_compress.wide_inputs"
 
 
 def op_name(expr: tvm.ir.Expr) -> str | None:
@@ -102,3 +106,10 @@ def anchor_spec(function: tvm.ir.BaseFunc) -> KernelSpec | None:
         return spec_from_json(str(text))
     except SpecError:
         return None
+
+
+def wide_inputs(function: relax.Function) -> frozenset[str]:
+    """The inputs that are to be quantised with 16 bits."""
+    attributes = function.attrs or {}
+    text = str(attributes[WIDE_INPUTS_ATTR]) if WIDE_INPUTS_ATTR in attributes else "[]"
+    return frozenset(json.loads(text))

@@ -17,13 +17,13 @@ domain starts at the input of the first quantised layer and ends behind the last
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from tvm import relax
 
 from .graph import Graph
-from .ir import dtype_of, op_name, shape_of
+from .ir import dtype_of, op_name, shape_of, wide_inputs
 from .op_kinds import (
     ANCHORS,
     BINARY,
@@ -90,6 +90,11 @@ def place(graph: Graph, schemes: Mapping[str, QuantizeConfig]) -> Placement:
         # An operator that nothing integer reads computes in float; its producers may follow.
         capable = {v: kind for v, kind in capable.items() if v not in dropped}
     placement = domain.placement()
+    for parameter in graph.function.params:
+        config = placement.quantized.get(parameter)
+        if config is not None and parameter.name in wide_inputs(graph.function):
+            wide = replace(config, activations="int16", symmetric=None)
+            placement.quantized[parameter] = wide
     for members in tied_values(graph, layers):
         quantized = [member for member in members if member in placement.quantized]
         for member in quantized[1:]:

@@ -17,12 +17,13 @@ from tvm_compress.relay_passes.equalize_inputs import (
     observe,
 )
 from tvm_compress.relay_passes.graph import Graph
+from tvm_compress.relay_passes.ir import wide_inputs
 from tvm_compress.relay_passes.numerics.observers import ChannelObserver
 from tvm_compress.relay_passes.numerics.statistics import Statistics
 
-from .floats import Net, all_layers, build, describe, run, samples
+from .floats import Net, all_layers, build, describe, parameters_of, quantize, run, samples
 
-SPREAD = np.array([100.0, 3.0, 1.0, 0.5], np.float32)
+SPREAD = np.array([100.0, 3.0, 1.0, 0.5], np.float32)  # the largest 50 times the median
 
 
 def frames(net: Net, x: relax.Var) -> relax.Var:
@@ -94,15 +95,27 @@ def test_channels_of_a_convolution_are_features() -> None:
 )
 def test_inputs_that_others_read_stay(body: Any) -> None:
     module = build(body, (1, 4))
-    schemes = all_layers(module, EqualizeInputsConfig())
-    assert observe(module, schemes).channels == {}
-    after = EqualizeInputs(schemes, Statistics({}, {}, samples=0))(module)
+    after = scaled(module, SPREAD, 1)
     assert describe(after) == describe(module)
+    # Uneven all the same: 16 bits it is, unless that is not wanted.
+    assert wide_inputs(after["main"]) == {"x"}
+    assert wide_inputs(scaled(module, SPREAD, 1, widen=False)["main"]) == set()
+    assert wide_inputs(scaled(module, np.ones(4), 1)["main"]) == set()
+
+
+def test_a_wide_input_is_quantised_with_16_bits() -> None:
+    module = build(lambda net, x: net.conv("b", net.conv_relu("a", x, 4), 4), (1, 1, 8, 4))
+    after = scaled(module, SPREAD, 3)
+    assert describe(after) == describe(module)
+    quantized = quantize(after)
+    assert parameters_of(quantized, "x")[1:] == (0, "int16")
+    assert parameters_of(quantized, "a_relu")[2] == "int8"
+    assert parameters_of(quantize(module), "x")[2] == "int8"
 
 
 def test_even_inputs_stay() -> None:
     module = build(frames, (1, 6, 4))
-    after = scaled(module, np.array([2.0, 1.0, 1.0, 0.6], np.float32), 2)
+    after = scaled(module, np.array([2.0, 1.0, 1.0, 0.3], np.float32), 2)
     assert describe(after) == describe(module)
 
 

@@ -29,7 +29,9 @@ def test_same_numbers_from_unsigned_codes() -> None:
         scale, zero_point, dtype = parameters_of(module, name)
         assert dtype == "int8"
         assert parameters_of(after, name) == (scale, zero_point + 128, "uint8")
-    assert describe(module).items() >= describe(after).items()  # less the copy that names the result
+    assert (
+        describe(module).items() >= describe(after).items()
+    )  # less the copy that names the result
     for x in samples(module):
         np.testing.assert_array_equal(run(after, x), run(module, x))
 
