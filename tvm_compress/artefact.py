@@ -4,6 +4,7 @@ recipe.yaml      resolved: alone (with the model and data) it reproduces the art
 deploy/          what goes to the target: the shared library
 reference/       what the artefact is checked against: the float original built by the same
                  compiler for the same target, the executable reference graph, kernel lists
+tuning/          the tuning records it was built with, if any; `tune --import` reads them
 report.json      report.html
 manifest.json    versions, target, inputs and outputs, SHA-256 of every file above
 .work/           caches of the last run; may be deleted
@@ -32,6 +33,7 @@ RECIPE = "recipe.yaml"
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 KERNELS = "reference/kernels.json"
+RECORDS = "tuning/records.json"
 LIBRARIES = {
     "compressed": "deploy/model.so",
     "original": "reference/original.so",

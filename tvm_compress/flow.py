@@ -20,6 +20,7 @@ from .artefact import (
     LIBRARIES,
     MANIFEST,
     RECIPE,
+    RECORDS,
     REPORT_HTML,
     REPORT_JSON,
     Artefact,
@@ -420,7 +421,8 @@ def _build_side(
     from .tuning.database import TunedChoices
     from .tuning.tune import this_cpu
 
-    built = build(module, target, TunedChoices(records, target, this_cpu()))
+    choices = TunedChoices(records, target, this_cpu())
+    built = build(module, target, choices)
     library = folder / "library.so"
     built.export(library)
     info = describe_library(built, library)
@@ -430,6 +432,7 @@ def _build_side(
         "info": info.to_json(),
         "left_float": list(built.left_float),
         "decoded_per_call": list(built.decoded_per_call),
+        "tuned": [record.to_json() for record in choices.used],
     }
     if is_compressed and target.runs_here():
         tapped, value["taps"] = tap(built.reference_module, [call.output for call in info.calls])
@@ -455,6 +458,7 @@ def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
     infos = {
         side: json.loads((folder / "info.json").read_text()) for side, folder in folders.items()
     }
+    _stage_records([info["tuned"] for info in infos.values()], staging)
     taps = infos["compressed"].get("taps")
     if taps is not None:
         shutil.copyfile(folders["compressed"] / "reference.so", staging / LIBRARIES["reference"])
@@ -502,6 +506,21 @@ def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
         "files": {},
     }
     return Artefact(staging, manifest)
+
+
+def _stage_records(used: Iterable[list[Any]], staging: Path) -> None:
+    """The tuning records that the libraries were built with: they are part of what was done."""
+    from .tuning.database import write_export
+    from .tuning.record import Record
+
+    records = {
+        (value["workload"], value["threads"]): Record.from_json(value)
+        for values in used
+        for value in values
+    }
+    if records:
+        (staging / RECORDS).parent.mkdir()
+        write_export(staging / RECORDS, records.values())
 
 
 def _probes(job: Job) -> dict[str, Any]:

@@ -25,7 +25,9 @@ from .errors import ArtefactError
 from .interrupts import check, was_interrupted
 
 WORK = ".work"
-KNOWN = {"recipe.yaml", "deploy", "reference", "report.json", "report.html", MANIFEST, WORK}
+KNOWN = {
+    "recipe.yaml", "deploy", "reference", "tuning", "report.json", "report.html", MANIFEST, WORK
+}  # fmt: skip
 RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100  # fcntl.h
 

@@ -229,12 +229,18 @@ class TunedChoices:
     """For `ScheduleKernels`: the best stored choice of a function that its space still has.
 
     Choices of an older template, or that the space no longer has, are passed over. Counts the
-    functions with a space (`tunable`), and those among them that got a choice (`tuned`).
+    functions with a space (`tunable`) and keeps the records that were used.
     """
 
     def __init__(self, database: Database, target: Target, cpu: str = "") -> None:
         self._database, self._target, self._cpu = database, target, cpu
-        self.tunable = self.tuned = 0
+        self.tunable = 0
+        self.used: list[Record] = []
+
+    @property
+    def tuned(self) -> int:
+        """Functions that got a choice."""
+        return len(self.used)
 
     def __call__(self, func: tirx.PrimFunc) -> Choice | None:
         from ..schedules import search_space
@@ -247,7 +253,7 @@ class TunedChoices:
         self.tunable += 1
         for record in self._database.lookup(key, self._target, self._cpu):
             if space.template == record.template and space.contains(record.choice):
-                self.tuned += 1
+                self.used.append(record)
                 return dict(record.choice)
         return None
 
