@@ -78,7 +78,7 @@ class TerminalProgress(Progress):
     @contextmanager
     def meter(self, label: str, total: int | None) -> Iterator[Meter]:
         started = time.perf_counter()
-        with self._bar() as bar:
+        with self._bar(is_text=True) as bar:
             meter = _TerminalMeter(bar, label, total, None if self._console.is_terminal else self)
             yield meter
         self._finished(label, time.perf_counter() - started, meter.text)
@@ -90,7 +90,8 @@ class TerminalProgress(Progress):
         if seconds >= SILENT_SECONDS:
             self.note(f"  {label:<38}{seconds:7.1f} s  {detail}".rstrip())
 
-    def _bar(self) -> RichBar:
+    def _bar(self, is_text: bool = False) -> RichBar:
+        """`is_text`: the description needs the room of the bar."""
         from rich.progress import (
             BarColumn,
             SpinnerColumn,
@@ -103,9 +104,9 @@ class TerminalProgress(Progress):
         return RichBar(
             SpinnerColumn(),
             TextColumn("{task.description:<38}"),
-            BarColumn(bar_width=30),
+            *([] if is_text else [BarColumn(bar_width=30)]),
             TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
+            *([] if is_text else [TimeElapsedColumn()]),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
@@ -122,16 +123,20 @@ class _TerminalMeter(Meter):
     def __init__(self, bar: RichBar, label: str, total: int | None, lines: Progress | None) -> None:
         self._bar, self._label, self._total, self._lines = bar, label, total, lines
         self._task = bar.add_task(label, total=None)
-        self._last_line = time.perf_counter()
+        self._started = self._last_line = time.perf_counter()
         self.text = ""
 
     def show(self, done: int, text: str, fraction: float | None) -> None:
         of = "" if self._total is None else f"/{self._total}"
-        self.text = f"{done}{of} trials, {text}"
+        self.text = f"{done}{of} trials: {text}"
         if self._lines is None:
             total = None if fraction is None else 1.0
-            description = f"{self._label}  {self.text}"
+            description = f"{self._label} {self.text}"
             self._bar.update(self._task, description=description, total=total, completed=fraction)
         elif time.perf_counter() - self._last_line >= self._SECONDS_BETWEEN_LINES:
             self._last_line = time.perf_counter()
-            self._lines.note(f"  {self._label}  {self.text}")
+            left = ""
+            if fraction:
+                seconds = (self._last_line - self._started) * (1 - fraction) / fraction
+                left = f", {seconds:.0f} s left"
+            self._lines.note(f"  {self._label}  {self.text}{left}")

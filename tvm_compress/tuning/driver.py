@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..interrupts import check
 from ..progress import Progress
+from ..report.text import time_text
 from ..schedules.choice import choice_from_json, choice_to_json
 from .pool import Worker, wait_for
 from .proposals import Proposals
@@ -650,8 +651,8 @@ class _Run:
             return "starting"
         rate = 60 * self.trials / max(elapsed, 1e-9)
         return (
-            f"{default * 1e3:.2f} -> {best * 1e3:.2f} ms ({default / best - 1:+.0%}), "
-            f"{self._expected_gain():.0%} to win, {rate:.0f} trials/min"
+            f"{time_text(default * 1e6)} -> {time_text(best * 1e6)}, "
+            f"{self._expected_gain():.0%} to win, {rate:.0f}/min"
         )
 
     def _fraction(self, elapsed: float) -> float | None:
