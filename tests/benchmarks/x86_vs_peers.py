@@ -90,8 +90,8 @@ def main() -> None:
         help="folder that keeps the peers' quantised models",
     )  # fmt: skip
     parser.add_argument(
-        "--nice", type=int, default=0,
-        help="priority of the contestants; below 0 (root) where other work keeps the cores busy",
+        "--realtime", action="store_true",
+        help="run the contestants before all other work of the machine (root; for busy machines)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the timings there as well")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # one network, timings to stdout
@@ -151,8 +151,8 @@ def measure(arguments: argparse.Namespace) -> list[Timing]:
         kind: our_session(loaded, module, arguments, threads)
         for kind, (loaded, module) in modules.items()
     }
-    # Before anything starts threads, which inherit it.
-    os.setpriority(os.PRIO_PROCESS, 0, arguments.nice)
+    if arguments.realtime:  # before the contestants start threads, which inherit it
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     return race(network, model, files, sessions, samples[0], arguments, threads)
 
 
