@@ -19,6 +19,7 @@ _EXPORTS = {  # name => module; no module has the name of an export
     "load_recipe": "recipe",
     "Artefact": "artefact",
     "profile_model": "profiling",
+    "tune": "tuning.tune",
     "verify": "verification",
     "benchmark": "benchmarking",
 }

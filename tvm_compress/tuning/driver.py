@@ -56,10 +56,11 @@ _MOST_BUILDERS = 8  # more build faster than one can measure
 @dataclass(frozen=True)
 class Budget:
     """When to stop: after `trials` measured candidates, those of earlier runs included, or after
-    `minutes`; with neither, when nothing more is to be expected."""
+    `minutes`; before that, when nothing more is to be expected, but not if `is_exhaustive`."""
 
     trials: int | None = None
     minutes: float | None = None
+    is_exhaustive: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class _State:
     is_ready: bool = False  # the naive function ran
     is_checking: bool = False
     is_exhausted: bool = False
+    is_patient: bool = False  # does not converge
     given_up: str = ""
 
     @property
@@ -186,7 +188,7 @@ class _State:
     def is_converged(self) -> bool:
         if self.given_up or self.is_exhausted:
             return True
-        if len(self.history) < _PATIENCE:
+        if len(self.history) < _PATIENCE or self.is_patient:
             return False
         before = self.history[-_PATIENCE]
         if before is None or self.best_seconds is None:
@@ -263,7 +265,12 @@ class _Run:
 
     def _state(self, task: Task, index: int) -> _State:
         proposals = Proposals(task.space, int(task.key[:8], 16))
-        state = _State(task, self.folder / f"task{index}", proposals)
+        state = _State(
+            task,
+            self.folder / f"task{index}",
+            proposals,
+            is_patient=self.budget.is_exhaustive,
+        )
         for record in self.database.measured(task.key, self.conditions):
             is_current = record.template == task.space.template
             if is_current and task.space.contains(record.choice):
@@ -359,7 +366,7 @@ class _Run:
         if not open_states:
             return None
         gains = [state.share * state.expected_gain for state in open_states]
-        if sum(gains) < _LEAST_TOTAL_GAIN * total:
+        if sum(gains) < _LEAST_TOTAL_GAIN * total and not self.budget.is_exhaustive:
             return None
         return open_states[max(range(len(gains)), key=gains.__getitem__)]
 
