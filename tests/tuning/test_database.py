@@ -181,6 +181,11 @@ def test_lookup_by_capabilities_threads_and_cpu(tmp_path: Path) -> None:
     assert found(more, CPU) == [mine, foreign]
     assert found(less) == []
     assert found(dataclasses.replace(TARGET, threads=2)) == []
+    four = record(target=dataclasses.replace(TARGET, threads=4))
+    add(database, four)
+    assert found(TARGET, CPU) == [mine, foreign]
+    for threads, expected in ((1, [mine, foreign]), (2, [four]), (4, [four]), (8, [])):
+        assert found(dataclasses.replace(TARGET, threads=threads), CPU) == expected
     assert found(dataclasses.replace(TARGET, vector_bits=256)) == []
 
 

@@ -82,9 +82,10 @@ class Database:
     def lookup(self, workload: str, target: Target, cpu: str = "") -> list[Record]:
         """Verified records that may serve `target`, the best first.
 
-        They use no capability that the target lacks, its vector width, and one thread where it has
-        one. Best is: made on the same CPU, for the same capabilities, for the same number of
-        threads, with the largest speed-up.
+        They use no capability that the target lacks, its vector width, and as many threads or, for
+        a target of several, more: work shared out for two may be too little for eight. Best is:
+        made on the same CPU, for the same capabilities, for the same number of threads, with the
+        largest speed-up.
         """
 
         def rank(record: Record) -> tuple[Any, ...]:
@@ -101,7 +102,10 @@ class Database:
             for record in self._best.get(workload, {}).values()
             if record.conditions.vector_bits == target.vector_bits
             and target.has(*record.conditions.capabilities)
-            and (record.conditions.threads > 1) == (target.threads > 1)
+            and (
+                record.conditions.threads == target.threads
+                or record.conditions.threads > target.threads > 1
+            )
         ]
         return sorted(fitting, key=rank, reverse=True)
 
