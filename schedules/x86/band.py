@@ -98,7 +98,16 @@ class Band:
         if self.copied or window.columns == 1:
             while tiles > 1 and self.bytes(tiles * tile_rows) > cache_bytes:
                 tiles = max(1, min(tiles - 1, tiles * cache_bytes // self.bytes(tiles * tile_rows)))
-        return min(window.rows, tiles * tile_rows)
+        # The last band is moved back inside, so what it overlaps is computed twice: even bands.
+        bands = -(-window.rows // (tiles * tile_rows))
+        even = -(-window.rows // bands)
+        return min(window.rows, -(-even // tile_rows) * tile_rows)
+
+    def choices(self, chosen: int) -> tuple[int, ...]:
+        """Rows of a task that tuning tries: even parts of the whole, and what was chosen."""
+        rows = self.window.rows
+        parts = {-(-rows // count) for count in (1, 2, 3, 4, 6, 8, 16)}
+        return tuple(sorted({*parts, chosen}))
 
 
 class BandReader:

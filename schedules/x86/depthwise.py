@@ -117,7 +117,8 @@ class _DepthwiseKernel:
         if self.words is not None:
             # Shorter bands write more words twice, longer ones leave the caches (measured).
             row = self.words.words(self.window.padded_columns) * 4 * self.lanes
-            self.rows = min(self.rows, max(_LEAST_ROWS, 2 * target.l1_bytes // row))
+            most = min(self.rows, max(_LEAST_ROWS, 2 * target.l1_bytes // row))
+            self.rows = ceil_div(self.window.rows, ceil_div(self.window.rows, most))
             self.columns = min(self.window.columns, _OUTPUTS_IN_WORDS)
         self.e = Emitter()
         if choice is not None:
@@ -128,11 +129,10 @@ class _DepthwiseKernel:
     def space(self) -> SearchSpace:
         """The default and what lies around it."""
         window = self.window
-        bands = {self.rows, window.rows, *(self.rows * k // 4 for k in (1, 2, 8, 16))}
         return SearchSpace(
             "x86.depthwise",
             {
-                "band": tuple(sorted(rows for rows in bands if 1 <= rows <= window.rows)),
+                "band": self.band.choices(self.rows),
                 "columns": tuple(range(1, min(window.columns, _MOST_OUTPUTS) + 1)),
             },
             {"band": self.rows, "columns": self.columns},

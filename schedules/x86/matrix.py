@@ -187,7 +187,6 @@ class _MatrixKernel:
         window, spare = self.window, self._tile_costs()[-1]
         registers = self.target.vector_registers
         sides = tuple(range(1, _LARGEST_SIDE + 1))
-        bands = {self.rows, window.rows, *(self.rows * k // 4 for k in (1, 2, 8, 16))}
         default = {
             "rows": self.tile.rows,
             "columns": self.tile.columns,
@@ -216,7 +215,7 @@ class _MatrixKernel:
                 "rows": tuple(side for side in sides if side <= window.rows),
                 "columns": tuple(side for side in sides if side <= window.columns),
                 "vectors": tuple(range(1, min(self.blocks, 6) + 1)),
-                "band": tuple(sorted(rows for rows in bands if 1 <= rows <= window.rows)),
+                "band": self.band.choices(self.rows),
                 "unroll": (1, 2, 4),
                 "data_outside": (0, 1) if self.blocks > 1 else (0,),
                 **parameters,

@@ -11,6 +11,7 @@ from ..weights import pack_codes, weight_codes
 from . import depthwise, matrix
 from .dot import ChainDot, select_dot
 from .saturation import longest_chain
+from .window import window_of
 
 # A wider block is worth at most this much more memory for padded channels...
 _PADDING_LIMIT = 1.07
@@ -96,7 +97,7 @@ def _halved(
         return None
     if not isinstance(spec, (Conv2dSpec, MatmulSpec)):
         return None
-    if matrix.window_of(spec).positions > _MEMORY_BOUND_POSITIONS:
+    if window_of(spec).positions > _MEMORY_BOUND_POSITIONS:
         return None
     # Any chain of two steps of 4-bit codes stays within int16: 4 * 255 * 8 < 2**15.
     asked = spec.replace(weight_dtype="int4", chain=2)

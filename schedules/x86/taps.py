@@ -71,12 +71,10 @@ class TapWords:
         kh, kw = self.spec.kernel
         found: dict[tuple[int, int, int], Any] = {}
         for ky in range(kh):
+            places = [(ky * kw + kx) * self.spec.out_channels + channel for kx in range(kw)]
             columns = [
-                e.bind(
-                    "w", self._wide(vector(weight, (ky * kw + kx) * self.spec.out_channels + channel,
-                                           self.dot.lanes)))
-                for kx in range(kw)
-            ]  # fmt: skip
+                e.bind("w", self._wide(vector(weight, place, self.dot.lanes))) for place in places
+            ]
             for phase in range(1 if self.spec.strides[1] % 2 == 0 else _COLUMNS):
                 for g in range(ceil_div(kw + phase, self.taps)):
                     taps = [self.taps * g + t - phase for t in range(self.taps)]

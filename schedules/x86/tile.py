@@ -12,6 +12,9 @@ _MAX_POSITIONS = 14
 # streams at like offsets; the columns of a row are one stream. So is every vector of weights.
 _MAX_ROWS = 7
 _STREAM = 0.25
+# Where there is a second vector of channels to fill registers with, more positions are slower: by
+# half for 14 x 1 on AVX2 (measured on Zen 4).
+_POSITIONS_OF_MANY = 8
 # A multiply-add's result is available after this many cycles: fewer accumulators than that stall.
 _LATENCY = 4
 # Loads a cycle; and what a tile costs outside its reduction loop, per accumulator and as a whole.
@@ -58,6 +61,8 @@ def choose_tile(
             for tile_rows in range(1, min(rows, _MAX_ROWS, _MAX_POSITIONS // tile_columns) + 1):
                 positions = tile_rows * tile_columns
                 if positions * vectors + vectors + spare > registers:
+                    break
+                if blocks > 1 and positions > _POSITIONS_OF_MANY:
                     break
                 accumulators = positions * vectors
                 issue = accumulators * cycles + vectors * weight_instructions

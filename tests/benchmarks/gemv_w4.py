@@ -18,7 +18,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 CACHE_BYTES = 96 << 20  # copies of a weight together exceed any last-level cache by this
 BLOCK = 128
 
+Kernel = tuple[list[Callable[[], Any]], int]
+"""Calls, one for each copy of the weight, and the bytes of one copy."""
 
-def ours(inputs: int, outputs: int, bits: int, copies: int, target_name: str, threads: int):
+
+def ours(
+    inputs: int, outputs: int, bits: int, copies: int, target_name: str, threads: int
+) -> Kernel:
     """Calls of our kernel, one for each copy of the weight."""
     import tvm
 
@@ -53,11 +60,11 @@ def ours(inputs: int, outputs: int, bits: int, copies: int, target_name: str, th
     weights = [tvm.runtime.tensor(packed[1].copy()) for _ in range(copies)]
     library["main"](data, weights[0], result)
     np.testing.assert_array_equal(result.numpy(), x.astype(np.int64) @ weight.astype(np.int64))
-    calls = [lambda w=w: library["main"](data, w, result) for w in weights]
+    calls = [partial(library["main"], data, w, result) for w in weights]
     return calls, packed[1].nbytes
 
 
-def theirs(inputs: int, outputs: int, copies: int, threads: int, nbits: bool):
+def theirs(inputs: int, outputs: int, copies: int, threads: int, nbits: bool) -> Kernel:
     """Sessions of ONNX Runtime, one for each copy of the weight."""
     import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
@@ -87,7 +94,7 @@ def theirs(inputs: int, outputs: int, copies: int, threads: int, nbits: bool):
     options.intra_op_num_threads = threads
     x = {"x": rng.normal(0, 1, (1, inputs)).astype(np.float32)}
     sessions = [ort.InferenceSession(model, options) for _ in range(copies)]
-    calls = [lambda s=s: s.run(None, x) for s in sessions]
+    calls = [partial(session.run, None, x) for session in sessions]
     return calls, sum(len(part.raw_data) for part in parts)
 
 
@@ -116,7 +123,7 @@ def main() -> None:
     for shape in arguments.shapes.split(","):
         inputs, outputs = (int(side) for side in shape.split("x"))
         copies = max(4, CACHE_BYTES // (inputs * outputs // 2))
-        kernels: dict[str, tuple[list[Callable], int]] = {
+        kernels: dict[str, Kernel] = {
             "w4a8": ours(inputs, outputs, 4, copies, arguments.target, arguments.threads),
             "w8a8": ours(inputs, outputs, 8, copies // 2, arguments.target, arguments.threads),
             "ORT MatMulNBits 4": theirs(inputs, outputs, copies, arguments.threads, True),

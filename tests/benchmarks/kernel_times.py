@@ -131,8 +131,12 @@ def describe_kernels(module: Any, target: Any) -> dict[str, KernelFacts]:
 
     with target.tvm_target():
         for pipeline in (
-            storage_pipeline(target), reference_pipeline(), packing_pipeline(target), fusion_pipeline(), memory_pipeline(),
-        ):  # fmt: skip
+            storage_pipeline(target),
+            reference_pipeline(),
+            packing_pipeline(target),
+            fusion_pipeline(),
+            memory_pipeline(),
+        ):
             module = pipeline(module)
     facts = {}
     for global_var, function in module.functions.items():
