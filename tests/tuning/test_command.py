@@ -90,7 +90,9 @@ def test_compress_tunes_and_says_so(tmp_path: Path) -> None:
     # Somebody else found that the second choice is a hundred times faster.
     measured = Database(folder, shipped=False)._measured.values()
     record = next(r for found in measured for r in found[1:] if r.seconds and not r.is_verified)
-    faster = dataclasses.replace(record, default_seconds=100 * (record.seconds or 0))
+    default = next(f[0].choice for f in measured if f[0].workload == record.workload)
+    seconds = 100 * (record.seconds or 0)
+    faster = dataclasses.replace(record, default_seconds=seconds, default=default)
     write_export(tmp_path / "records.json", [faster])
     imported = tvm_compress("tune", "--import", tmp_path / "records.json", "--database", folder)
     assert imported.status == 0, imported.err

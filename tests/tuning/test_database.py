@@ -33,6 +33,7 @@ def record(choice: Any = OTHER, target: Target = TARGET, **changes: Any) -> Reco
         "conditions": Conditions.of(target, CPU),
         "seconds": 1e-5,
         "default_seconds": 2e-5,
+        "default": dict(TASK.space.default),
     }
     return Record(**{**fields, **changes})
 
@@ -206,6 +207,14 @@ def test_builds_use_the_choice(tmp_path: Path) -> None:
     assert (choices.tuned, choices.tunable) == (1, 1)
 
 
+def test_a_change_of_the_default_starts_anew(tmp_path: Path) -> None:
+    database = Database(tmp_path, shipped=False)
+    third = next(c for c in TASK.space if c not in (OTHER, TASK.space.default))
+    add(database, record(third, default=OTHER, default_seconds=9e-5))
+    add(database, record())
+    assert choice_from_json(str(scheduled(database)[0][CHOICE_ATTR])) == OTHER
+
+
 @pytest.mark.parametrize(
     "outdated",
     [
@@ -214,6 +223,7 @@ def test_builds_use_the_choice(tmp_path: Path) -> None:
         {"template": "x86.other"},
         {"default_seconds": None},
         {"seconds": None},
+        {"default": OTHER},
     ],
 )
 def test_what_does_not_fit_is_passed_over(tmp_path: Path, outdated: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import DatabaseError
-from ..schedules.choice import Choice, SearchSpace, digest
+from ..schedules.choice import Choice, SearchSpace, choice_to_json, digest
 from .record import Record, from_metaschedule, to_metaschedule
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Database:
                 f"{self.folder}: a tuning database is a folder; files are read with "
                 "`tvm-compress tune --import`"
             )
-        self._best: dict[str, dict[Conditions, Record]] = {}
+        self._best: dict[str, dict[object, Record]] = {}  # by what they compete under
         self._measured: dict[str, list[Record]] = {}
         self._indices: dict[str, int] = {}  # workload => line of the workload file
         for path in sorted(SHIPPED.glob("*.json")) if shipped else []:
@@ -76,7 +76,8 @@ class Database:
         return [record for record in records if record.conditions == conditions]
 
     def winners(self) -> list[Record]:
-        """The best verified record of every workload under every conditions."""
+        """The best verified record of every workload under every conditions, over every
+        default."""
         return [record for found in self._best.values() for record in found.values()]
 
     def lookup(self, workload: str, target: Target, cpu: str = "") -> list[Record]:
@@ -169,9 +170,9 @@ class Database:
             if not record.is_verified:
                 continue
             best = self._best.setdefault(record.workload, {})
-            known = best.get(record.conditions)
+            known = best.get(_rivals(record))
             if known is None or record.speedup > known.speedup:
-                best[record.conditions] = record
+                best[_rivals(record)] = record
                 new += 1
         return new
 
@@ -232,8 +233,9 @@ class Database:
 class TunedChoices:
     """For `ScheduleKernels`: the best stored choice of a function that its space still has.
 
-    Choices of an older template, or that the space no longer has, are passed over. Counts the
-    functions with a space (`tunable`) and keeps the records that were used.
+    Choices of an older template, that the space no longer has, or that beat another default than
+    today's are passed over. Counts the functions with a space (`tunable`) and keeps the records
+    that were used.
     """
 
     def __init__(self, database: Database, target: Target, cpu: str = "") -> None:
@@ -256,7 +258,7 @@ class TunedChoices:
             return None
         self.tunable += 1
         for record in self._database.lookup(key, self._target, self._cpu):
-            if space.template == record.template and space.contains(record.choice):
+            if record.fits(space):
                 self.used.append(record)
                 return dict(record.choice)
         return None
@@ -297,12 +299,17 @@ def write_export(path: Path, records: Iterable[Record]) -> None:
 
 
 def _best_of(records: Iterable[Record]) -> list[Record]:
-    best: dict[tuple[str, Conditions], Record] = {}
+    best: dict[object, Record] = {}
     for record in records:
-        key = (record.workload, record.conditions)
+        key = (record.workload, _rivals(record))
         if key not in best or record.speedup > best[key].speedup:
             best[key] = record
     return list(best.values())
+
+
+def _rivals(record: Record) -> object:
+    """Equal for winners of one workload whose speed-ups compare."""
+    return record.conditions, choice_to_json(record.default or {})
 
 
 def _workload_line(func: tirx.PrimFunc) -> str:

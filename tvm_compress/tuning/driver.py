@@ -272,8 +272,7 @@ class _Run:
             is_patient=self.budget.is_exhaustive,
         )
         for record in self.database.measured(task.key, self.conditions):
-            is_current = record.template == task.space.template
-            if is_current and task.space.contains(record.choice):
+            if record.fits(task.space):
                 if record.is_verified:
                     state.verified = record
                     state.checked.add(choice_to_json(record.choice))
@@ -572,7 +571,9 @@ class _Run:
         if seconds > _WORTH_USING * default_seconds:
             choice, seconds = state.task.space.default, default_seconds
         record = dataclasses.replace(
-            self._record(state, choice, seconds, ""), default_seconds=default_seconds
+            self._record(state, choice, seconds, ""),
+            default_seconds=default_seconds,
+            default=dict(state.task.space.default),
         )
         if state.verified is None or record.speedup > state.verified.speedup:
             state.verified = record

@@ -44,9 +44,10 @@ class Conditions:
 class Record:
     """One choice of one workload as it was measured.
 
-    `seconds` is None for a candidate that failed; `error` says how. `default_seconds` is set on
-    winners only: their results were checked against the naive function on fresh data, and both
-    times were taken in turns.
+    `seconds` is None for a candidate that failed; `error` says how. `default` and
+    `default_seconds` are set on winners only: their results were checked against the naive function
+    on fresh data, and both times were taken in turns. A winner over a choice that is the default no
+    longer has won nothing.
     """
 
     workload: str
@@ -56,11 +57,20 @@ class Record:
     seconds: float | None
     error: str = ""
     default_seconds: float | None = None
+    default: Mapping[str, int] | None = None
 
     @property
     def is_verified(self) -> bool:
         """Whether builds may use the choice."""
-        return self.default_seconds is not None and self.seconds is not None
+        return None not in (self.default_seconds, self.default, self.seconds)
+
+    def fits(self, space: SearchSpace) -> bool:
+        """Whether what was measured still holds: same template, default and values."""
+        return (
+            self.template == space.template
+            and space.contains(self.choice)
+            and (self.default is None or dict(self.default) == dict(space.default))
+        )
 
     @property
     def speedup(self) -> float:
@@ -85,6 +95,8 @@ class Record:
             fields["error"] = self.error
         if self.default_seconds is not None:
             fields["default_seconds"] = self.default_seconds
+        if self.default is not None:
+            fields["default"] = dict(self.default)
         return fields
 
     @classmethod
@@ -94,7 +106,7 @@ class Record:
             record = cls(
                 workload=_typed(value["workload"], str),
                 template=_typed(value["template"], str),
-                choice={_typed(k, str): _typed(v, int) for k, v in value["choice"].items()},
+                choice=_choice(value["choice"]),
                 conditions=Conditions(
                     tuple(_typed(name, str) for name in value["capabilities"]),
                     _typed(value["vector_bits"], int),
@@ -104,6 +116,7 @@ class Record:
                 seconds=_seconds(value["seconds"]),
                 error=_typed(value.get("error", ""), str),
                 default_seconds=_seconds(value.get("default_seconds")),
+                default=None if value.get("default") is None else _choice(value["default"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a tuning record: {error}") from None
@@ -114,6 +127,10 @@ def _typed(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise TypeError(f"{value!r:.40} is no {kind.__name__}")
     return value
+
+
+def _choice(value: Any) -> dict[str, int]:
+    return {_typed(name, str): _typed(chosen, int) for name, chosen in value.items()}
 
 
 def _seconds(value: Any) -> float | None:
