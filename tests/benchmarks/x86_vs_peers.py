@@ -151,8 +151,9 @@ def measure(arguments: argparse.Namespace) -> list[Timing]:
         kind: our_session(loaded, module, arguments, threads)
         for kind, (loaded, module) in modules.items()
     }
-    if arguments.realtime:  # before the contestants start threads, which inherit it
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    if arguments.realtime:  # threads that are started later inherit it
+        for thread in Path("/proc/self/task").iterdir():
+            os.sched_setscheduler(int(thread.name), os.SCHED_RR, os.sched_param(1))
     return race(network, model, files, sessions, samples[0], arguments, threads)
 
 
