@@ -16,7 +16,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 CACHE_BYTES = 96 << 20  # copies of a weight together exceed any last-level cache by this
 BLOCK = 128
 
-Kernel = tuple[list[Callable[[], Any]], int]
+Kernel = tuple[Sequence[Callable[[], Any]], int]
 """Calls, one for each copy of the weight, and the bytes of one copy."""
 
 
