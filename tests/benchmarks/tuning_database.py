@@ -11,6 +11,7 @@ target's instructions; every figure it prints is of that machine.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 import time
 from pathlib import Path
@@ -48,12 +49,14 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from tvm_compress.progress import TerminalProgress
+    from tvm_compress.targets import get_target
     from tvm_compress.tuning.database import Database, write_export
-    from tvm_compress.tuning.tune import tune
+    from tvm_compress.tuning.record import Conditions
+    from tvm_compress.tuning.tune import this_cpu, tune
 
     out = arguments.out or SHIPPED / f"{arguments.target}-{arguments.threads}t.json"
     deadline = time.monotonic() + 60 * arguments.minutes
-    workloads: set[str] = set()
+    defaults: dict[str, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         files = models(Path(folder), arguments.models.split(","))
         jobs = [(name, recipe) for recipe in RECIPES for name in files]
@@ -68,19 +71,21 @@ def main() -> None:
                 database=arguments.database,
                 progress=TerminalProgress(),
             )
-            workloads |= {task.workload for task in result.tasks}
+            defaults |= {task.workload: dict(task.default) for task in result.tasks}
             show(name, recipe, result)
+    target = dataclasses.replace(get_target(arguments.target), threads=arguments.threads)
+    conditions = Conditions.of(target, this_cpu())
     database = Database(arguments.database, shipped=False)
     records = [
         record
         for record in database.winners()
-        if record.workload in workloads
-        and record.conditions.threads == arguments.threads
+        if dict(record.default or {}) == defaults.get(record.workload)
+        and record.conditions == conditions
         and record.speedup >= LEAST_SPEEDUP
     ]
     out.parent.mkdir(exist_ok=True)
     write_export(out, records)
-    print(f"{out}: {len(records)} records of {len(workloads)} workloads")
+    print(f"{out}: {len(records)} records of {len(defaults)} workloads")
 
 
 def show(name: str, recipe: str, result: Any) -> None:

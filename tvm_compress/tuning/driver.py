@@ -86,6 +86,7 @@ class TaskResult:
     failures: int
     default_us: float | None
     best_us: float | None
+    default: Mapping[str, int]
     choice: Mapping[str, int] | None  # verified, and faster than the default
     speedup: float
     state: Literal["converged", "open", "given up"]
@@ -700,6 +701,7 @@ def _task_result(state: _State) -> TaskResult:
         failures=state.failures,
         default_us=None if state.default_seconds is None else state.default_seconds * 1e6,
         best_us=None if state.best_seconds is None else state.best_seconds * 1e6,
+        default=dict(state.task.space.default),
         choice=dict(verified.choice) if verified is not None and is_better else None,
         speedup=verified.speedup if verified is not None else 1.0,
         state="given up" if state.given_up else "open" if is_open else "converged",
