@@ -14,7 +14,14 @@ from tvm_compress.errors import DatabaseError
 from tvm_compress.relay_passes.schedule_kernels import ScheduleKernels
 from tvm_compress.schedules.choice import CHOICE_ATTR, choice_from_json
 from tvm_compress.targets import Target
-from tvm_compress.tuning.database import RECORDS, WORKLOADS, Database, TunedChoices
+from tvm_compress.tuning.database import (
+    RECORDS,
+    SHIPPED,
+    WORKLOADS,
+    Database,
+    TunedChoices,
+    read_export,
+)
 from tvm_compress.tuning.record import Conditions, Record
 from tvm_compress.tuning.tasks import Task
 
@@ -234,3 +241,9 @@ def test_what_does_not_fit_is_passed_over(tmp_path: Path, outdated: dict[str, An
     assert CHOICE_ATTR not in attrs
     assert (choices.tuned, choices.tunable) == (0, 1)
     assert database.export(exported) == int(dataclasses.replace(record(), **outdated).is_verified)
+
+
+def test_shipped_files_hold_winners_only() -> None:
+    records = [record for path in SHIPPED.glob("*.json") for record in read_export(path)]
+    assert records
+    assert all(record.is_verified and record.speedup > 1 for record in records)
