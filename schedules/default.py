@@ -17,7 +17,7 @@ from tvm import ir, tirx
 from ..targets import Target
 from .emit import Emitter, dtype_bits, vector
 from .fast_math import vectorised
-from .fused import FusedFunction, Index, Stage, loads, rewrite
+from .fused import FusedFunction, Index, Stage, is_lookup, rewrite
 from .interleave import write_interleaved
 from .rows import schedule_rows
 from .spec import ceil_div
@@ -186,7 +186,7 @@ class _Nest:
         elif self.lanes > 16:
             # Narrow data is computed in 32 bits in between: a few registers of those at once.
             self.lanes = min(self.lanes, 2 * target.lanes(32))
-        if any(_is_lookup(s) for s in fused.stages):
+        if any(is_lookup(s) for s in fused.stages):
             # A gather is no faster than that many loads.
             self.lanes = 1
         self.work = 1
@@ -411,19 +411,6 @@ class _Nest:
                 e.store(codes, element(start + lane), lane)
             found = look_up(quarters, vector(codes, 0, LANES), dtype, str(table.dtype))
             e.store_vector(destination, found, start, LANES)
-
-
-def _is_lookup(stage: Stage) -> bool:
-    """Whether a buffer is indexed by what another one holds."""
-    nested = False
-
-    def load(buffer: tirx.Buffer, indices: Index) -> ir.Expr:
-        nonlocal nested
-        nested |= any(loads(index) for index in indices)
-        return buffer[indices]
-
-    rewrite(stage.value, {}, load)
-    return nested
 
 
 def _const(index: Any) -> bool:

@@ -31,6 +31,17 @@ def dtype_bits(dtype: str) -> int:
     return int(dtype.lstrip("abcdefghijklmnopqrstuvwxyz"))
 
 
+def vector_parts(count: int, lanes: int) -> list[tuple[int, int]]:
+    """`count` as start and width of vectors with power-of-two widths."""
+    parts, start = [], 0
+    while count - start:
+        while lanes > count - start:
+            lanes //= 2
+        parts.append((start, lanes))
+        start += lanes
+    return parts
+
+
 class Emitter:
     """Collects statements; `loop` and `when` open a nested list for the time of a `with`."""
 
@@ -92,6 +103,19 @@ class Emitter:
         self._lists.append([])
         otherwise()
         self._add(IfThenElse(condition, yes, self._close()))
+
+    def ragged(
+        self, block: Any, blocks: int, rest: int, lanes: int, write: Callable[..., None]
+    ) -> None:
+        """write(parts) for block number `block` of `blocks`: whole vectors of `lanes`, but the last
+        one has `rest` elements unless `rest` is 0."""
+        whole, end = [(0, lanes)], vector_parts(rest, lanes)
+        if not rest:
+            write(whole)
+        elif blocks == 1:
+            write(end)
+        else:
+            self.branch(block == blocks - 1, lambda: write(end), lambda: write(whole))
 
     def alloc(self, size: int, dtype: str, name: str, registers: bool = False) -> tirx.Buffer:
         """A flat buffer, on the stack (and in registers, if always indexed by constants) or in

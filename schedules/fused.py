@@ -243,6 +243,19 @@ def loads(expr: ir.Expr) -> list[tirx.Buffer]:
     return found
 
 
+def is_lookup(stage: Stage) -> bool:
+    """Whether a buffer is indexed by what another one holds."""
+    nested = False
+
+    def load(buffer: tirx.Buffer, indices: Index) -> ir.Expr:
+        nonlocal nested
+        nested |= any(loads(index) for index in indices)
+        return buffer[indices]
+
+    rewrite(stage.value, {}, load)
+    return nested
+
+
 def count_nodes(expr: ir.Expr) -> int:
     """How many operations, loads and constants an expression has."""
     children: list[ir.Expr] = list(getattr(expr, "args", ()))

@@ -18,7 +18,7 @@ from tvm import ir, tirx
 from ..targets import Target
 from .emit import Emitter, dtype_bits, vector
 from .fast_math import vectorised
-from .fused import FusedFunction, Index, Stage, loads, rewrite
+from .fused import FusedFunction, Index, Stage, is_lookup, loads, rewrite
 from .softmax import RECIPROCAL_BITS
 from .spec import KERNEL_ATTR, ceil_div
 
@@ -145,7 +145,7 @@ class _RowsKernel:
         if self._is_number(stage) or stage.buffer.same_as(self.output):
             return True
         uses = sum(b.same_as(stage.buffer) for s in self.fused.stages for b in s.reads)
-        return uses > 1 or _is_lookup(stage) or any(_is_lookup(s) for s in self.fused.stages)
+        return uses > 1 or is_lookup(stage) or any(is_lookup(s) for s in self.fused.stages)
 
     def _row(self, row: Any, kept: list[Stage]) -> None:
         e = self.e
@@ -196,7 +196,7 @@ class _RowsKernel:
 
     def _lanes(self, stage: Stage) -> int:
         """One for a look-up: a gather is no faster than that many loads."""
-        if _is_lookup(stage):
+        if is_lookup(stage):
             return 1
         bits = max(32, dtype_bits(str(stage.buffer.dtype)), _widest_cast(stage.value))
         return max(1, self.target.vector_bits // bits)
@@ -207,7 +207,7 @@ class _RowsKernel:
         combine = _combination(stage)
         assert combine is not None and stage.init is not None
         lanes = max(1, self.target.vector_bits // dtype_bits(dtype))
-        if _is_lookup(stage):
+        if is_lookup(stage):
             lanes = 1
         count = _ACCUMULATORS
         while count > 1 and count * lanes > self.plan.length:
@@ -315,19 +315,6 @@ def _margin(reciprocal: int) -> float:
 
 def _is_float(buffer: tirx.Buffer) -> bool:
     return str(buffer.dtype).startswith("float")
-
-
-def _is_lookup(stage: Stage) -> bool:
-    """Whether a buffer is indexed by what another one holds."""
-    nested = False
-
-    def load(buffer: tirx.Buffer, indices: Index) -> ir.Expr:
-        nonlocal nested
-        nested |= any(loads(index) for index in indices)
-        return buffer[indices]
-
-    rewrite(stage.value, {}, load)
-    return nested
 
 
 def _widest_cast(expr: ir.Expr) -> int:

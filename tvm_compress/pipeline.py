@@ -111,10 +111,8 @@ def schedule_pipeline(
     )
 
 
-def kernel_pipeline(
-    target: Target, choose: Callable[[tirx.PrimFunc], Choice | None] | None = None
-) -> tvm.transform.Pass:
-    """Graph or kernel form => all that `tvm.compile` needs, for `relax_pipeline=`."""
+def planning_pipeline(target: Target) -> tvm.transform.Pass:
+    """Graph or kernel form => fused kernels with planned memory, before they are scheduled."""
     return tvm.transform.Sequential(
         [
             storage_pipeline(target),
@@ -122,6 +120,18 @@ def kernel_pipeline(
             packing_pipeline(target),
             fusion_pipeline(),
             memory_pipeline(),
+        ],
+        name="planning",
+    )
+
+
+def kernel_pipeline(
+    target: Target, choose: Callable[[tirx.PrimFunc], Choice | None] | None = None
+) -> tvm.transform.Pass:
+    """Graph or kernel form => all that `tvm.compile` needs, for `relax_pipeline=`."""
+    return tvm.transform.Sequential(
+        [
+            planning_pipeline(target),
             schedule_pipeline(target, choose),
         ],
         name="tvm_compress_kernels",

@@ -19,7 +19,7 @@ from tvm import ir, tirx
 
 from ...targets import Target
 from ..choice import Choice, SearchSpace
-from ..emit import Emitter, vector
+from ..emit import Emitter, vector, vector_parts
 from ..epilogue import Epilogue
 from ..fused import FusedFunction, Stage
 from ..spec import BatchMatmulSpec, ceil_div
@@ -188,7 +188,7 @@ class _BatchMatmulKernel:
             with e.loop("packed_block", whole) as block:
                 columns(block, [(0, lanes)])
         if whole < self.blocks:
-            columns(tirx.const(whole, "int32"), _parts(spec.columns % lanes, lanes))
+            columns(tirx.const(whole, "int32"), vector_parts(spec.columns % lanes, lanes))
         return packed
 
     def _word(self, origin: Any, column: Any, k: Any, count: int, width: int) -> ir.Expr:
@@ -378,16 +378,7 @@ class _BatchMatmulKernel:
                     )
 
         for v in e.each("v", tile.vectors, unrolled):
-            if not ragged:
-                rows(v, [(0, lanes)])
-            elif self.blocks == 1:
-                rows(v, _parts(ragged, lanes))
-            else:
-                e.branch(
-                    block + v == self.blocks - 1,
-                    partial(rows, v, _parts(ragged, lanes)),
-                    partial(rows, v, [(0, lanes)]),
-                )
+            e.ragged(block + v, self.blocks, ragged, lanes, partial(rows, v))
 
 
 def _index(i: Any, row: Any, column: Any) -> tuple[Any, ...]:
@@ -405,14 +396,3 @@ def _lanes(dtype: str, width: int) -> str:
 def _splat(value: int, dtype: str, width: int) -> ir.Expr:
     constant = tirx.const(value, dtype)
     return constant if width == 1 else tirx.Broadcast(constant, width)
-
-
-def _parts(count: int, lanes: int) -> list[tuple[int, int]]:
-    """`count` as start and width of vectors with power-of-two widths."""
-    parts, start = [], 0
-    while count - start:
-        while lanes > count - start:
-            lanes //= 2
-        parts.append((start, lanes))
-        start += lanes
-    return parts

@@ -730,31 +730,11 @@ class _MatrixKernel:
                 )
 
         for v in e.each("v", tile.vectors, unrolled):
-            if not ragged:
-                positions(v, [(0, lanes)])
-            elif self.blocks == 1:
-                positions(v, _parts(ragged, lanes))
-            else:
-                e.branch(
-                    block + v == self.blocks - 1,
-                    partial(positions, v, _parts(ragged, lanes)),
-                    partial(positions, v, [(0, lanes)]),
-                )
+            e.ragged(block + v, self.blocks, ragged, lanes, partial(positions, v))
 
 
 def _tile_of(choice: Choice) -> Tile:
     return Tile(choice["rows"], choice["columns"], choice["vectors"])
-
-
-def _parts(count: int, lanes: int) -> list[tuple[int, int]]:
-    """`count` as start and width of vectors with power-of-two widths."""
-    parts, start = [], 0
-    while count - start:
-        while lanes > count - start:
-            lanes //= 2
-        parts.append((start, lanes))
-        start += lanes
-    return parts
 
 
 def _element(buffer: tirx.Buffer, start: Any, lane: Any) -> ir.Expr:

@@ -119,25 +119,12 @@ def describe_kernels(module: Any, target: Any) -> dict[str, KernelFacts]:
     from tvm import tirx
 
     from tvm_compress import schedules
-    from tvm_compress.pipeline import (
-        fusion_pipeline,
-        memory_pipeline,
-        packing_pipeline,
-        reference_pipeline,
-        storage_pipeline,
-    )
+    from tvm_compress.pipeline import planning_pipeline
     from tvm_compress.schedules.fused import analyse
     from tvm_compress.schedules.spec import SCHEDULE_ATTR
 
     with target.tvm_target():
-        for pipeline in (
-            storage_pipeline(target),
-            reference_pipeline(),
-            packing_pipeline(target),
-            fusion_pipeline(),
-            memory_pipeline(),
-        ):
-            module = pipeline(module)
+        module = planning_pipeline(target)(module)
     facts = {}
     for global_var, function in module.functions.items():
         if not isinstance(function, tirx.PrimFunc):

@@ -39,23 +39,10 @@ class Task:
 
 def extract_tasks(module: tvm.IRModule, target: Target) -> list[Task]:
     """Tasks of a model in graph form, for `target`, in the order of their first call."""
-    from ..pipeline import (
-        fusion_pipeline,
-        memory_pipeline,
-        packing_pipeline,
-        reference_pipeline,
-        storage_pipeline,
-    )
+    from ..pipeline import planning_pipeline
 
     with target.tvm_target():
-        for phase in (
-            storage_pipeline(target),
-            reference_pipeline(),
-            packing_pipeline(target),
-            fusion_pipeline(),
-            memory_pipeline(),
-        ):
-            module = phase(module)
+        module = planning_pipeline(target)(module)
     return tasks_of(module, target)
 
 
