@@ -102,7 +102,7 @@ class Artefact:
         """`report.json` as plain data."""
         return _read_json(self.path / REPORT_JSON)
 
-    def library(self, which: str = "compressed") -> Path:
+    def path_of(self, which: str = "compressed") -> Path:
         """Path of one of the `LIBRARIES`."""
         return self.path / LIBRARIES[which]
 
@@ -110,7 +110,7 @@ class Artefact:
         """Load one of the libraries on this machine."""
         from .runtime import Session
 
-        return Session(self.library(which), self.inputs, self.outputs)
+        return Session(self.path_of(which), self.inputs, self.outputs)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

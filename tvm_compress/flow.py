@@ -416,7 +416,7 @@ def _build_side(
     module: tvm.IRModule, target: Target, records: Database, is_compressed: bool, folder: Path
 ) -> None:
     from .build import build, compile_reference
-    from .library import describe_library, require_fits
+    from .contents import describe_library, require_fits
     from .taps import tap
     from .tuning.database import TunedChoices
     from .tuning.tune import this_cpu

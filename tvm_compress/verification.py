@@ -125,7 +125,7 @@ def reference_session(artefact: Artefact) -> Session:
         TensorSpec(TAP + tap["name"], tuple(tap["shape"]), tap["dtype"])
         for tap in artefact.kernels["taps"]
     )
-    return Session(artefact.library("reference"), artefact.inputs, artefact.outputs + taps)
+    return Session(artefact.path_of("reference"), artefact.inputs, artefact.outputs + taps)
 
 
 def check_exactness(

@@ -232,7 +232,7 @@ class _Job:
     ]  # fmt: skip
     state: _State
     choice: Choice | None = None
-    library: Path | None = None
+    built: Path | None = None
 
 
 # --- the run ------------------------------------------------------------------------------------
@@ -444,7 +444,7 @@ class _Run:
             "output": str(output),
             "target": self.target_fields,
         }
-        worker.send(dataclasses.replace(job, library=output), request, self.limits.build)
+        worker.send(dataclasses.replace(job, built=output), request, self.limits.build)
 
     def _measure(self, job: _Job) -> None:
         state = job.state
@@ -452,7 +452,7 @@ class _Run:
             request: dict[str, Any] = {"op": "prepare", "task": str(state.folder)}
             limit = self.limits.prepare
         elif job.kind == "compare":
-            libraries = [str(state.default_library), str(job.library)]
+            libraries = [str(state.default_library), str(job.built)]
             self.numbers += 1
             request = {
                 "op": "compare",
@@ -465,7 +465,7 @@ class _Run:
             request = {
                 "op": "measure",
                 "task": str(state.folder),
-                "library": str(job.library),
+                "library": str(job.built),
                 "best": state.best_seconds,
             }
             limit = self.limits.measure
@@ -529,10 +529,10 @@ class _Run:
         self._store(self._record(state, choice, seconds, error))
         self._take(state, choice, seconds)
         is_default = choice_to_json(choice) == state.default
-        if is_default and seconds is not None and job.library is not None:
-            job.library.replace(state.default_library)
+        if is_default and seconds is not None and job.built is not None:
+            job.built.replace(state.default_library)
         else:
-            _remove(job.library)
+            _remove(job.built)
         if state.failures >= _HOPELESS_FAILURES and state.best is None:
             self._give_up(state, f"no candidate runs: {error}")
         elif state.in_flight == 0:
@@ -554,7 +554,7 @@ class _Run:
         state, choice = job.state, job.choice
         assert choice is not None
         state.is_checking = False
-        _remove(job.library)
+        _remove(job.built)
         if not error:
             error = answer["errors"][0] or answer["errors"][1]
         if error:
@@ -604,7 +604,7 @@ class _Run:
         )
 
     def _drop(self, job: _Job) -> None:
-        _remove(job.library)
+        _remove(job.built)
         if job.kind in ("candidate", "measure"):
             job.state.in_flight -= 1
 
