@@ -12,11 +12,13 @@ import pytest
 from tvm_compress.importers import load_model
 from tvm_compress.model import Model
 
+# Convolutions and products of matrices. A recurrent network's first step has none with its state:
+# that state is zero, and the product folds.
 MODELS = {
-    "arm_kws_CRNN_S": 161,
+    "arm_kws_CRNN_S": 159,
     "arm_kws_DNN_S": 4,
     "arm_kws_DS_CNN_S": 10,
-    "arm_kws_GRU_S": 100,
+    "arm_kws_GRU_S": 99,
     "cifar10_bnn_cnv_w1a1": 9,
     "cifar10_resnet20": 20,
     "cifar10_resnet56": 56,
