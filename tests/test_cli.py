@@ -86,6 +86,7 @@ def test_version() -> None:
         (["list", "passes", "--schema"], "belongs to `list recipes`"),
         (["benchmark", "out", "--threads", "0"], "not in the range"),
         (["benchmark", "out", "--against", "onnxruntime"], "--model"),
+        (["benchmark", "out", "--calib", "x.npz"], "--against"),
     ],
 )
 def test_wrong_use_is_one_line_and_status_2(arguments: list[str], part: str) -> None:

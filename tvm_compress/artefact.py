@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ArtefactError
 
 if TYPE_CHECKING:
+    from .data import Dataset
     from .model import TensorSpec
     from .recipe import Recipe
     from .runtime import Session
@@ -101,6 +102,14 @@ class Artefact:
     def report(self) -> Mapping[str, Any]:
         """`report.json` as plain data."""
         return _read_json(self.path / REPORT_JSON)
+
+    def load_data(self, source: Any) -> Dataset:
+        """What `data.load_data` makes of `source`, for this model, prepared as its recipe says."""
+        from .data import load_data
+        from .model import Model
+
+        shell = Model(str(self.path), None, self.inputs, self.outputs, "artefact")
+        return load_data(source, shell, self.recipe.preprocessing)
 
     def path_of(self, which: str = "compressed") -> Path:
         """Path of one of the `LIBRARIES`."""

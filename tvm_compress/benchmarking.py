@@ -1,8 +1,9 @@
-"""Latency of the artefact and its float original side by side, and where the time goes.
+"""Latency and accuracy of the artefact, its float original and other runtimes, side by side.
 
 All sides run in one process, in turn, warm, with the same threads, so that a busy machine disturbs
-them alike. Other runtimes are timed only after their outputs were found to agree. The time of
-single kernels is measured in separate inferences.
+them alike. Other runtimes are timed only after their outputs were found to agree; they are
+calibrated with the samples that the artefact was calibrated with, and scored on the same samples.
+The time of single kernels is measured in separate inferences.
 """
 
 from __future__ import annotations
@@ -11,22 +12,24 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import CheckFailed, ModelError
+from .accuracy import SideAccuracy, beside, right_answers, scores_output, sides_of
+from .errors import CheckFailed, DataError, ModelError
 from .kernels import LibraryInfo, Observer
 from .measures import ErrorSums
 from .progress import Progress
 from .report.rows import Device, Latency
 
 if TYPE_CHECKING:
+    from .accuracy import Scorer
     from .artefact import Artefact
+    from .data import Dataset
     from .peers import Peer
     from .runtime import Session
 
@@ -37,7 +40,6 @@ TURN_SECONDS, LEAST_RUNS_A_TURN, MOST_RUNS_A_TURN = 0.03, 2, 50
 # Between turns: idle threads of the one before spin for a while, on cores that others now need.
 PAUSE_SECONDS = 0.004
 OBSERVED_RUNS = 20
-PEER_SAMPLES = 128  # calibration inputs for other runtimes
 # What another runtime must agree to: the float model (as far as rounding goes), or a quantised one.
 LEAST_FLOAT_DB, LEAST_INT8_DB, MOST_DB = 30.0, 3.0, 999.0
 
@@ -61,6 +63,8 @@ class Benchmark:
     kernels: dict[str, tuple[KernelTime, ...]]  # by side, in order of execution
     agreement_db: dict[str, float]
     """Signal to noise of another runtime's outputs against the original's; at most 999."""
+    accuracies: dict[str, SideAccuracy] = field(default_factory=dict)
+    """By side, all on the same labelled samples; empty where none were given."""
 
     @property
     def speedup(self) -> float:
@@ -74,6 +78,7 @@ def benchmark(
     against: tuple[str, ...] = (),
     models: tuple[Path, ...] = (),
     calibration: Any = None,
+    evaluate: Any = None,
     seconds: float = 5.0,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -81,30 +86,37 @@ def benchmark(
     """Time `artefact`, its float original and the runtimes in `against` for `seconds` each.
 
     Each of these takes the first of `models` that it can read; with `calibration` (what `load_data`
-    takes) it also runs that model as its own tools quantise it to int8.
+    takes) it also runs that model as its own tools quantise it to int8, with the samples that
+    `compress` takes of the same data. With `evaluate` (labelled data) the top-1 accuracy of all
+    sides is measured.
 
-    Raises `ModelError` when another runtime cannot run the model, `CheckFailed` when it computes
-    something else, `TargetError` when the artefact is not for this machine.
+    Raises `DataError` when data does not fit, `ModelError` when another runtime cannot run the
+    model, `CheckFailed` when it computes something else, `TargetError` when the artefact is not for
+    this machine.
     """
     from .targets import get_target
 
     get_target(artefact.manifest["target"]["name"]).require_runs_here()
     threads = set_threads(threads)
     progress = progress or Progress()
+    labelled = None if evaluate is None else _labelled(artefact, evaluate)
+    samples = [] if calibration is None else peer_samples(artefact, calibration, progress)
     feed = probe_inputs(artefact)[0]
     sessions = {side: artefact.session(side) for side in ("compressed", "original")}
     programs = {side: session.bind(feed) for side, session in sessions.items()}
     agreement = {}
+    peers = {}
     if against:
         expected = list(sessions["original"].run(feed).values())
-        samples = _samples(calibration, artefact)
         for name, peer in load_peers(against, models, samples, threads):
             agreement[name] = _agreement_db(name, expected, peer.run(feed))
             programs[name] = peer.bind(feed)
+            peers[name] = peer
+    accuracies = {} if labelled is None else _accuracies(artefact, peers, labelled, progress)
     latencies = time_interleaved(programs, seconds, progress)
     infos = {side: LibraryInfo.from_json(artefact.kernels[side]) for side in sessions}
     kernels = {side: time_kernels(session, infos[side], feed) for side, session in sessions.items()}
-    return Benchmark(this_device(threads), latencies, kernels, agreement)
+    return Benchmark(this_device(threads), latencies, kernels, agreement, accuracies)
 
 
 def load_peers(
@@ -133,13 +145,43 @@ def load_peers(
                 yield side, peers.LOADERS[name](file, threads)
 
 
-def _samples(calibration: Any, artefact: Artefact) -> list[dict[str, np.ndarray]]:
-    """Calibration inputs for the other runtimes; they hold all of them in memory."""
-    if calibration is None:
-        return []
-    from .data import read_arrays
+def peer_samples(
+    artefact: Artefact, calibration: Any, progress: Progress
+) -> list[dict[str, np.ndarray]]:
+    """Calibration inputs for the other runtimes, those that `compress` takes of the same data.
 
-    return list(islice(read_arrays(calibration, artefact.inputs), PEER_SAMPLES))
+    They hold all of them in memory.
+    """
+    dataset = artefact.load_data(calibration).take(artefact.recipe.calibration.samples)
+    made_with = artefact.manifest.get("calibration") or {}
+    if dataset.fingerprint is None or dataset.fingerprint != made_with.get("fingerprint"):
+        progress.note(
+            f"{dataset.source}: not known to be the data that the artefact was calibrated with "
+            f"({made_with.get('source', 'none')}); the other runtimes are calibrated with it"
+        )
+    return list(dataset)
+
+
+def _labelled(artefact: Artefact, evaluate: Any) -> Dataset:
+    dataset = artefact.load_data(evaluate)
+    if not dataset.has_labels:
+        raise DataError(f"{dataset.source}: has no labels, so that no accuracy can be measured")
+    scores_output(artefact.outputs, dataset)
+    return dataset
+
+
+def _accuracies(
+    artefact: Artefact, peers: Mapping[str, Peer], dataset: Dataset, progress: Progress
+) -> dict[str, SideAccuracy]:
+    """Of both programs of the artefact and of all `peers`."""
+    spec = scores_output(artefact.outputs, dataset)
+    place = artefact.outputs.index(spec)
+
+    def scorer(peer: Peer) -> Scorer:
+        return lambda feed: peer.run(feed)[place].reshape(spec.shape)
+
+    scorers = {**sides_of(artefact, spec), **{side: scorer(peers[side]) for side in peers}}
+    return beside(right_answers(scorers, dataset, spec, progress))
 
 
 def _agreement_db(name: str, expected: list[np.ndarray], outputs: list[np.ndarray]) -> float:

@@ -517,7 +517,10 @@ def verify(
 
 
 @cli.command(
-    epilog=_example("tvm-compress benchmark out --against onnxruntime,openvino --model model.onnx")
+    epilog=_example(
+        "tvm-compress benchmark out --against onnxruntime,openvino --model model.onnx \\\n"
+        "      --calib calibration.npz --eval test.npz"
+    )
 )
 @click.argument("artefact", type=click.Path(path_type=Path))
 @click.option(
@@ -536,7 +539,13 @@ def verify(
     "--calib",
     "calibration",
     type=click.Path(path_type=Path),
-    help="An .npz: the other runtimes also run the model as their own tools quantise it.",
+    help="Calibration data: the other runtimes also run the model as their own tools quantise it.",
+)
+@click.option(
+    "--eval",
+    "evaluate",
+    type=click.Path(path_type=Path),
+    help="Labelled data to measure the accuracy of all sides on.",
 )
 @click.option(
     "--seconds",
@@ -552,12 +561,17 @@ def benchmark(
     against: tuple[str, ...],
     models: tuple[Path, ...],
     calibration: Path | None,
+    evaluate: Path | None,
     seconds: float,
     threads: int | None,
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Time ARTEFACT and its original side by side on this machine."""
+    """Time ARTEFACT and its original side by side on this machine, and score them on labelled data.
+
+    Other runtimes that are to run the model in int8 (--calib) are calibrated with the samples that
+    `compress` takes of the same data.
+    """
     from dataclasses import asdict
 
     from .artefact import Artefact
@@ -566,12 +580,15 @@ def benchmark(
 
     if against and not models:
         raise click.UsageError("--against needs the source model: --model model.onnx")
+    if calibration is not None and not against:
+        raise click.UsageError("--calib is for other runtimes: --against onnxruntime,openvino")
     opened = Artefact.open(artefact)
     result = run_benchmark(
         opened,
         against=against,
         models=models,
         calibration=calibration,
+        evaluate=evaluate,
         seconds=seconds,
         threads=threads,
         progress=_progress(),

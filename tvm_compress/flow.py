@@ -153,12 +153,12 @@ def _load(
     input_values: Mapping[str, float] | None,
     threads: int | None = None,
 ) -> Job:
+    from .accuracy import scores_output
     from .build import require_linker
     from .data import load_data
     from .importers import load_model
     from .recipe import Recipe, load_recipe
     from .targets import get_target
-    from .verification import scores_output
 
     is_recipe = isinstance(recipe, Recipe)
     chosen: Recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)

@@ -7,7 +7,6 @@ and the same integers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import ArtefactError, CheckFailed, DataError
+from .accuracy import measure_accuracy
+from .errors import ArtefactError, CheckFailed
 from .kernels import LibraryInfo, capture
-from .measures import ErrorSums, paired_difference, wilson
+from .measures import ErrorSums
 from .model import TensorSpec
 from .progress import Progress
 from .report.rows import Accuracy, Check, Exactness, OutputRow
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .artefact import Artefact
-    from .data import Dataset, Run
+    from .data import Dataset
     from .runtime import Session
 
 TAP = "tap:"  # prefix of the intermediate tensors among the reference library's outputs
@@ -84,8 +84,6 @@ def verify(
     machine; a failed check is in the result, and `Verification.require` turns it into an error.
     """
     from .benchmarking import probe_inputs, set_threads
-    from .data import load_data
-    from .model import Model
     from .targets import get_target
 
     get_target(artefact.manifest["target"]["name"]).require_runs_here()
@@ -94,8 +92,7 @@ def verify(
     feeds: Iterable[Mapping[str, np.ndarray]] = probe_inputs(artefact)
     dataset = None
     if data is not None:
-        shell = Model(str(artefact.path), None, artefact.inputs, artefact.outputs, "artefact")
-        dataset = load_data(data, shell, artefact.recipe.preprocessing)
+        dataset = artefact.load_data(data)
         feeds = dataset
     exactness = check_exactness(artefact, islice(iter(feeds), exact_inputs), progress)
     outputs, tensors = compare_with_original(
@@ -268,75 +265,7 @@ def _worst(tensors: tuple[TensorError, ...]) -> str | None:
     return ", ".join(worst.layers)
 
 
-# --- (c) labels ---------------------------------------------------------------------------------
-
-
-def measure_accuracy(artefact: Artefact, dataset: Dataset, progress: Progress) -> Accuracy:
-    """Top-1 accuracy of both programs on every sample of `dataset`."""
-    spec = scores_output(artefact.outputs, dataset)
-    sessions = [artefact.session("original"), artefact.session()]
-    both = only_before = only_after = count = 0
-    runs = -(-len(dataset) // dataset.batch)
-    for run in progress.track(dataset.runs(), "measuring accuracy", runs):
-        before, after = (_right(session, run, spec, dataset.source) for session in sessions)
-        count += run.count
-        both += int(np.sum(before & after))
-        only_before += int(np.sum(before & ~after))
-        only_after += int(np.sum(~before & after))
-    right_before, right_after = both + only_before, both + only_after
-    low_before, high_before = wilson(right_before, count)
-    low_after, high_after = wilson(right_after, count)
-    difference = paired_difference(only_before, only_after, count)
-    return Accuracy(
-        samples=count,
-        before=right_before / count,
-        before_low=low_before,
-        before_high=high_before,
-        after=right_after / count,
-        after_low=low_after,
-        after_high=high_after,
-        drop=difference.drop,
-        drop_low=difference.low,
-        drop_high=difference.high,
-        only_before_right=only_before,
-        only_after_right=only_after,
-        p_value=difference.p_value,
-    )
-
-
-def scores_output(outputs: tuple[TensorSpec, ...], dataset: Dataset) -> TensorSpec:
-    """The output that holds one score for each class of `dataset`'s labels.
-
-    Raises `DataError` when there is none, or when the labels are known and go beyond the classes.
-    """
-    for spec in outputs:
-        classes = math.prod(spec.shape[1:])
-        if spec.shape and spec.shape[0] == dataset.batch and classes > 1:
-            if dataset.label_range is not None:
-                _check_labels(*dataset.label_range, spec, dataset.source)
-            return spec
-    shapes = ", ".join(f"{spec.name!r} {list(spec.shape)}" for spec in outputs)
-    raise DataError(
-        f"{dataset.source}: labels are given, but no output holds one score for each class "
-        f"({shapes}); leave the labels out"
-    )
-
-
-def _check_labels(low: int, high: int, spec: TensorSpec, source: str) -> None:
-    classes = math.prod(spec.shape[1:])
-    if low < 0 or high >= classes:
-        raise DataError(
-            f"{source}: labels go from {low} to {high}; output {spec.name!r} has {classes} classes"
-        )
-
-
-def _right(session: Session, run: Run, spec: TensorSpec, source: str) -> np.ndarray:
-    """Whether each sample's largest score is its label's."""
-    assert run.labels is not None
-    _check_labels(int(run.labels.min()), int(run.labels.max()), spec, source)
-    scores = session.run(run.feed)[spec.name]
-    right: np.ndarray = scores.reshape(scores.shape[0], -1)[: run.count].argmax(1) == run.labels
-    return right
+# --- checks -------------------------------------------------------------------------------------
 
 
 def _checks(

@@ -14,11 +14,16 @@ from typing import Any
 
 import jsonschema
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
+from tvm_compress import compress, peers
 from tvm_compress.artefact import MANIFEST, Artefact, describe_files
+from tvm_compress.benchmarking import peer_samples
+from tvm_compress.progress import Progress
 from tvm_compress.report.rows import report_schema
 
 from ..command_line import CLASSES, tiny_data, tiny_onnx, tvm_compress
@@ -202,9 +207,11 @@ def test_benchmark_against_the_int8_forms_of_other_runtimes(world: World) -> Non
     pytest.importorskip("onnxruntime")
     result = tvm_compress(
         "benchmark", world.out, "--against", "onnxruntime,openvino", "--model", world.model,
-        "--calib", world.calibration, "--seconds", "0.1", "--threads", "1", "--json",
+        "--calib", world.calibration, "--eval", world.test, "--seconds", "0.1", "--threads", "1",
+        "--json",
     )  # fmt: skip
     assert result.status == 0, result.err
+    assert "calibrated with it" not in result.err
     others = {
         "onnxruntime", "onnxruntime int8 u8s8", "onnxruntime int8 s8s8", "openvino",
         "openvino int8",
@@ -214,6 +221,76 @@ def test_benchmark_against_the_int8_forms_of_other_runtimes(world: World) -> Non
     assert set(agreement) == others
     assert min(agreement["onnxruntime"], agreement["openvino"]) > 80
     assert all(10 < agreement[name] < 80 for name in others if "int8" in name)
+    accuracies = result.json["accuracies"]
+    assert set(accuracies) == {"compressed", "original", *others}
+    assert {row["samples"] for row in accuracies.values()} == {60}
+    # The labels are what the float model says.
+    assert accuracies["original"]["accuracy"] == accuracies["onnxruntime"]["accuracy"] == 1
+    reported = world.result.json["accuracy"]
+    assert accuracies["compressed"]["accuracy"] == reported["after"]
+    for side in ("original", "onnxruntime"):
+        assert accuracies[side]["ahead"] == pytest.approx(reported["drop"])
+        assert accuracies[side]["ahead_low"] == pytest.approx(reported["drop_low"])
+
+
+def test_benchmark_scores_other_runtimes_on_the_same_data(world: World, tmp_path: Path) -> None:
+    """On the terminal, with other data for calibration, and labels that are half wrong."""
+    pytest.importorskip("onnxruntime")
+    labels = world.scores.argmax(1)
+    labels[::2] = (labels[::2] + 1) % CLASSES
+    half = tmp_path / "half.npz"
+    np.savez(half, image=world.images, labels=labels)
+    arguments = [
+        "benchmark", world.out, "--against", "onnxruntime", "--model", world.model,
+        "--seconds", "0.1", "--calib",
+    ]  # fmt: skip
+    result = tvm_compress(*arguments, tiny_data(tmp_path / "other.npz", 30), "--eval", half)
+    assert result.status == 0, result.err
+    assert "other runtimes are calibrated with it" in result.err
+    line = next(x for x in result.out.splitlines() if "onnxruntime " in x and ".." in x)
+    assert "50.00" in line
+    assert "the same 60 samples" in result.out
+    bare = tvm_compress(*arguments, world.calibration, "--eval", world.calibration)
+    assert bare.status == 2
+    assert "no labels" in bare.error
+
+
+def test_other_runtimes_are_calibrated_with_what_compress_takes(tmp_path: Path) -> None:
+    """As many samples, the same ones, preprocessed as the recipe says."""
+    pytest.importorskip("nncf")
+    openvino = pytest.importorskip("openvino")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "version: 1\nsteps:\n  - quantize: {layers: all, weights: int8, activations: int8}\n"
+        "calibration: {samples: 8}\n"
+        "preprocessing: {channels: gray, divide_by: 51, mean: [2], std: [0.25]}\n"
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+    data, model = tmp_path / "data.npz", tiny_onnx(tmp_path / "tiny.onnx")
+    np.savez(data, image=pixels)
+    artefact = compress(model, recipe=recipe, calibration=data, out=tmp_path / "out", threads=1)
+    taken = (pixels[::5].transpose(0, 3, 1, 2).astype(np.float32) / 51 - 2) / 0.25
+    samples = peer_samples(artefact, data, Progress())
+    np.testing.assert_allclose(np.concatenate([s["image"] for s in samples]), taken, rtol=1e-6)
+
+    files = {
+        name: peers.quantize(name, model, samples, tmp_path / name, has_vnni=True)
+        for name in ("onnxruntime", "openvino")
+    }
+    low, high = float(taken.min()), float(taken.max())
+    graph = onnx.load(files["onnxruntime"]["onnxruntime int8 u8s8"]).graph
+    scale = next(x for x in graph.initializer if x.name == "image_scale")
+    assert float(numpy_helper.to_array(scale)) == pytest.approx((high - low) / 255, rel=1e-5)
+    read = openvino.Core().read_model(str(files["openvino"]["openvino int8"]))
+    fake = next(
+        op for op in read.get_ops()
+        if op.get_type_name() == "FakeQuantize"
+        and op.input_value(0).get_node().get_type_name() == "Parameter"
+    )  # fmt: skip
+    ends = [float(fake.input_value(i).get_node().get_data().ravel()[0]) for i in (1, 2)]
+    # Symmetric, as far as each sample goes on average.
+    reach = float(np.abs(taken).max(axis=(1, 2, 3)).mean())
+    assert max(map(abs, ends)) == pytest.approx(reach, rel=0.01)
 
 
 def test_benchmark_refuses_another_model(world: World, tmp_path: Path) -> None:

@@ -336,6 +336,20 @@ def print_benchmark(result: Benchmark, original: str) -> None:
             f"{three_digits(latency.median_us / base)}x",
         )
     console.print(table)
+    if result.accuracies:
+        table = _table("", ">top-1", ">95 %", ">minus compressed, points")
+        for side, row in result.accuracies.items():
+            table.add_row(
+                labels.get(side, side),
+                percent_text(row.accuracy, 2),
+                _interval(row.low, row.high),
+                ""
+                if side == "compressed"
+                else f"{points(row.ahead)} ({points(row.ahead_low)} .. {points(row.ahead_high)})",
+            )
+        console.print(table)
+        count = result.accuracies["compressed"].samples
+        console.print(f"the same {count} samples for all; differences are paired", style="dim")
     kernels = result.kernels["compressed"]
     total = sum(kernel.time_us for kernel in kernels) or 1.0
     table = _table("kernel", "layers", ">time", ">share", "")
