@@ -1,6 +1,7 @@
 """Latency of whole networks beside ONNX Runtime, OpenVINO and LiteRT: the README's table.
 
     python tests/benchmarks/x86_vs_peers.py [--models resnet_50,bert] [--threads 1,2] [--runs 15]
+    python tests/benchmarks/x86_vs_peers.py --accuracy
 
 The same model, threads and input for everybody, in one process that is pinned to as many cores as
 there are threads. The contestants take turns; in its turn each first runs once untimed (its weights
@@ -10,6 +11,8 @@ all timed runs. Before anything is timed the outputs are compared with ONNX Runt
 Peers run at their best: float32 as delivered; int8 as ONNX Runtime's static quantiser (per channel,
 u8 or s8 activations, whichever is faster), NNCF for OpenVINO, and the int8 `.tflite` of the same
 network where the assets have one, on LiteRT with XNNPACK. Ours is `float32` and the recipe `int8`.
+
+`--accuracy` scores the int8 forms of the networks with data instead (`peers_accuracy.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-CALIBRATION_SAMPLES = 64
+CALIBRATION_SAMPLES = 64  # where only speed is measured
 RANDOM_SAMPLES = 16  # for networks with random weights: there is nothing to learn from more
 WORK = Path.home() / ".cache" / "tvm-compress" / "peers"
 LEAST_SQNR_DB = {"float32": 60.0, "int8": 3.0}
@@ -38,13 +41,18 @@ LEAST_SQNR_DB = {"float32": 60.0, "int8": 3.0}
 
 @dataclass(frozen=True)
 class Network:
-    """A benchmark model: `build` makes it with random weights, or it is an asset with data."""
+    """A benchmark model: `build` makes it with random weights, or it is an asset with data.
+
+    `channels_last`: the ONNX file has the input's axes in the order of the `.tflite`.
+    """
 
     title: str
     asset: str | None = None
     build: str | None = None
     transformer: bool = False
     tflite: str | None = None
+    channels_last: bool = False
+    is_timed: bool = True
 
 
 NETWORKS: dict[str, Network] = {
@@ -57,7 +65,13 @@ NETWORKS: dict[str, Network] = {
     "efficientnet": Network("EfficientNet-Lite0", "imagenet_efficientnet_lite0"),
     "dscnn": Network("MLPerf DS-CNN", "mlperf_kws_dscnn", tflite="kws_ref_model"),
     "resnet8": Network("MLPerf ResNet-8", "mlperf_ic_resnet8", tflite="pretrainedResnet_quant"),
-}
+    "dscnn_s": Network("DS-CNN-S (Arm)", "arm_kws_DS_CNN_S", is_timed=False),
+    "dnn_s": Network("DNN-S (Arm)", "arm_kws_DNN_S", is_timed=False),
+    "mobilenet_v1": Network(
+        "MobileNetV1 0.25", "imagenet_mobilenetv1_025_224", tflite="mobilenet_v1_0.25_224_quant",
+        channels_last=True, is_timed=False,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,13 @@ class Timing:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", default=",".join(NETWORKS), help="names, comma-separated")
+    parser.add_argument(
+        "--models",
+        help=f"comma-separated, of {', '.join(NETWORKS)}; default: the README's",
+    )
+    parser.add_argument(
+        "--accuracy", action="store_true", help="score int8 on labelled data instead of timing"
+    )
     parser.add_argument("--threads", default="1,2", help="thread counts, comma-separated")
     parser.add_argument("--target", default="host")
     parser.add_argument("--runs", type=int, default=15, help="turns of each contestant")
@@ -99,11 +119,22 @@ def main() -> None:
     if arguments.one:
         print(json.dumps([asdict(timing) for timing in measure(arguments)]))
         return
-    counts = [int(part) for part in arguments.threads.split(",")]
-    timings: dict[str, dict[int, list[Timing]]] = {}
-    for name in arguments.models.split(","):
+    wanted = (
+        [name for name, network in NETWORKS.items() if network.is_timed or arguments.accuracy]
+        if arguments.models is None
+        else arguments.models.split(",")
+    )
+    for name in wanted:
         if name not in NETWORKS:
             parser.error(f"unknown model {name!r}; there are {', '.join(NETWORKS)}")
+    if arguments.accuracy:
+        import peers_accuracy
+
+        peers_accuracy.run({name: NETWORKS[name] for name in wanted}, arguments)
+        return
+    counts = [int(part) for part in arguments.threads.split(",")]
+    timings: dict[str, dict[int, list[Timing]]] = {}
+    for name in wanted:
         found = {threads: measure_apart(name, threads) for threads in counts}
         if all(found.values()):
             timings[name] = found
@@ -231,7 +262,7 @@ def peer_files(
     # Peers look at the machine, whatever ours is compiled for.
     has_vnni = bool(get_target("host").capabilities & {"avx512vnni", "avxvnni"})
     key = hashlib.sha256(model.read_bytes() + Path(peers.__file__).read_bytes())
-    key.update(b"vnni" if has_vnni else b"")
+    key.update(f"{'vnni' if has_vnni else ''} {len(samples)}".encode())
     folder = arguments.work / f"{model.stem}-{key.hexdigest()[:12]}"
     files = [(n, "float32", model) for n in names if n != "litert" and "float32" in kinds]
     if "int8" not in kinds:
@@ -270,8 +301,9 @@ def race(
     errors: dict[tuple[str, str], float] = {}
     for runtime, kind, path in files:
         peer = peers.LOADERS[runtime](path, threads)
-        given = as_tflite(feed, peer.inputs) if runtime == "litert" else feed
-        expected = softmax(reference) if runtime == "litert" else reference
+        is_tflite = runtime == "litert"
+        given = as_tflite(feed, peer.inputs, network.channels_last) if is_tflite else feed
+        expected = softmax(reference) if is_tflite else reference
         errors[runtime, kind] = sqnr_db(expected, peer.run(given))
         programs[runtime, kind] = peer.bind(given)
     for kind, session in sessions.items():
@@ -320,10 +352,12 @@ def tuned_choices(database: Path | None, target: Any) -> Any:
     return TunedChoices(Database(database), target, this_cpu())
 
 
-def as_tflite(feed: dict[str, np.ndarray], names: tuple[str, ...]) -> dict[str, np.ndarray]:
+def as_tflite(
+    feed: dict[str, np.ndarray], names: tuple[str, ...], is_channels_last: bool
+) -> dict[str, np.ndarray]:
     """The one input under the file's own name, channels last."""
     (array,) = feed.values()
-    return {names[0]: np.ascontiguousarray(array.transpose(0, 2, 3, 1))}
+    return {names[0]: array if is_channels_last else array.transpose(0, 2, 3, 1).copy()}
 
 
 def softmax(outputs: list[np.ndarray]) -> list[np.ndarray]:
