@@ -9,7 +9,7 @@ from .choice import (
     choice_to_json,
 )
 from .decode_weight import DecodedWeight
-from .dispatch import decode_weight, pack_weight, schedule, search_space
+from .dispatch import decode_weight, pack_parts, pack_weight, schedule, search_space
 from .spec import (
     KERNEL_ATTR,
     SCHEDULE_ATTR,
@@ -41,6 +41,7 @@ __all__ = [
     "choice_to_json",
     "decode_weight",
     "describe",
+    "pack_parts",
     "pack_weight",
     "prim_func",
     "reference",

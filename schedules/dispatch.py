@@ -39,6 +39,20 @@ def pack_weight(
     return pack(spec, weight, target)
 
 
+def pack_parts(
+    spec: KernelSpec, parts: list[np.ndarray], target: Target
+) -> tuple[WeightedSpec, list[np.ndarray]] | None:
+    """The same for all parts of a stored weight: codes, [tables], [scales, [zero points]]."""
+    if not isinstance(spec, WeightedSpec) or not target.is_x86:
+        return None
+    if spec.is_integer and (spec.table_channels or spec.group_size):
+        from .x86.pack_nibbles import pack_parts as pack
+
+        return pack(spec, parts, target)
+    packed = pack_weight(spec, parts[0], target)
+    return None if packed is None else (packed[0], [packed[1], *parts[1:]])
+
+
 def decode_weight(
     spec: WeightedSpec, parts: list[np.ndarray], target: Target
 ) -> DecodedWeight | None:

@@ -20,6 +20,7 @@ class Operands:
     weight: tirx.Buffer
     scales: tirx.Buffer | None = None
     zero_points: tirx.Buffer | None = None
+    tables: tirx.Buffer | None = None
 
 
 def find_operands(fused: FusedFunction, anchor: Stage, spec: WeightedSpec) -> Operands | None:
@@ -28,7 +29,7 @@ def find_operands(fused: FusedFunction, anchor: Stage, spec: WeightedSpec) -> Op
     for buffer in anchor.reads:
         if not buffer.same_as(anchor.buffer) and not any(buffer.same_as(r) for r in reads):
             reads.append(buffer)
-    expected = 2 + bool(spec.group_size) + spec.group_zero_points
+    expected = 2 + bool(spec.table_channels) + bool(spec.group_size) + spec.group_zero_points
     if len(reads) != expected:
         return None
     window, weight, extra = reads[0], reads[1], reads[2:]
@@ -42,6 +43,8 @@ def find_operands(fused: FusedFunction, anchor: Stage, spec: WeightedSpec) -> Op
         data = stage.reads[0]
         if tuple(int(n) for n in data.shape) != spec.data_shape:
             return None
-    scales = next((b for b in extra if str(b.dtype) == "float32"), None)
-    zero_points = next((b for b in extra if str(b.dtype) == "int8"), None)
-    return Operands(window, data, weight, scales, zero_points)
+    scales = next((b for b in extra if str(b.dtype) == spec.scales_dtype), None)
+    bytes_ = next((b for b in extra if str(b.dtype) == "int8"), None)  # a spec has not both kinds
+    tables = bytes_ if spec.table_channels else None
+    zero_points = bytes_ if spec.group_zero_points else None
+    return Operands(window, data, weight, scales, zero_points, tables)

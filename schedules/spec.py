@@ -12,6 +12,11 @@ Weight-only (float32 data with integer codes): the codes are converted to float3
 scale per output channel is the caller's business, after the sum. With `group_size` the scales are
 the kernel's: one per `group_size` consecutive positions of the flattened reduction axis (kernel
 row, kernel column, input channel; the last group may be shorter) and output channel.
+
+Integer data with `group_size`: the scales are whole numbers, uint8, so the sum stays exact; what
+they are multiples of is one scale per output channel, again the caller's. With `table_channels`
+the 4-bit codes are unsigned indices into tables of 16 int8 values, one table for so many
+consecutive output channels.
 """
 
 from __future__ import annotations
@@ -33,6 +38,8 @@ SCHEDULE_ATTR = "tvm_compress.schedule"
 DATA_DTYPES = ("float32", "int8", "uint8", "int16")
 WEIGHT_DTYPES = ("float32", "int8", "uint8", "int16", "int4")
 ACC_DTYPES = ("float32", "int32", "int64")
+# Values that four bits can name.
+TABLE_SIZE = 16
 
 
 class SpecError(ValueError):
@@ -100,6 +107,8 @@ class WeightedSpec(KernelSpec):
     weight_layout: str = ""
     group_size: int = 0
     group_zero_points: bool = False
+    table_channels: int = 0
+    """Output channels that share a table; 0: codes are values themselves."""
     chain: int = 0
     """Steps of four products whose sums in pairs stay within int16, proven from the weights, for
     unsigned bytes of data; 0: not even one step's, or not looked at. Only of packed weights."""
@@ -128,9 +137,20 @@ class WeightedSpec(KernelSpec):
         )
         _require(self.group_size >= 0, f"group_size {self.group_size} < 0")
         _require(
-            not self.group_size
-            or (self.data_dtype == "float32" and self.weight_dtype in ("int8", "int4")),
-            "group_size is for float32 data with int8 or int4 codes",
+            not self.group_size or self.weight_dtype in ("int8", "int4"),
+            "group_size is for int8 or int4 codes",
+        )
+        _require(
+            self.table_channels >= 0 and (not self.table_channels or self.weight_dtype == "int4"),
+            f"table_channels {self.table_channels} needs int4 codes",
+        )
+        _require(
+            not (self.table_channels and (self.group_zero_points or self.weight_zero_point)),
+            "table_channels and zero points exclude each other",
+        )
+        _require(
+            not (self.group_zero_points and self.data_dtype != "float32"),
+            "group_zero_points are for float32 data",
         )
         _require(
             not self.group_zero_points or self.group_size > 0, "group_zero_points needs group_size"
@@ -208,13 +228,35 @@ class WeightedSpec(KernelSpec):
         return "uint8" if self.weight_dtype == "int4" else self.weight_dtype
 
     @property
-    def scales_shape(self) -> tuple[int, int]:
-        """Shape of the group-wise scales (and zero points): [groups of K, output channels]."""
+    def scales_shape(self) -> tuple[int, ...]:
+        """Shape of the group-wise scales (and zero points): [groups of K, output channels]; of
+        whole-number scales of a packed weight [blocks, groups of K, width]."""
         _require(self.group_size > 0, "no group_size, no scales")
-        return (
-            ceil_div(self.reduction_size, self.group_size),
-            self.columns * self.groups_of_channels,
-        )
+        groups = ceil_div(self.reduction_size, self.group_size)
+        packed = self.packed_layout
+        if packed is not None and self.is_integer:
+            return (ceil_div(self.columns, packed.width), groups, packed.width)
+        return (groups, self.columns * self.groups_of_channels)
+
+    @property
+    def scales_dtype(self) -> str:
+        """float32, or uint8 where the sum is in integers."""
+        return "uint8" if self.is_integer else "float32"
+
+    @property
+    def has_one_table(self) -> bool:
+        """Whether all output channels share a table."""
+        return self.table_channels >= self.columns * self.groups_of_channels
+
+    @property
+    def tables_shape(self) -> tuple[int, int]:
+        """Shape of the tables, [tables, 16]: of a packed weight enough for the padded channels."""
+        _require(self.table_channels > 0, "no table_channels, no tables")
+        channels = self.columns * self.groups_of_channels
+        packed = self.packed_layout
+        if packed is not None and not self.has_one_table:
+            channels = ceil_div(self.columns, packed.width) * packed.width
+        return (ceil_div(channels, self.table_channels), TABLE_SIZE)
 
 
 @dataclass(frozen=True, kw_only=True)

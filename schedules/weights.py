@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 
 def weight_placeholders(spec: WeightedSpec) -> list[te.Tensor]:
-    """The weight argument and, group-wise, the scales [K/g, N] and zero points."""
+    """The weight argument, its tables and, group-wise, the scales [K/g, N] and zero points."""
     from tvm import te
 
     tensors = [te.placeholder(spec.weight_shape, spec.weight_storage_dtype, name="weight")]
+    if spec.table_channels:
+        tensors.append(te.placeholder(spec.tables_shape, "int8", name="tables"))
     if spec.group_size:
-        tensors.append(te.placeholder(spec.scales_shape, "float32", name="scales"))
+        tensors.append(te.placeholder(spec.scales_shape, spec.scales_dtype, name="scales"))
     if spec.group_zero_points:
         tensors.append(te.placeholder(spec.scales_shape, "int8", name="zero_points"))
     return tensors
@@ -37,6 +39,7 @@ def weight_value(
     groups."""
     from tvm import tirx
 
+    nibble = _index if spec.table_channels else _nibble
     weight = tensors[0]
     _, columns, channels = spec.reduction
     ky, kx = tap or (0, 0)
@@ -49,13 +52,15 @@ def weight_value(
         group, local = column // spec.columns, column % spec.columns
         outer, inner = local // packed.width, local % packed.width
         if spec.weight_dtype == "int4":
-            code = _nibble(weight[group, outer, step // 2, inner, lane], step % 2)
+            code = nibble(weight[group, outer, step // 2, inner, lane], step % 2)
         else:
             code = weight[group, outer, step, inner, lane]
     elif spec.weight_dtype == "int4":
-        code = _nibble(weight[position // 2, column], position % 2)
+        code = nibble(weight[position // 2, column], position % 2)
     else:
         code = weight[(*tap, channel, column)]
+    if spec.table_channels:
+        code = tensors[1][column // spec.table_channels, code]
     value = code.astype(spec.acc_dtype)
     if spec.weight_zero_point:
         value = value - tirx.const(spec.weight_zero_point, spec.acc_dtype)
@@ -63,8 +68,21 @@ def weight_value(
         group_of_k = position // spec.group_size
         if spec.group_zero_points:
             value = value - tensors[2][group_of_k, column].astype("float32")
-        value = value * tensors[1][group_of_k, column]
+        scales = tensors[2] if spec.table_channels else tensors[1]
+        if packed is not None and spec.is_integer:
+            scale = scales[column // packed.width, group_of_k, column % packed.width]
+        else:
+            scale = scales[group_of_k, column]
+        value = value * scale.astype(spec.acc_dtype)
     return value
+
+
+def _index(byte: tirx.PrimExpr, which: tirx.PrimExpr) -> tirx.PrimExpr:
+    """Low (0) or high (1) nibble of a uint8, unsigned."""
+    from tvm import tirx
+
+    wide = byte.astype("int32")
+    return tirx.bitwise_and(tirx.shift_right(wide, which * 4), tirx.const(15, "int32"))
 
 
 def _nibble(byte: tirx.PrimExpr, which: tirx.PrimExpr) -> tirx.PrimExpr:
@@ -132,16 +150,19 @@ def packed_positions(reduction: Reduction, packed: PackedLayout) -> np.ndarray:
     return (ky * row_pitch + kx * column_pitch + c).ravel()
 
 
-def decode_weight(
-    spec: WeightedSpec,
-    weight: np.ndarray,
-    scales: np.ndarray | None = None,
-    zero_points: np.ndarray | None = None,
-) -> np.ndarray:
-    """Stored weight of any layout => float64 values [groups, K, N]."""
+def decode_weight(spec: WeightedSpec, weight: np.ndarray, *factors: np.ndarray) -> np.ndarray:
+    """Stored weight of any layout => float64 values [groups, K, N].
+
+    `factors` are the tables, the scales and the zero points, those that the spec names."""
     values = unpack_weight(spec, weight).astype(np.float64) - spec.weight_zero_point
+    if spec.table_channels:
+        values = look_up(spec, unpack_weight(spec, weight), factors[0]).astype(np.float64)
+        factors = factors[1:]
     if spec.group_size:
-        assert scales is not None
+        scales, zero_points = factors[0], factors[1] if spec.group_zero_points else None
+        if scales.ndim == 3:  # [O, G, w] -> [G, N]
+            flat = scales.transpose(1, 0, 2).reshape(scales.shape[1], -1)
+            scales = flat[:, : spec.columns]
         index = np.arange(spec.reduction_size) // spec.group_size
         shape = (spec.reduction_size, spec.groups_of_channels, spec.columns)
         if zero_points is not None:
@@ -150,8 +171,19 @@ def decode_weight(
     return values
 
 
-def pack_codes(spec: WeightedSpec, codes: np.ndarray, layout: str) -> np.ndarray:
-    """Codes [groups, K, N] => the array `spec.replace(weight_layout=layout)` reads."""
+def look_up(spec: WeightedSpec, codes: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """4-bit codes [groups, K, N] => the int8 values that their tables hold for them."""
+    channels = np.arange(spec.columns * spec.groups_of_channels) // spec.table_channels
+    owners = channels.reshape(spec.groups_of_channels, 1, spec.columns)
+    return np.asarray(tables[owners, codes.astype(np.uint8) & 0xF])
+
+
+def pack_codes(
+    spec: WeightedSpec, codes: np.ndarray, layout: str, padding: np.ndarray | None = None
+) -> np.ndarray:
+    """Codes [groups, K, N] => the array `spec.replace(weight_layout=layout)` reads.
+
+    `padding` are the codes [N] between and behind the positions; by default what decodes to 0."""
     packed = spec.replace(weight_layout=layout).packed_layout
     assert packed is not None
     groups, _, columns = codes.shape
@@ -161,6 +193,8 @@ def pack_codes(spec: WeightedSpec, codes: np.ndarray, layout: str) -> np.ndarray
     full = np.full(
         (groups, steps * packed.group, blocks * packed.width), spec.weight_zero_point, codes.dtype
     )
+    if padding is not None:
+        full[:, :, :columns] = padding.astype(codes.dtype)
     full[:, packed_positions(spec.reduction, packed), :columns] = codes
     # [G, S*g, O*w] -> [G, S, g, O, w] -> [G, O, S, w, g]
     array = full.reshape(groups, steps, packed.group, blocks, packed.width).transpose(0, 3, 1, 4, 2)

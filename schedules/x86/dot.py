@@ -198,8 +198,14 @@ class ChainDot(ByteDot):
         from tvm import tirx
 
         ones = tirx.Broadcast(tirx.const(1, "int16"), 2 * self.lanes)
+        return self.add_scaled_pairs(acc, pairs, ones)
+
+    def add_scaled_pairs(self, acc: ir.Expr, pairs: ir.Expr, scales: ir.Expr) -> ir.Expr:
+        """acc + what the chain has summed, each half of a lane times its scale (int16)."""
+        from tvm import tirx
+
         dtype, name = f"int32x{self.lanes}", WordDot._MADD[self.lanes]
-        return acc + tirx.call_llvm_pure_intrin(dtype, name, pairs, ones)
+        return acc + tirx.call_llvm_pure_intrin(dtype, name, pairs, scales)
 
     def accumulate(self, acc: ir.Expr, data: ir.Expr, weight: ir.Expr) -> ir.Expr:
         return self.add_pairs(acc, self.pairs(data, weight))
@@ -233,8 +239,8 @@ def select_dot(spec: WeightedSpec, target: Target, lanes: int) -> Dot | None:
     if spec.weight_dtype == "int4":  # opened to bytes in registers
         if byte_dot:
             return ByteDot(lanes, "int4", True)
-        usable = spec.chain >= 2 and has_pairs(target, lanes)
-        return ChainDot(lanes, "int4", False, chain=2) if usable else None
+        usable = spec.chain and has_pairs(target, lanes)
+        return ChainDot(lanes, "int4", False, chain=spec.chain) if usable else None
     if spec.weight_dtype == "int8" and not spec.weight_zero_point:
         if spec.data_dtype in ("int8", "uint8") and byte_dot:
             return ByteDot(lanes, "int8", True)

@@ -55,17 +55,25 @@ def schedule_matrix(
     fused: FusedFunction, target: Target, choice: Choice | None = None
 ) -> tirx.PrimFunc | None:
     """The whole fused function with its anchor as a register-tiled kernel; None: no form for it."""
-    kernel = _kernel(fused, target, choice)
+    kernel = kernel_of(fused, target, choice, takes_weight)
     return None if kernel is None else kernel.build()
 
 
 def matrix_space(fused: FusedFunction, target: Target) -> SearchSpace | None:
     """What the kernel leaves open; None: no form for the function."""
-    kernel = _kernel(fused, target, None)
+    kernel = kernel_of(fused, target, None, takes_weight)
     return None if kernel is None else kernel.space()
 
 
-def _kernel(fused: FusedFunction, target: Target, choice: Choice | None) -> _MatrixKernel | None:
+def kernel_of(
+    fused: FusedFunction,
+    target: Target,
+    choice: Choice | None,
+    takes: Callable[[MatrixSpec, Dot, Target], bool],
+    kernel: type[MatrixKernel] | None = None,
+) -> MatrixKernel | None:
+    """The function as a kernel of a class, where it is an anchor whose weight that class `takes`;
+    else None."""
     anchor = fused.anchor
     if anchor is None or not isinstance(anchor.spec, (Conv2dSpec, Conv2dTransposeSpec, MatmulSpec)):
         return None
@@ -82,17 +90,20 @@ def _kernel(fused: FusedFunction, target: Target, choice: Choice | None) -> _Mat
     window = window_of(spec)
     if packed.axis == "R" and (window.groups > 1 or window.turned):
         return None
-    if not takes_weight(spec, dot):
+    if not takes(spec, dot, target):
         return None
     epilogue = Epilogue(fused, anchor)
     if any(not stage.is_map for stage in epilogue.rest):
         return None
-    return _MatrixKernel(fused, anchor, spec, operands, window, dot, target, epilogue, choice)
+    written = kernel or MatrixKernel
+    return written(fused, anchor, spec, operands, window, dot, target, epilogue, choice)
 
 
-def takes_weight(spec: MatrixSpec, dot: Dot) -> bool:
-    """Whether the kernel can read the layer's codes: those in groups or of four bits only where a
-    step of the reduction follows the other."""
+def takes_weight(spec: MatrixSpec, dot: Dot, _target: Target) -> bool:
+    """Whether the kernel can read the layer's codes: those in groups or of four bits only with
+    floats, and where a step of the reduction follows the other."""
+    if spec.table_channels or (spec.group_size and spec.is_integer):
+        return False
     window = window_of(spec)
     row_terms = window.kernel[1] * window.channels
     if spec.group_size and not (
@@ -100,14 +111,14 @@ def takes_weight(spec: MatrixSpec, dot: Dot) -> bool:
     ):
         return False
     return spec.weight_dtype != "int4" or (
-        (isinstance(dot, FloatDot) or (isinstance(dot, ByteDot) and spec.data_dtype == "uint8"))
+        isinstance(dot, FloatDot)
         and row_terms == spec.reduction_size
         and window.groups == 1
         and not (spec.group_size and spec.group_size % 2 and spec.group_size < row_terms)
     )
 
 
-class _MatrixKernel:
+class MatrixKernel:
     """One function being written."""
 
     def __init__(
@@ -521,7 +532,7 @@ class _MatrixKernel:
             ]
             self._chain(acc, inside, source, first + k * data_stride, data_stride, weights)
 
-        if isinstance(dot, ChainDot) and not nibbles:
+        if isinstance(dot, ChainDot):
             full, ragged = extent // self.chain, extent % self.chain
             e.unrolled("k", full, self.unroll, lambda k: chained(k * self.chain, self.chain))
             if ragged:
@@ -531,29 +542,7 @@ class _MatrixKernel:
             e.unrolled("k", extent, self.unroll, single)
             return
 
-        def byte_pair(k: Any, count: int) -> None:
-            """Nibbles to signed bytes: those of 8 and more are negative."""
-            steps: list[list[Any]] = [[] for _ in range(count)]
-            for v in range(self.tile.vectors):
-                both = e.bind(f"both{v}", load(v, tirx.div(step, 2) + k))
-                low = tirx.bitwise_and(both, self._byte_vector(15))
-                halves = [low, both >> self._byte_vector(4)]
-                for half in range(count):
-                    flipped = tirx.bitwise_xor(halves[half], self._byte_vector(8))
-                    code = flipped - self._byte_vector(8)
-                    code = tirx.reinterpret(f"int8x{size}", code)
-                    steps[half].append(e.bind(f"w{v}", code))
-            at = first + 2 * k * data_stride
-            if isinstance(dot, ChainDot):
-                self._chain(acc, inside, source, at, data_stride, steps)
-                return
-            for half, weights in enumerate(steps):
-                self._step(acc, inside, source, at + half * data_stride, weights)
-
         def pair(k: Any, count: int) -> None:
-            if isinstance(dot, ByteDot):
-                byte_pair(k, count)
-                return
             both = [
                 e.bind(f"both{v}", load(v, tirx.div(step, 2) + k).astype(f"int32x{self.lanes}"))
                 for v in range(self.tile.vectors)
@@ -571,9 +560,6 @@ class _MatrixKernel:
             e.unrolled("k", extent // 2, self.unroll, lambda k: pair(k, 2))
         if extent % 2:
             pair(tirx.const(extent // 2, "int32"), 1)
-
-    def _byte_vector(self, value: int) -> ir.Expr:
-        return tirx.Broadcast(tirx.const(value, "uint8"), self.lanes * self.dot.group)
 
     def _int_vector(self, value: int) -> ir.Expr:
         return tirx.Broadcast(tirx.const(value, "int32"), self.lanes)

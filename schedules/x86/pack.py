@@ -8,9 +8,9 @@ from ...targets import Target
 from ..layout import PackedLayout
 from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..weights import pack_codes, weight_codes
-from . import depthwise, matrix
+from . import depthwise, matrix, nibbles
 from .dot import ChainDot, select_dot
-from .saturation import longest_chain
+from .saturation import LONGEST_CHAIN, longest_chain
 from .window import window_of
 
 # A wider block is worth at most this much more memory for padded channels...
@@ -99,14 +99,14 @@ def _halved(
         return None
     if window_of(spec).positions > _MEMORY_BOUND_POSITIONS:
         return None
-    # Any chain of two steps of 4-bit codes stays within int16: 4 * 255 * 8 < 2**15.
-    asked = spec.replace(weight_dtype="int4", chain=2)
+    # Chains of 4-bit codes stay within int16 for so many steps: 8 * 2 * 255 * 8 < 2**15.
+    asked = spec.replace(weight_dtype="int4", chain=LONGEST_CHAIN)
     layout = choose_layout(asked, target)
     if layout is None:
         return None
     halved = asked.replace(weight_layout=layout.name)
     dot = select_dot(halved, target, layout.width)
-    if dot is None or not matrix.takes_weight(halved, dot):
+    if dot is None or not nibbles.takes_weight(halved, dot, target):
         return None
     return halved, pack_codes(halved, codes, layout.name)
 
@@ -134,14 +134,15 @@ def decoded_spec(spec: WeightedSpec, target: Target) -> WeightedSpec | None:
     if not spec.weight_only or spec.packed_layout is not None:
         return None
     plain = spec.replace(
-        weight_dtype="float32", weight_zero_point=0, group_size=0, group_zero_points=False
-    )
+        weight_dtype="float32", weight_zero_point=0, group_size=0, group_zero_points=False,
+        table_channels=0,
+    )  # fmt: skip
     if isinstance(spec, Conv2dSpec) and spec.is_depthwise:
         return None if depthwise.takes_weight(spec) else plain
     dot = select_dot(spec, target, choose_lanes(spec, target))
     if not isinstance(spec, (Conv2dSpec, Conv2dTransposeSpec, MatmulSpec)):
         return None
-    if dot is not None and matrix.takes_weight(spec, dot):
+    if dot is not None and matrix.takes_weight(spec, dot, target):
         return None
     layout = choose_layout(plain, target)
     return None if layout is None else plain.replace(weight_layout=layout.name)

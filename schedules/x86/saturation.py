@@ -18,28 +18,33 @@ LONGEST_CHAIN = 8
 _POSITIVE, _NEGATIVE = 32767 // LARGEST_DATA, 32768 // LARGEST_DATA
 
 
-def longest_chain(spec: WeightedSpec, packed: np.ndarray) -> int:
-    """The longest exact chain for a packed int8 weight [groups, blocks, steps, width, 4]; 0: a
-    single step may saturate.
+def longest_chain(spec: WeightedSpec, packed: np.ndarray, run: int | None = None) -> int:
+    """The longest chain for a packed int8 weight [groups, blocks, steps, width, 4] that is exact,
+    and so is every shorter one; 0: a single step may saturate.
 
-    Chains start anew with every run of the kernel's innermost loop (`run_of`).
+    Chains start anew with every `run` of steps, by default the kernel's innermost loop (`run_of`).
     """
     layout = spec.packed_layout
     assert layout is not None
-    groups, blocks, _, width, four = packed.shape
-    run = run_of(spec, layout)
+    groups, blocks, steps, width, four = packed.shape
+    run = run or run_of(spec, layout)
     # The two 16-bit halves of every output: [groups, blocks, runs, steps of a run, width, 2]
-    pairs = packed.astype(np.int32).reshape(groups, blocks, -1, run, width, four // 2, 2)
+    missing = -steps % run
+    full = np.pad(packed.astype(np.int32), ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0)))
+    pairs = full.reshape(groups, blocks, -1, run, width, four // 2, 2)
     positive = np.maximum(pairs, 0).sum(axis=-1)
     negative = np.maximum(-pairs, 0).sum(axis=-1)
-    for chain in range(min(LONGEST_CHAIN, run), 0, -1):
+    longest = 0
+    for chain in range(1, min(LONGEST_CHAIN, run) + 1):
+        # Not implied by a longer chain's proof: theirs start elsewhere.
         starts = np.arange(0, run, chain)
         if (
-            np.add.reduceat(positive, starts, axis=3).max() <= _POSITIVE
-            and np.add.reduceat(negative, starts, axis=3).max() <= _NEGATIVE
+            np.add.reduceat(positive, starts, axis=3).max() > _POSITIVE
+            or np.add.reduceat(negative, starts, axis=3).max() > _NEGATIVE
         ):
-            return chain
-    return 0
+            break
+        longest = chain
+    return longest
 
 
 def run_of(spec: WeightedSpec, layout: PackedLayout) -> int:

@@ -271,7 +271,7 @@ def test_every_choice_is_right(main_target: Target, spec: WeightedSpec, bits: in
 def test_four_bit_weights_are_opened_in_registers(target: Target, spec: WeightedSpec) -> None:
     data, weight = arguments(spec, extreme=True)
     weight = np.random.default_rng(0).integers(-8, 8, weight.shape).astype(np.int8)
-    packed = check(spec, target, FORM, plain=[data, weight])
+    packed = check(spec, target, "x86.nibbles", plain=[data, weight])
     assert isinstance(packed, WeightedSpec)
     assert packed.weight_dtype == "int4"
     assert packed.weight_storage_dtype == "uint8"
