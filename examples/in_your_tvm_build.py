@@ -27,7 +27,7 @@ samples = np.load(HERE / "calibration.npz")[input_name]
 test = np.load(HERE / "test.npz")
 
 
-def accuracy(executable: relax.VMExecutable, count: int = 500) -> float:
+def accuracy(executable: relax.VMExecutable, count: int = 250) -> float:
     """Share of `count` test images whose class is found."""
     main = relax.VirtualMachine(executable, tvm.cpu())["main"]
     images, labels = test[input_name][:count].astype("float32"), test["labels"][:count]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import tvm
 from tvm import relax
 from tvm.ir import Expr
 from tvm.relax import op
+from tvm_ffi import StructuralKey
 
 from tvm_compress.relay_passes import ir
 from tvm_compress.relay_passes.graph import Graph
@@ -73,9 +75,15 @@ def build(
     return builder.finalize()
 
 
+@lru_cache(maxsize=8)
+def _machine(content: StructuralKey) -> relax.VirtualMachine:
+    """A module compiled once for all the arrays that a test runs."""
+    return relax.VirtualMachine(tvm.compile(content.key, target="llvm"), tvm.cpu())
+
+
 def run(module: tvm.IRModule, *arrays: np.ndarray) -> Any:
     """The module's result as an array, or a list of arrays."""
-    machine = relax.VirtualMachine(tvm.compile(module, target="llvm"), tvm.cpu())
+    machine = _machine(StructuralKey(module))
     result = machine["main"](*[tvm.runtime.tensor(np.ascontiguousarray(a)) for a in arrays])
     return result.numpy() if hasattr(result, "numpy") else [item.numpy() for item in result]
 
