@@ -213,7 +213,7 @@ class _Nest:
         pieces = 1
         parallel = self._parallel
         if parallel and count < self.target.threads and length >= 2 * self.lanes:
-            pieces = min(4 * self.target.threads, length // self.lanes)
+            pieces = min(self.target.threads, length // self.lanes)
         per_piece = ceil_div(length, pieces)
         # The innermost of the outer axes as a loop of its own: no divisions for every vector.
         rows = outer[-1] if outer else 1
@@ -365,7 +365,7 @@ class _Nest:
         lanes = self.lanes if lookup is None else min(LANES, size)
         tasks = 1
         if self._parallel:
-            tasks = min(4 * self.target.threads, max(1, size // (16 * lanes)))
+            tasks = min(self.target.threads, max(1, size // (16 * lanes)))
         per_task = ceil_div(ceil_div(size, tasks), lanes) * lanes
         tasks, per_task = ceil_div(size, per_task), min(per_task, size)
         with self.e.loop("task", tasks, "parallel") as task:

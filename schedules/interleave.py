@@ -44,7 +44,7 @@ def write_interleaved(
     rows = 1
     for extent in shape[:-2]:
         rows *= extent
-    per_task = ceil_div(rows, min(rows, 4 * target.threads)) if parallel else rows
+    per_task = ceil_div(rows, min(rows, target.threads)) if parallel else rows
     tasks = ceil_div(rows, per_task)
     dtype = str(stage.buffer.dtype)
     with e.loop("task", tasks, "parallel" if parallel else "serial") as task:

@@ -123,7 +123,7 @@ class _RowsKernel:
     def build(self) -> tirx.PrimFunc:
         e, plan, threads = self.e, self.plan, self.target.threads
         parallel = threads > 1 and self.rows * plan.length >= _PARALLEL_ELEMENTS
-        per_task = ceil_div(self.rows, min(self.rows, 4 * threads)) if parallel else self.rows
+        per_task = ceil_div(self.rows, min(self.rows, threads)) if parallel else self.rows
         tasks = ceil_div(self.rows, per_task)
         with e.loop("task", tasks, "parallel" if parallel else "serial") as task:
             first = e.bind("first", tirx.min(task * per_task, self.rows - per_task))

@@ -13,12 +13,29 @@ from ...targets import Target
 from ..emit import Emitter, dtype_bits, splat, vector
 from ..fused import FusedFunction
 from ..operands import Operands
+from ..spec import ceil_div
 from .window import Window
 
 _LINE_BYTES = 64
 # Rows at such a distance share a few sets of the first-level cache (64 sets of 64 bytes, 8 ways):
 # the rows of one tile would throw each other out.
 ALIASED_BYTES = 1024
+
+
+def even_rows(rows: int, most: int, outer: int, threads: int, tile_rows: int = 1) -> int:
+    """Rows of a task, at most `most` of `rows`, for the shortest longest run of tasks.
+
+    Threads take equal runs of the `outer` x bands tasks, and the last band is moved back inside: a
+    number of bands that the threads do not divide leaves one of them idle.
+    """
+
+    def run(bands: int) -> int:
+        band = ceil_div(rows, bands)
+        tasks = outer * ceil_div(rows, band)
+        return ceil_div(tasks, threads) * ceil_div(band, tile_rows) * tile_rows
+
+    least = ceil_div(rows, most)
+    return ceil_div(rows, min(range(least, min(rows, least + 2 * threads) + 1), key=run))
 
 
 @dataclass(frozen=True)
@@ -90,23 +107,19 @@ class Band:
         width = dtype_bits(self.dtype) // 8
         return self.rows(band) * self.row_pitch * width
 
-    def choose_rows(self, tile_rows: int, parallel: bool, target: Target, cache_bytes: int) -> int:
-        """Output rows of one task: enough tasks for the threads, input that stays in the cache."""
-        window = self.window
-        tasks = -(-2 * target.threads // window.batch) if parallel else 1
-        tiles = max(1, -(-window.rows // tile_rows) // tasks)
-        if self.copied or window.columns == 1:
-            while tiles > 1 and self.bytes(tiles * tile_rows) > cache_bytes:
-                tiles = max(1, min(tiles - 1, tiles * cache_bytes // self.bytes(tiles * tile_rows)))
-        # The last band is moved back inside, so what it overlaps is computed twice: even bands.
-        bands = -(-window.rows // (tiles * tile_rows))
-        even = -(-window.rows // bands)
-        return min(window.rows, -(-even // tile_rows) * tile_rows)
+    def most_rows(self, cache_bytes: int) -> int:
+        """The most output rows of a task whose input stays in a cache of that size."""
+        if not self.copied and self.window.columns > 1:
+            return self.window.rows
+        rows = self.window.rows
+        while rows > 1 and self.bytes(rows) > cache_bytes:
+            rows = max(1, min(rows - 1, rows * cache_bytes // self.bytes(rows)))
+        return rows
 
     def choices(self, chosen: int) -> tuple[int, ...]:
         """Rows of a task that tuning tries: even parts of the whole, and what was chosen."""
         rows = self.window.rows
-        parts = {-(-rows // count) for count in (1, 2, 3, 4, 6, 8, 16)}
+        parts = {ceil_div(rows, count) for count in (1, 2, 3, 4, 6, 8, 16)}
         return tuple(sorted({*parts, chosen}))
 
 

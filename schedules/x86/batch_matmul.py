@@ -23,6 +23,7 @@ from ..emit import Emitter, vector, vector_parts
 from ..epilogue import Epilogue
 from ..fused import FusedFunction, Stage
 from ..spec import BatchMatmulSpec, ceil_div
+from .band import even_rows
 from .dot import ByteDot, Dot, FloatDot, WordDot, has_byte_dot
 from .tile import choose_tile
 
@@ -115,7 +116,7 @@ class _BatchMatmulKernel:
         self.a_zero = spec.a_zero_point + (128 if spec.a_dtype == "int8" else 0)
         self.b_zero = spec.b_zero_point - (128 if spec.b_dtype == "uint8" else 0)
         cycles = (1 if dot.fused else 2) / (1 if self.lanes > 8 else 2)
-        self.tile = choose_tile(
+        self.tile, _ = choose_tile(
             spec.rows,
             1,
             self.blocks,
@@ -126,11 +127,8 @@ class _BatchMatmulKernel:
             1 if dot.fused else 2,
         )
         self.parallel = target.threads > 1 and spec.macs >= _PARALLEL_MACS * dot.group
-        bands = 1
-        if self.parallel and spec.batch < 2 * target.threads:
-            bands = ceil_div(2 * target.threads, spec.batch)
-        tiles = ceil_div(spec.rows, self.tile.rows)
-        self.rows = min(spec.rows, ceil_div(tiles, bands) * self.tile.rows)
+        threads = target.threads if self.parallel else 1
+        self.rows = even_rows(spec.rows, spec.rows, spec.batch, threads, self.tile.rows)
         self.bands = ceil_div(spec.rows, self.rows)
         self.e = Emitter()
 

@@ -22,7 +22,7 @@ from ..epilogue import Epilogue
 from ..fused import FusedFunction, Stage
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, ceil_div
-from .band import Band, BandReader, Source
+from .band import Band, BandReader, Source, even_rows
 from .taps import TapWords, tap_words
 from .window import window_of
 
@@ -110,16 +110,17 @@ class _DepthwiseKernel:
             1,
             repeat=spec.columns,
         )
-        self.rows = self.band.choose_rows(1, self.parallel, target, target.l2_bytes // 4)
+        most = self.band.most_rows(target.l2_bytes // 4)
         outputs = _OUTPUTS if spec.reduction_size <= _SMALL_TAPS else _OUTPUTS_LARGE
         self.columns = min(self.window.columns, outputs, target.vector_registers // 3)
         self.words = tap_words(spec, target, self.lanes)
         if self.words is not None:
             # Shorter bands write more words twice, longer ones leave the caches (measured).
             row = self.words.words(self.window.padded_columns) * 4 * self.lanes
-            most = min(self.rows, max(_LEAST_ROWS, 2 * target.l1_bytes // row))
-            self.rows = ceil_div(self.window.rows, ceil_div(self.window.rows, most))
+            most = min(most, max(_LEAST_ROWS, 2 * target.l1_bytes // row))
             self.columns = min(self.window.columns, _OUTPUTS_IN_WORDS)
+        threads = target.threads if self.parallel else 1
+        self.rows = even_rows(self.window.rows, most, self.window.batch, threads)
         self.e = Emitter()
         if choice is not None:
             self.rows, self.columns = choice["band"], choice["columns"]

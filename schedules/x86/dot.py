@@ -42,6 +42,8 @@ class Dot:
     """Steps that are added before their sum goes to the accumulators."""
 
     name: ClassVar[str] = ""
+    speed: ClassVar[int] = 1
+    """Multiply-adds a cycle, compared with float32."""
     group: ClassVar[int] = 1
     acc_dtype: ClassVar[str] = "int32"
     data_dtype: ClassVar[str] = "float32"
@@ -101,6 +103,7 @@ class WordDot(Dot):
     """acc[l] += x[0] * w[l][0] + x[1] * w[l][1], 16-bit operands"""
 
     name = "pmaddwd"
+    speed = 2
     group = 2
     data_dtype = "int16"
 
@@ -141,6 +144,7 @@ class ByteDot(Dot):
     """acc[l] += sum over j < 4 of (x[j] + 128) * w[l][j]"""
 
     name = "vpdpbusd"
+    speed = 4
     group = 4
     data_dtype = "uint8"
 
@@ -179,6 +183,7 @@ class ChainDot(ByteDot):
     chain"""
 
     name = "pmaddubsw"
+    speed = 2
 
     _PAIRS: ClassVar[dict[int, str]] = {
         4: "llvm.x86.ssse3.pmadd.ub.sw.128",

@@ -32,6 +32,10 @@ from .window import Window, window_of
 # multiply-adds (50 us of float; a byte dot does four times as many in the time) a layer stays on
 # one thread.
 _PARALLEL_MACS = 2_500_000
+# Weights from memory at 25 GB/s take as long: a second core reads with its own prefetchers.
+_PARALLEL_BYTES = 1_000_000
+# Bytes of input that a cycle copies.
+_COPIED_BYTES = 32
 # Operations of a whole tile's epilogue up to which it is written out: the accumulators then go
 # through it in registers, otherwise through the stack. A matter of compile time.
 _UNROLLED_EPILOGUE = 2000
@@ -144,14 +148,15 @@ class MatrixKernel:
         # The correction for x + 128: known before the tiles, or summed beside them if there is one
         # only.
         self.corrected = isinstance(dot, ByteDot) and spec.data_dtype == "int8"
-        self.tile = self._choose_tile() if choice is None else _tile_of(choice)
         self.acc_dtype = spec.acc_dtype
-        self.band = self._choose_band()
         weight_bytes = math.prod(spec.weight_shape) * dtype_bits(spec.weight_storage_dtype) // 8
         cache_bytes = max(
             target.l2_bytes // _BAND_SHARE_OF_L2, weight_bytes // _BAND_SHARE_OF_WEIGHTS
         )
-        self.rows = self.band.choose_rows(self.tile.rows, self._parallel, target, cache_bytes)
+        self.parallel = target.threads > 1 and (
+            self._macs >= _PARALLEL_MACS * dot.speed or weight_bytes >= _PARALLEL_BYTES
+        )
+        self.tile, self.rows, self.parts = self._partition(cache_bytes)
         # Loop control is a larger part of a step of narrow registers.
         self.unroll = 2 if self.lanes <= 8 and not isinstance(dot, ChainDot) else 1
         # A tile of all channels is written while its input is in the nearest cache, if the weights
@@ -160,9 +165,12 @@ class MatrixKernel:
         self.chain = min(dot.chain, _DEFAULT_CHAIN)
         if choice is not None:
             self.chain = choice.get("chain", 1)
+            self.tile = _tile_of(choice)
             self.rows = max(self.tile.rows, min(window.rows, choice["band"]))
+            self.parts = min(choice.get("parts", 1), self.blocks)
             self.unroll = choice["unroll"]
             self.data_outside = bool(choice["data_outside"])
+        self.band = self._choose_band(self.tile)
         self.e = Emitter()
 
     # Decisions
@@ -182,27 +190,54 @@ class MatrixKernel:
         cycles = (1 if dot.fused else 2) / (1 if self.lanes > 8 else 2)
         return cycles, weight_instructions, spare
 
-    def _choose_tile(self) -> Tile:
-        window = self.window
+    def _fastest_tile(self, rows: int, blocks: int) -> tuple[Tile, float]:
+        """For that many output rows and registers of channels; and its cycles."""
         return choose_tile(
-            window.rows,
-            window.columns,
-            self.blocks,
+            rows,
+            self.window.columns,
+            blocks,
             self.steps,
             self.target.vector_registers,
             *self._tile_costs(),
         )
 
+    def _partition(self, cache_bytes: int) -> tuple[Tile, int, int]:
+        """Tile, rows of a band and parts of the output channels, for the least cycles of the
+        busiest thread.
+
+        Threads take equal runs of tasks. Parts of the channels leave a thread part of the weights
+        to read, and halve no ragged number of rows, but each copies the input.
+        """
+        window, threads = self.window, self.target.threads if self.parallel else 1
+        outer = window.batch * window.groups
+        least = ceil_div(window.rows, self._choose_band(Tile(1, 1, 1)).most_rows(cache_bytes))
+        best: tuple[float, Tile, int, int] | None = None
+        for parts in sorted({1, min(threads, self.blocks)}):
+            for bands in range(least, min(window.rows, least + 2 * threads - 1) + 1):
+                rows = ceil_div(window.rows, bands)
+                tile, cycles = self._fastest_tile(rows, ceil_div(self.blocks, parts))
+                band = self._choose_band(tile)
+                if band.copied:
+                    cycles += band.bytes(rows) / _COPIED_BYTES
+                tasks = outer * ceil_div(window.rows, rows) * parts
+                cycles *= ceil_div(tasks, threads)
+                if best is None or cycles < best[0]:
+                    best = cycles, tile, rows, parts
+        assert best is not None
+        return best[1:]
+
     def space(self) -> SearchSpace:
         """The default and what lies around it."""
         window, spare = self.window, self._tile_costs()[-1]
         registers = self.target.vector_registers
+        threads = self.target.threads if self.parallel else 1
         sides = tuple(range(1, _LARGEST_SIDE + 1))
         default = {
             "rows": self.tile.rows,
             "columns": self.tile.columns,
             "vectors": self.tile.vectors,
             "band": self.rows,
+            "parts": self.parts,
             "unroll": self.unroll,
             "data_outside": int(self.data_outside and self.blocks > 1),
         }
@@ -227,6 +262,7 @@ class MatrixKernel:
                 "columns": tuple(side for side in sides if side <= window.columns),
                 "vectors": tuple(range(1, min(self.blocks, 6) + 1)),
                 "band": self.band.choices(self.rows),
+                "parts": tuple(sorted({1, self.parts, min(threads, self.blocks)})),
                 "unroll": (1, 2, 4),
                 "data_outside": (0, 1) if self.blocks > 1 else (0,),
                 **parameters,
@@ -235,7 +271,7 @@ class MatrixKernel:
             is_valid,
         )
 
-    def _choose_band(self) -> Band:
+    def _choose_band(self, tile: Tile) -> Band:
         """Copied when there is a border, a conversion, padded channels, skipped columns or a
         producer."""
         window, dot, spec = self.window, self.dot, self.spec
@@ -248,7 +284,7 @@ class MatrixKernel:
         if window.columns == 1:
             # Few outputs a row repay no copy; many rows at an unlucky distance do.
             row_bytes = window.channels * window.groups * dtype_bits(dot.data_dtype) // 8
-            direct &= row_bytes % (2 * ALIASED_BYTES) != 0 or self.tile.rows <= _SAFE_ROWS
+            direct &= row_bytes % (2 * ALIASED_BYTES) != 0 or tile.rows <= _SAFE_ROWS
         group_pitch = window.channels
         if self.packed.axis == "R":
             # Otherwise the last step of the last row would read behind the end of the input.
@@ -273,11 +309,6 @@ class MatrixKernel:
         window = self.window
         return window.positions * window.out_channels * window.groups * self.spec.reduction_size
 
-    @property
-    def _parallel(self) -> bool:
-        speed = {"vpdpbusd": 4, "pmaddubsw": 2, "pmaddwd": 2}.get(self.dot.name, 1)
-        return self.target.threads > 1 and self._macs >= _PARALLEL_MACS * speed
-
     # Writing
 
     def build(self) -> tirx.PrimFunc:
@@ -287,30 +318,23 @@ class MatrixKernel:
         self.epilogue.declare(e)
         bands = ceil_div(window.rows, self.rows)
         channel_groups = ceil_div(self.blocks, tile.vectors)
-        outer = window.batch * bands * window.groups
-        # Too few bands for the threads: channel groups become tasks as well, each with its own
-        # copy.
-        split = self._parallel and outer < 2 * self.target.threads
         tiles_per_weight = ceil_div(window.rows, tile.rows) * ceil_div(window.columns, tile.columns)
         self.correct_inside = self.corrected and window.batch * tiles_per_weight == 1
         if self.corrected and not self.correct_inside:
             self.correction = self._correction()
-        tasks = outer * (channel_groups if split else 1)
-        with e.loop("task", tasks, "parallel" if self._parallel else "serial") as task:
-            if split:
-                chosen: Any = task % channel_groups
-                rest = task // channel_groups
-            else:
-                chosen, rest = None, task
+        tasks = window.batch * bands * window.groups
+        share = ceil_div(channel_groups, self.parts)
+        parts = ceil_div(channel_groups, share)
+        kind = "parallel" if self.parallel else "serial"
+        with e.loop("task", tasks * parts, kind) as task:
+            rest = task % tasks
+            first_group = tirx.min(task // tasks * share, channel_groups - share)
             group = rest % window.groups
             b = rest // window.groups // bands
             y = tirx.min(rest // window.groups % bands * self.rows, window.rows - self.rows)
             y = e.bind("y", y)
             source = self.reader.source(b, y, self.rows, group)
-            if chosen is not None:
-                self._tiles(chosen, 1, source, b, y, group)
-            else:
-                self._tiles(None, channel_groups, source, b, y, group)
+            self._tiles(e.bind("first_group", first_group), share, source, b, y, group)
         self.epilogue.emit_rest(e, self.lanes)
         return e.function(list(self.fused.func.params), {})
 
@@ -345,14 +369,14 @@ class MatrixKernel:
         return tirx.Broadcast(tirx.const(0, self.dot.acc_dtype), self.lanes)
 
     def _tiles(
-        self, chosen: Any, channel_groups: int, source: Source, b: Any, y: Any, group: Any
+        self, first: Any, channel_groups: int, source: Source, b: Any, y: Any, group: Any
     ) -> None:
-        """All tiles of the band: for every group of output channels (its weights stay in the
-        cache), or every group for each tile (its input does)."""
+        """All tiles of the band: for every group of output channels from `first` on (its weights
+        stay in the cache), or every group for each tile (its input does)."""
         e, window, tile = self.e, self.window, self.tile
 
         def place(j: Any) -> Any:
-            block = tirx.min(j * tile.vectors, self.blocks - tile.vectors)
+            block = tirx.min((first + j) * tile.vectors, self.blocks - tile.vectors)
             return e.bind("block", block)
 
         def positions(write: Callable[[Any, Any], None]) -> None:
@@ -365,10 +389,7 @@ class MatrixKernel:
         def one(block: Any, dy: Any, x: Any) -> None:
             self._tile(block, source, b, y, dy, x, group)
 
-        if chosen is not None:
-            block = place(chosen)
-            positions(partial(one, block))
-        elif self.data_outside:
+        if self.data_outside:
 
             def all_channels(dy: Any, x: Any) -> None:
                 with e.loop("channel_group", channel_groups) as j:

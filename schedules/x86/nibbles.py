@@ -125,13 +125,13 @@ class NibbleKernel(MatrixKernel):
     def space(self) -> SearchSpace:
         return replace(super().space(), template=NAME)
 
-    def _choose_tile(self) -> Tile:
+    def _fastest_tile(self, rows: int, blocks: int) -> tuple[Tile, float]:
         window, registers = self.window, self.target.vector_registers
         if self.spec.group_size and not self.is_chain:
             registers //= 2  # sums of a group, and of all
         cycles, _, spare = self._tile_costs()
         return choose_tile(
-            window.rows, window.columns, self.blocks, self.steps, registers,
+            rows, window.columns, blocks, self.steps, registers,
             cycles, _OPENING, max(spare, _SPARE),
         )  # fmt: skip
 

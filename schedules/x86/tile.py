@@ -47,9 +47,9 @@ def choose_tile(
     cycles: float,
     weight_instructions: int,
     spare: int,
-) -> Tile:
+) -> tuple[Tile, float]:
     """The cheapest tile for `rows` x `columns` positions, `blocks` registers of channels, `steps`
-    steps.
+    steps; and the cycles of all of them.
 
     A step takes `cycles` per accumulator and `weight_instructions` per weight register;
     `spare` registers are needed besides accumulators and weights. Ragged ends are computed twice
@@ -79,4 +79,4 @@ def choose_tile(
                 )
                 if cost < best_cost:
                     best, best_cost = Tile(tile_rows, tile_columns, vectors), cost
-    return best
+    return best, best_cost
