@@ -35,10 +35,18 @@ class ScheduleKernels:
     ) -> tvm.IRModule:
         scheduled = {}
         for global_var, function in module.functions.items():
-            attrs = function.attrs or {}
-            is_kernel = isinstance(function, tirx.PrimFunc) and not attrs.get("tirx.is_host_func")
-            if is_kernel and not attrs.get("tirx.is_scheduled"):
+            if isinstance(function, tirx.PrimFunc):
                 choice = None if self.choose is None else self.choose(function)
-                function = schedules.schedule(function, self.target, choice)
+                function = schedule_kernel(function, self.target, choice)
             scheduled[global_var] = function
         return tvm.IRModule(scheduled, attrs=module.attrs)
+
+
+def schedule_kernel(
+    function: tirx.PrimFunc, target: Target, choice: Choice | None
+) -> tirx.PrimFunc:
+    """One kernel as it is compiled for the target."""
+    attrs = function.attrs or {}
+    if attrs.get("tirx.is_host_func") or attrs.get("tirx.is_scheduled"):
+        return function
+    return schedules.schedule(function, target, choice)

@@ -4,8 +4,9 @@ artefact."""
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,14 @@ class Target:
         import tvm
 
         return tvm.target.Target(dict(self.tvm_options))
+
+    def fingerprint(self) -> str:
+        """Everything that code for this target depends on, as text: equal in all processes, where
+        the order of a set is not."""
+        facts = {f.name: getattr(self, f.name) for f in fields(self)}
+        facts["tvm_options"] = dict(self.tvm_options)
+        facts["capabilities"] = sorted(self.capabilities)
+        return json.dumps(facts, sort_keys=True, default=str)
 
     def missing_here(self) -> frozenset[str]:
         """Capabilities of this target that the machine we are on lacks."""

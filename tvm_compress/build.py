@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .errors import ModelError, TargetError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping
 
     import tvm
-    from tvm import relax
+    from tvm import relax, tirx
 
+    from .compile_kernels import CompiledKernels, KernelCounts, Scheduling
+    from .kernel_cache import KernelCache
     from .kernels import Call
+    from .schedules import Choice
     from .targets import Target
     from .tuning.database import TunedChoices
 
@@ -31,10 +36,14 @@ class ConstantBytes:
 
 
 @dataclass(frozen=True)
-class Built:
-    """A compiled module and the facts about it that reports need."""
+class Lowered:
+    """A module whose kernels are only to be scheduled and compiled, and the facts about it that
+    reports need."""
 
-    executable: relax.VMExecutable
+    module: tvm.IRModule
+    target: Target
+    choices: Mapping[str, Choice | None]
+    """Tuned choices by kernel, None for those that get their default."""
     reference_module: tvm.IRModule
     calls: tuple[Call, ...]
     constants: tuple[ConstantBytes, ...]
@@ -47,10 +56,24 @@ class Built:
     """Different kernels whose schedules leave choices open; `tuned_kernels` of them used tuned
     ones."""
 
+
+@dataclass(frozen=True)
+class Built(Lowered):
+    """A compiled module; the symbols of its `calls` are those in the library."""
+
+    executable: relax.VMExecutable = field(kw_only=True)
+    kernels: KernelCounts = field(kw_only=True)
+
     def export(self, path: Path) -> None:
         """Write the shared library; it needs TVM's runtime and nothing of ours."""
-        # -s: without LLVM's debug sections, which were a quarter of a small library.
-        self.executable.export_library(str(path), options=["-s"])
+        export_library(self.executable, path)
+
+
+def export_library(executable: relax.VMExecutable, path: Path) -> None:
+    """Link a shared library that TVM's runtime loads."""
+    # -s: without LLVM's debug sections, which were a quarter of a small library.
+    # --gc-sections: every kernel brings its own copies of TVM's float16 conversions.
+    executable.export_library(str(path), options=["-s", "-Wl,--gc-sections"])
 
 
 def require_linker() -> None:
@@ -64,45 +87,49 @@ def require_linker() -> None:
         )
 
 
-def build(module: tvm.IRModule, target: Target, choose: TunedChoices | None = None) -> Built:
+def build(
+    module: tvm.IRModule,
+    target: Target,
+    choose: TunedChoices | None = None,
+    cached: KernelCache | None = None,
+) -> Built:
     """Graph form (float or quantised) => executable with scheduled kernels for `target`.
 
-    `choose` looks up tuned choices; without it every kernel gets its default.
+    `choose` looks up tuned choices; without it every kernel gets its default. Kernels that are in
+    `cached` are taken from there, others are put there; without it all are compiled.
 
     Raises `ModelError` when the model cannot be compiled.
     """
-    import tvm
+    return compile_lowered(lower(module, target, choose), cached)
 
+
+def lower(module: tvm.IRModule, target: Target, choose: TunedChoices | None = None) -> Lowered:
+    """The first half of `build`: everything but scheduling and compiling the kernels."""
     from .pipeline import (
         fusion_pipeline,
         memory_pipeline,
         packing_pipeline,
         reference_pipeline,
-        schedule_pipeline,
+        runtime_pipeline,
         storage_pipeline,
     )
     from .relay_passes.branches import functions_in_order
     from .relay_passes.lower import LEFT_FLOAT_ATTR
     from .relay_passes.pack_weights import DECODED_ATTR
 
-    with target.tvm_target():
+    with target.tvm_target(), _as_model_error(target.name):
         reference = reference_pipeline()(storage_pipeline(target)(module))
         packed = packing_pipeline(target)(reference)
         fused = fusion_pipeline()(packed)
         planned = memory_pipeline()(fused)
-        try:
-            executable = tvm.compile(
-                planned,
-                target=target.tvm_target(),
-                relax_pipeline=schedule_pipeline(target, choose),
-            )
-        except RuntimeError as error:
-            line = str(error).strip().splitlines()[-1]
-            raise ModelError(
-                f"TVM could not compile the model for {target.name}: {line}"
-            ) from error
-    return Built(
-        executable=executable,
+        lowered = runtime_pipeline()(planned)
+    choices: dict[str, Choice | None] = {}
+    if choose is not None:
+        choices = {var.name_hint: choose(func) for var, func in _kernels(lowered).items()}
+    return Lowered(
+        module=lowered,
+        target=target,
+        choices=choices,
         reference_module=reference,
         calls=_calls(fused),
         constants=_constants(packed),
@@ -118,17 +145,85 @@ def build(module: tvm.IRModule, target: Target, choose: TunedChoices | None = No
     )
 
 
-def compile_module(module: tvm.IRModule, target: Target) -> relax.VMExecutable:
+def compile_lowered(lowered: Lowered, cached: KernelCache | None = None) -> Built:
+    """The second half of `build`."""
+    from .compile_kernels import Scheduling
+
+    target = lowered.target
+    with _as_model_error(target.name):
+        executable, compiled = _link(
+            lowered.module, target.tvm_target(), Scheduling(target, lowered.choices), cached
+        )
+    facts = {f.name: getattr(lowered, f.name) for f in fields(Lowered)}
+    facts["calls"] = tuple(
+        replace(call, symbol=compiled.symbols[call.symbol]) for call in lowered.calls
+    )
+    return Built(**facts, executable=executable, kernels=compiled.counts)
+
+
+def compile_module(
+    module: tvm.IRModule, target: Target, cached: KernelCache | None = None
+) -> relax.VMExecutable:
     """`build` for those who only want to run the result."""
-    return build(module, target).executable
+    return build(module, target, cached=cached).executable
 
 
-def compile_reference(module: tvm.IRModule) -> relax.VMExecutable:
+def compile_reference(
+    module: tvm.IRModule, cached: KernelCache | None = None
+) -> relax.VMExecutable:
     """Compile a module as it is, with naive kernels, for the machine at hand: slow, and a different
     code path from what ships."""
     import tvm
+    from tvm import relax
 
-    return tvm.compile(module, target=tvm.target.Target("llvm"))
+    target = tvm.target.Target("llvm")
+    with target:
+        module = relax.get_pipeline("default")(module)
+    return _link(module, target, None, cached)[0]
+
+
+def _link(
+    module: tvm.IRModule,
+    target: tvm.target.Target,
+    scheduling: Scheduling | None,
+    cached: KernelCache | None,
+) -> tuple[relax.VMExecutable, CompiledKernels]:
+    """A module of runtime calls and kernels => executable over the kernels' object files."""
+    import tvm
+    from tvm import relax
+
+    from .compile_kernels import compile_kernels
+
+    kernels = _kernels(module)
+    compiled = compile_kernels(kernels, target, scheduling, cached)
+    module = module.clone()
+    for var in kernels:
+        module.update_func(var, relax.ExternFunc(compiled.symbols[var.name_hint]))
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "kernels.o"
+        libraries = []
+        for item in compiled.objects:
+            path.write_bytes(item.content)
+            libraries.append(tvm.runtime.load_static_library(str(path), list(item.symbols)))
+    # The attribute in which Relax hands compiled code of other code generators to its linker.
+    others = list((module.attrs or {}).get("external_mods", []))
+    module = module.with_attr("external_mods", [*others, *libraries])
+    return tvm.compile(module, target=target, relax_pipeline=None), compiled
+
+
+def _kernels(module: tvm.IRModule) -> dict[tvm.ir.GlobalVar, tirx.PrimFunc]:
+    from tvm import tirx
+
+    return {var: f for var, f in module.functions_items() if isinstance(f, tirx.PrimFunc)}
+
+
+@contextmanager
+def _as_model_error(target_name: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        line = str(error).strip().splitlines()[-1]
+        raise ModelError(f"TVM could not compile the model for {target_name}: {line}") from error
 
 
 def _calls(fused: tvm.IRModule) -> tuple[Call, ...]:

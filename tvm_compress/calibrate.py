@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import tvm
     from tvm import relax
 
+    from .kernel_cache import KernelCache
     from .model import Model, TensorSpec
     from .relay_passes.graph import Graph
     from .relay_passes.numerics.statistics import Statistics
@@ -33,15 +34,17 @@ def calibrate(
     *,
     target: Target,
     progress: Progress | None = None,
+    cached: KernelCache | None = None,
 ) -> Statistics:
     """Statistics of what `observations` names, over all `samples` (input name => array).
 
-    The model is compiled once, with the observed tensors as outputs. The result depends on the
+    The model is compiled once, with the observed tensors as outputs; kernels that are in `cached`
+    are taken from there. The result depends on the
     samples and their order alone. Raises `DataError` when there are no samples or when a sample or
     a tensor holds NaN or infinity, `RecipeError` when a name is not in the model.
     """
     main = model.module.get_global_var("main")
-    observed = _Observed(model.module, main, model.inputs, observations, target)
+    observed = _Observed(model.module, main, model.inputs, observations, target, cached)
     found = {watcher.variable.name for watcher in observed.all_watchers()}
     layers = {layer.name for watcher in observed.all_watchers() for layer in watcher.layers}
     for name in sorted(observations.names() - found - layers):
@@ -124,6 +127,7 @@ class _Observed:
         inputs: Sequence[TensorSpec],
         observations: Observations,
         target: Target,
+        cached: KernelCache | None,
     ) -> None:
         from .model import TensorSpec
         from .relay_passes.branches import as_main
@@ -137,7 +141,7 @@ class _Observed:
         self._branches = [
             branch
             for value in graph.values.values()
-            for branch in _branches_of(module, value, observations, target)
+            for branch in _branches_of(module, value, observations, target, cached)
         ]
         needed = [watcher.variable for watcher in self.watchers]
         needed += [variable for branch in self._branches for variable in branch.reads()]
@@ -153,7 +157,8 @@ class _Observed:
                 for variable, name in self._computed.items()
             )
             program = _instrument(as_main(module, global_var), computed)
-            self._session = Session(compile_module(program, target), tuple(inputs), outputs)
+            executable = compile_module(program, target, cached)
+            self._session = Session(executable, tuple(inputs), outputs)
 
     def all_watchers(self) -> list[_Watcher]:
         """Those of the function and of its branches."""
@@ -187,7 +192,11 @@ class _Branch:
 
 
 def _branches_of(
-    module: tvm.IRModule, value: tvm.ir.Expr, observations: Observations, target: Target
+    module: tvm.IRModule,
+    value: tvm.ir.Expr,
+    observations: Observations,
+    target: Target,
+    cached: KernelCache | None,
 ) -> Iterator[_Branch]:
     """The branches of an `If` in which anything is watched, of those that take tensors."""
     from tvm import relax
@@ -206,7 +215,7 @@ def _branches_of(
             TensorSpec(param.name, shape_of(param) or (), dtype_of(param))
             for param in module[call.op].params
         )
-        program = _Observed(module, call.op, specs, observations, target)
+        program = _Observed(module, call.op, specs, observations, target, cached)
         if program.all_watchers():
             yield _Branch(value.cond, is_then, tuple(call.args), program)
 

@@ -175,6 +175,16 @@ def _database_option(command: Command) -> Command:
     )(command)
 
 
+def _kernel_cache_option(command: Command) -> Command:
+    return click.option(
+        "--no-kernel-cache",
+        "kernel_cache",
+        flag_value=False,
+        default=True,
+        help="Compile every kernel, and keep none in the user's cache.",
+    )(command)
+
+
 PEERS = ("onnxruntime", "openvino", "litert")  # `peers.LOADERS`, which would import NumPy
 
 
@@ -279,6 +289,7 @@ def profile(
 @click.option("--force", is_flag=True, help="Replace the artefact of another model in OUT.")
 @_budget_options
 @_database_option
+@_kernel_cache_option
 @_threads_option
 @_model_options
 @_common_options
@@ -294,6 +305,7 @@ def compress(
     trials: int | None,
     minutes: float | None,
     database: Path | None,
+    kernel_cache: bool,
     threads: int | None,
     shapes: tuple[tuple[str, tuple[int, ...]], ...],
     input_values: tuple[tuple[str, float], ...],
@@ -322,6 +334,7 @@ def compress(
         trials=trials,
         minutes=minutes,
         database=database,
+        kernel_cache=kernel_cache,
         force=force,
         progress=_progress(),
     )

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +33,16 @@ from .workspace import Workspace
 if TYPE_CHECKING:
     import tvm
 
+    from .build import Lowered
     from .data import Dataset
+    from .kernel_cache import KernelCache
     from .model import Model
     from .recipe import Recipe, Step
     from .relay_passes.numerics.statistics import Statistics
     from .relay_passes.observations import Observations
     from .report.rows import StepTime
     from .targets import Target
-    from .tuning.database import Database
+    from .tuning.database import Database, TunedChoices
 
 PROBES = 8  # inputs kept in the artefact, so that it can be verified without data
 BENCHMARK_SECONDS = 2.0  # of each side, for the report; `benchmark` measures longer
@@ -61,6 +63,7 @@ def compress(
     trials: int | None = None,
     minutes: float | None = None,
     database: Path | None = None,
+    kernel_cache: bool = True,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Artefact:
@@ -71,8 +74,10 @@ def compress(
     `seed`, `shapes` and `input_values` override the recipe's. `threads` is what kernels are laid
     out and measured for (default: the target's). `trials` or `minutes` tune the kernels before
     they are built (`tuning.tune`); `database` is the folder of tuning records (default: the
-    user's own). `force` replaces an artefact of another model. An exact repetition of an
-    interrupted call goes on where that one stopped.
+    user's own). Compiled kernels are kept in the user's cache and taken from there by later
+    builds, of this model and of others, unless `kernel_cache` is false. `force` replaces an
+    artefact of another model. An exact repetition of an interrupted call goes on where that one
+    stopped.
 
     Raises an error of `errors.py` before anything is written when an input is wrong. Checks that
     fail (integers, accuracy) do not raise: they stand in `artefact.report["checks"]`.
@@ -83,8 +88,9 @@ def compress(
     # 1. Load. Everything the user gave is looked at here, before any work is done.
     with clock.step("import"):
         job = _load(
-            model, recipe, target, calibration, evaluate, seed, shapes, input_values, threads
-        )
+            model, recipe, target, calibration, evaluate, seed, shapes, input_values, threads,
+            kernel_cache=kernel_cache,
+        )  # fmt: skip
         records = _open_database(database)
         if trials is not None or minutes is not None:
             from .tuning.tune import require_device
@@ -140,6 +146,7 @@ class Job:
     plan: tuple[tuple[Step, ...], ...]  # steps in groups that become one pass each
     calibration: Dataset | None
     evaluate: Dataset | None
+    kernel_cache: KernelCache | None  # None: every kernel is compiled
 
 
 def _load(
@@ -152,11 +159,13 @@ def _load(
     shapes: Mapping[str, tuple[int, ...]] | None,
     input_values: Mapping[str, float] | None,
     threads: int | None = None,
+    kernel_cache: bool = True,
 ) -> Job:
     from .accuracy import scores_output
     from .build import require_linker
     from .data import load_data
     from .importers import load_model
+    from .kernel_cache import KernelCache
     from .recipe import Recipe, load_recipe
     from .targets import get_target
 
@@ -197,6 +206,7 @@ def _load(
         plan=plan,
         calibration=dataset,
         evaluate=labelled,
+        kernel_cache=KernelCache() if kernel_cache else None,
     )
 
 
@@ -327,15 +337,20 @@ def _calibrate(
     data = job.calibration
     model = replace(job.model, module=module)
 
+    def gather() -> Statistics:
+        return calibrate(
+            model, data, wanted,
+            target=job.target, progress=clock.progress, cached=job.kernel_cache,
+        )  # fmt: skip
+
     def make(folder: Path) -> None:
-        found = calibrate(model, data, wanted, target=job.target, progress=clock.progress)
-        found.save(folder / "statistics.npz")
+        gather().save(folder / "statistics.npz")
 
     if data.fingerprint is None:  # an iterable: nothing says whether it is the same as before
         with clock.step("calibrate", shown=False):
-            return calibrate(model, data, wanted, target=job.target, progress=clock.progress)
+            return gather()
     parts = [
-        module_key(module),
+        _key_of(job, module),
         _observations_key(wanted),
         data.fingerprint,
         len(data),
@@ -388,56 +403,104 @@ def _tune(
 def _build_all(
     job: Job, compressed: tvm.IRModule, records: Database, workspace: Workspace, clock: _Clock
 ) -> dict[str, Path]:
-    """Folder of each library: `library.so` and `info.json`, and the taps of the reference."""
+    """Folder of each library, `library.so` and `info.json`; of the reference with `taps.json`."""
+    from .tuning.tune import this_cpu
+
     folders: dict[str, Path] = {}
     modules = {"compressed": compressed, "original": job.model.module}
     for side, module in modules.items():
-        if folders and _graph_key(compressed) == _graph_key(module):
+        if folders and _computes_the_same(compressed, module):
             folders[side] = folders["compressed"]  # came quantised, and nothing was left to do
             continue
-        options = dict(job.target.tvm_options)
-        parts = [side, module_key(module), options, job.target, records.fingerprint()]
-        make = partial(_build_side, module, job.target, records, side == "compressed")
-        with clock.cached(workspace, f"build {side}", parts, make) as folder:
+        parts = [side, _key_of(job, module), job.target.fingerprint()]
+        lowering = _Lowering(module, job.target, records)
+        # Records that change no choice of this model change nothing in its library.
+        asked = [*parts, records.fingerprint(), this_cpu()]
+        with clock.cached(workspace, f"lower {side}", asked, lowering.save_choices) as folder:
+            choices = (folder / "choices.json").read_text(encoding="utf-8")
+        build = partial(_build_side, lowering, job, side == "compressed")
+        with clock.cached(workspace, f"build {side}", [*parts, choices], build) as folder:
             folders[side] = folder
+        if side == "compressed" and job.target.runs_here():
+            reference = partial(_build_reference, lowering, job)
+            with clock.cached(workspace, "build reference", parts, reference) as folder:
+                folders["reference"] = folder
+    if job.kernel_cache is not None and job.kernel_cache.trouble is not None:
+        clock.progress.note(f"warning: cache of kernels: {job.kernel_cache.trouble}")
     return folders
 
 
-def _graph_key(module: tvm.IRModule) -> str:
-    """Hash of what a module computes: without what passes only noted."""
+class _Lowering:
+    """A module lowered for a target, when that is needed and once."""
+
+    def __init__(self, module: tvm.IRModule, target: Target, records: Database) -> None:
+        self._module, self._target, self._records = module, target, records
+
+    @cached_property
+    def choices(self) -> TunedChoices:
+        from .tuning.database import TunedChoices
+        from .tuning.tune import this_cpu
+
+        return TunedChoices(self._records, self._target, this_cpu())
+
+    @cached_property
+    def lowered(self) -> Lowered:
+        from .build import lower
+
+        return lower(self._module, self._target, self.choices)
+
+    def save_choices(self, folder: Path) -> None:
+        """What tuning decided, by kernel."""
+        chosen = {k: dict(choice) for k, choice in self.lowered.choices.items() if choice}
+        _write_json(folder / "choices.json", chosen)
+
+
+def _key_of(job: Job, module: tvm.IRModule) -> str:
+    return job.model_key if module is job.model.module else module_key(module)
+
+
+def _computes_the_same(a: tvm.IRModule, b: tvm.IRModule) -> bool:
+    """Whether two modules differ at most in what passes noted."""
+    from tvm_ffi import structural_equal
+
     from .relay_passes.quantize import LEFT_FLOAT_ATTR
 
-    module = module.clone()
-    module["main"] = module["main"].without_attr(LEFT_FLOAT_ATTR)
-    return module_key(module)
+    def plain(module: tvm.IRModule) -> tvm.IRModule:
+        module = module.clone()
+        module["main"] = module["main"].without_attr(LEFT_FLOAT_ATTR)
+        return module
+
+    return bool(structural_equal(plain(a), plain(b)))
 
 
-def _build_side(
-    module: tvm.IRModule, target: Target, records: Database, is_compressed: bool, folder: Path
-) -> None:
-    from .build import build, compile_reference
+def _build_side(lowering: _Lowering, job: Job, is_compressed: bool, folder: Path) -> str:
+    from .build import compile_lowered
     from .contents import describe_library, require_fits
-    from .taps import tap
-    from .tuning.database import TunedChoices
-    from .tuning.tune import this_cpu
 
-    choices = TunedChoices(records, target, this_cpu())
-    built = build(module, target, choices)
+    built = compile_lowered(lowering.lowered, job.kernel_cache)
     library = folder / "library.so"
     built.export(library)
     info = describe_library(built, library)
     if is_compressed:
-        require_fits(info, target)
+        require_fits(info, job.target)
     value: dict[str, Any] = {
         "info": info.to_json(),
         "left_float": list(built.left_float),
         "decoded_per_call": list(built.decoded_per_call),
-        "tuned": [record.to_json() for record in choices.used],
+        "tuned": [record.to_json() for record in lowering.choices.used],
     }
-    if is_compressed and target.runs_here():
-        tapped, value["taps"] = tap(built.reference_module, [call.output for call in info.calls])
-        compile_reference(tapped).export_library(str(folder / "reference.so"))
     _write_json(folder / "info.json", value)
+    return str(built.kernels)
+
+
+def _build_reference(lowering: _Lowering, job: Job, folder: Path) -> None:
+    from .build import compile_reference, export_library
+    from .taps import tap
+
+    lowered = lowering.lowered
+    tapped, taps = tap(lowered.reference_module, [call.output for call in lowered.calls])
+    export_library(compile_reference(tapped, job.kernel_cache), folder / "library.so")
+    _write_json(folder / "taps.json", taps)
 
 
 # --- 6. lay out ---------------------------------------------------------------------------------
@@ -456,12 +519,14 @@ def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
     shutil.copyfile(folders["compressed"] / "library.so", staging / LIBRARIES["compressed"])
     shutil.copyfile(folders["original"] / "library.so", staging / LIBRARIES["original"])
     infos = {
-        side: json.loads((folder / "info.json").read_text()) for side, folder in folders.items()
+        side: json.loads((folders[side] / "info.json").read_text())
+        for side in ("compressed", "original")
     }
     _stage_records([info["tuned"] for info in infos.values()], staging)
-    taps = infos["compressed"].get("taps")
-    if taps is not None:
-        shutil.copyfile(folders["compressed"] / "reference.so", staging / LIBRARIES["reference"])
+    taps = []
+    if "reference" in folders:
+        taps = json.loads((folders["reference"] / "taps.json").read_text())
+        shutil.copyfile(folders["reference"] / "library.so", staging / LIBRARIES["reference"])
     _write_json(
         staging / KERNELS,
         {
@@ -469,7 +534,7 @@ def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
             "original": infos["original"]["info"],
             "left_float": infos["compressed"]["left_float"],
             "decoded_per_call": infos["compressed"].get("decoded_per_call", []),
-            "taps": taps or [],
+            "taps": taps,
         },
     )
     comment = (
@@ -652,25 +717,27 @@ class _Clock:
         workspace: Workspace,
         name: str,
         parts: Sequence[object],
-        make: Callable[[Path], None],
+        make: Callable[[Path], str | None],
         shown: bool = True,
     ) -> Iterator[Path]:
-        """The folder of a step that may have been done by an earlier run."""
+        """The folder of a step that may have been done by an earlier run.
+
+        `make` may return a detail for the report.
+        """
         started = time.perf_counter()
-        made: list[bool] = []
+        made: list[str] = []
 
         def noted(folder: Path) -> None:
-            made.append(True)
             if shown:
                 with self.progress.step(name):
-                    make(folder)
+                    made.append(make(folder) or "")
             else:
-                make(folder)
+                made.append(make(folder) or "")
 
         yield workspace.cached(name.replace(" ", "-"), parts, noted)
-        self._add(name, started, cached=not made)
+        self._add(name, started, cached=not made, detail="".join(made))
 
-    def _add(self, name: str, started: float, cached: bool) -> None:
+    def _add(self, name: str, started: float, cached: bool, detail: str = "") -> None:
         from .report.rows import StepTime
 
-        self.steps.append(StepTime(name, time.perf_counter() - started, cached))
+        self.steps.append(StepTime(name, time.perf_counter() - started, cached, detail))

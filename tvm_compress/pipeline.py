@@ -1,7 +1,8 @@
 """The one ordered list of passes from graph form to scheduled kernels.
 
-`kernel_pipeline(target)` is what `build.build` runs; `relax.get_pipeline("tvm_compress", ...)`,
-registered on import of this module, is the same flow for somebody else's TVM build.
+`build.build` runs its parts and compiles the kernels itself; `kernel_pipeline(target)` is all of it
+as one pass, and `relax.get_pipeline("tvm_compress", ...)`, registered on import of this module, the
+same flow for somebody else's TVM build.
 """
 
 from __future__ import annotations
@@ -87,13 +88,8 @@ def memory_pipeline() -> tvm.transform.Pass:
     )
 
 
-def schedule_pipeline(
-    target: Target, choose: Callable[[tirx.PrimFunc], Choice | None] | None = None
-) -> tvm.transform.Pass:
-    """Planned memory => what `tvm.compile` hands to the code generator.
-
-    `choose`: tuned choices, as `tuning.database.TunedChoices` gives them.
-    """
+def runtime_pipeline() -> tvm.transform.Pass:
+    """Planned memory => calls of the runtime; what is left to do is to schedule the kernels."""
     transform = relax.transform
     return tvm.transform.Sequential(
         [
@@ -103,11 +99,22 @@ def schedule_pipeline(
             transform.ComputePrimValue(),
             transform.VMShapeLower(),
             transform.AttachGlobalSymbol(),
-            # Last, because Relax's own passes look into naive kernels (to find reshapes, say) and
-            # insist on the blocks that a scheduled kernel no longer has.
-            ScheduleKernels(target, choose),
         ],
-        name="schedule",
+        name="runtime",
+    )
+
+
+def schedule_pipeline(
+    target: Target, choose: Callable[[tirx.PrimFunc], Choice | None] | None = None
+) -> tvm.transform.Pass:
+    """Planned memory => what `tvm.compile` hands to the code generator.
+
+    `choose`: tuned choices, as `tuning.database.TunedChoices` gives them.
+    """
+    # Scheduled last, because Relax's own passes look into naive kernels (to find reshapes, say) and
+    # insist on the blocks that a scheduled kernel no longer has.
+    return tvm.transform.Sequential(
+        [runtime_pipeline(), ScheduleKernels(target, choose)], name="schedule"
     )
 
 

@@ -181,10 +181,18 @@ def code_fingerprint() -> str:
     import importlib.metadata
 
     root = Path(__file__).resolve().parent
-    digest = hashlib.sha256(importlib.metadata.version("apache-tvm").encode())
-    folders = [root, *(root / name for name in ("relay_passes", "schedules", "targets"))]
-    for folder in folders:
-        for file in sorted(folder.resolve().rglob("*.py")):
-            digest.update(str(file.relative_to(folder.resolve())).encode())
+    return hash_sources(
+        [root, *(root / name for name in ("relay_passes", "schedules", "targets"))],
+        importlib.metadata.version("apache-tvm"),
+    )
+
+
+def hash_sources(paths: Iterable[Path], version: str) -> str:
+    """Hash of Python files, those below folders included, and of a version."""
+    digest = hashlib.sha256(version.encode())
+    for path in paths:
+        top = path.resolve()
+        for file in [top] if top.is_file() else sorted(top.rglob("*.py")):
+            digest.update(str(file.relative_to(top.parent)).encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()

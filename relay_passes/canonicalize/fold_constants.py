@@ -42,7 +42,8 @@ class _FoldConstants(Rewriter):
     def __init__(self, function: relax.Function) -> None:
         super().__init__(function)
         # An unrolled loop repeats the same fold: the results must stay one shared constant.
-        self._memo: dict[str, list[tuple[Expr, Expr]]] = {}
+        # By operator and constants, of which a deep network has many and no two are compared.
+        self._memo: dict[tuple[str, tuple[Expr, ...]], list[tuple[Expr, Expr]]] = {}
 
     def rewrite(self, var: Var, value: Expr) -> Expr | None:
         name = op_name(value)
@@ -62,7 +63,8 @@ class _FoldConstants(Rewriter):
         return None
 
     def _once(self, call: Expr, compute: Callable[[], Expr | None]) -> Expr | None:
-        earlier = self._memo.setdefault(str(op_name(call)), [])
+        constants = tuple(a for a in call.args if isinstance(a, tvm.ir.Constant))
+        earlier = self._memo.setdefault((str(op_name(call)), constants), [])
         for known, result in earlier:
             if structural_equal(known.attrs, call.attrs) and _same_arguments(known.args, call.args):
                 return result

@@ -436,11 +436,15 @@ def _stayed_float(rows: list[Mapping[str, Any]]) -> str:
     )
 
 
+def _how_made(step: Mapping[str, Any]) -> str:
+    return "taken over from an earlier run" if step["cached"] else escape(step.get("detail", ""))
+
+
 def _provenance(data: Mapping[str, Any]) -> str:
     device = data["device"]
     steps = "".join(
         f"<tr><td>{escape(step['name'])}</td><td>{step['seconds']:.1f} s</td>"
-        f"<td>{'taken over from an earlier run' if step['cached'] else ''}</td></tr>"
+        f"<td>{_how_made(step)}</td></tr>"
         for step in data["steps"]
     )
     versions = " · ".join(f"{escape(k)} {escape(v)}" for k, v in data["versions"].items())

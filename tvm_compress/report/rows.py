@@ -172,6 +172,7 @@ class StepTime:
     name: str
     seconds: float
     cached: bool
+    detail: Annotated[str, "of a build: its kernels, and how many came from the cache"] = ""
 
 
 @dataclass(frozen=True)

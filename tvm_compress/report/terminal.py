@@ -124,8 +124,20 @@ def print_summary(report: Mapping[str, Any], path: Path) -> None:
     console = _console()
     _print_totals(console, report)
     _print_checks(console, report["checks"])
+    _print_kernels(console, report["steps"])
     console.print(f"artefact  {path}", soft_wrap=True)
     console.print(f"report    {path / 'report.html'}", soft_wrap=True)
+
+
+def _how_made(step: Mapping[str, Any]) -> str:
+    detail = "cached" if step["cached"] else step.get("detail", "")
+    return f" ({detail})" if detail else ""
+
+
+def _print_kernels(console: Console, steps: Iterable[Mapping[str, Any]]) -> None:
+    for step in steps:
+        if step.get("detail"):
+            console.print(f"{step['name']:<18}{step['detail']}", style="dim")
 
 
 def print_report(report: Mapping[str, Any], path: Path) -> None:
@@ -136,8 +148,7 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
     _print_float(console, report["stayed_float"])
     _print_checks(console, report["checks"])
     steps = ", ".join(
-        f"{step['name']} {step['seconds']:.1f} s{' (cached)' if step['cached'] else ''}"
-        for step in report["steps"]
+        f"{step['name']} {step['seconds']:.1f} s{_how_made(step)}" for step in report["steps"]
     )
     console.print(f"made by   {steps}", style="dim")
     console.print(f"report    {path / 'report.html'}", soft_wrap=True)

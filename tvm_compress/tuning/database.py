@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import DatabaseError
 from ..schedules.choice import Choice, SearchSpace, choice_to_json, digest
+from ..user_cache import user_cache
 from .record import Record, from_metaschedule, to_metaschedule
 
 if TYPE_CHECKING:
@@ -37,10 +38,8 @@ MAX_IMPORT_BYTES = 64 << 20
 
 
 def default_folder() -> Path:
-    """The user's own database: `$XDG_CACHE_HOME/tvm-compress/tuning`."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"  # noqa: PTH117
-    return root / "tvm-compress" / "tuning"
+    """The user's own database: `tvm-compress/tuning` in the user's cache."""
+    return user_cache() / "tuning"
 
 
 class Database:
