@@ -19,7 +19,7 @@ from tvm import relax
 from tvm.relax import op
 
 from ..errors import DataError
-from .encodings import match_encoding
+from .encodings import FourBit, match_encoding
 from .graph import Graph, Reader, rebuild
 from .ir import constant, op_name, shape_of
 from .numerics.statistics import Statistics
@@ -92,11 +92,17 @@ def _kernel(graph: Graph, layer: relax.Var) -> Hashable:
     found: list[Hashable] = []
     for operand in graph.values[layer].args[:2]:
         value = graph.values.get(operand) if isinstance(operand, relax.Var) else None
-        if value is None or op_name(value) != "relax.dequantize":
+        if value is None or not _is_decoded(value):
             return layer
         arrays = [constant(item) for item in value.args]
         found += [None if array is None else (array.shape, array.tobytes()) for array in arrays]
     return tuple(found)
+
+
+def _is_decoded(value: tvm.ir.Expr) -> bool:
+    """Whether it is a weight or a tensor of codes as a float: dequantised, or in an encoding."""
+    is_function = isinstance(value, tvm.ir.Call) and isinstance(value.op, tvm.ir.GlobalVar)
+    return is_function or op_name(value) == "relax.dequantize"
 
 
 def _mean_shift(
@@ -234,6 +240,10 @@ class _Writer:
         scales = []
         for operand in (data, weight):
             value = self.graph.values.get(operand) if isinstance(operand, relax.Var) else None
+            encoding = None if value is None else match_encoding(value, self._module)
+            if isinstance(encoding, FourBit):
+                scales.append(encoding.scales)
+                continue
             if value is None or op_name(value) != "relax.dequantize":
                 return None
             scale = constant(value.args[1])

@@ -1,10 +1,11 @@
 """Store weights in the order in which the target's kernels read them.
 
     conv2d(x, w)              =>  conv2d_packed(x, pack(w))
+    conv2d(x, codes, table)   =>  conv2d_packed(x, pack(codes), pack(table))
     conv2d(x, codes, scales)  =>  conv2d_packed(x, decode(pack(codes), pack(scales)))
 
 Packing happens in NumPy at compile time; the kernel's description changes with it, so the module
-still runs anywhere. The second form is for weight-only codes that no kernel of the target reads:
+still runs anywhere. The last form is for weight-only codes that no kernel of the target reads:
 every call decodes them into a float weight. `tvm_compress.decoded` of `main` (JSON) lists these
 layers.
 """
@@ -75,13 +76,12 @@ class _Packing(relax.PyExprMutator):
         decoded = schedules.decode_weight(spec, parts, self.target)
         if decoded is not None:
             return self._decoded(call, decoded)
-        packed = schedules.pack_weight(spec, parts[0], self.target)
+        packed = schedules.pack_parts(spec, parts, self.target)
         if packed is None:
             return super().visit_call_(call)
-        packed_spec, array = packed
-        return self._kernel(
-            call, packed_spec, [relax.const(array), *others[1:]], kernel.attrs[ROLES_ATTR]
-        )
+        packed_spec, stored = packed
+        roles = list(kernel.attrs[ROLES_ATTR])[: 1 + len(stored)]  # tables may have been opened
+        return self._kernel(call, packed_spec, [relax.const(part) for part in stored], roles)
 
     def _decoded(self, call: tvm.ir.Call, decoded: schedules.DecodedWeight) -> tvm.ir.Expr:
         layer = self.layer

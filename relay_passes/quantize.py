@@ -17,6 +17,7 @@ from tvm import relax
 from tvm.relax import op
 
 from ..errors import DataError
+from .encodings import Encoding
 from .graph import Graph, Reader, rebuild
 from .ir import shape_of
 from .numerics.affine import QuantizationParameters, choose_parameters, quantize_affine
@@ -27,8 +28,10 @@ from .op_kinds import ANCHORS
 from .placement import LeftFloat, Placement, bias_vector, channel_axis, place
 from .quantize_config import QuantizeConfig
 from .quantize_weights import (
+    EncodedLayer,
     IntegerLayer,
     choose_weight_parameters,
+    encode_layer,
     encode_weight,
     needs_encoding,
     output_channel_axis,
@@ -223,8 +226,14 @@ class _Writer:
         input_scale = float(self._parameters[call.args[0]].scale)
         bias_reader, bias_array = self._bias_of(variable)
         bias = None if bias_array is None else bias_vector(bias_array, call, variable)
-        layer = quantize_layer(weight, bias, input_scale, call, config)
-        self._put_weight(variable, self._decoded_weight(variable, layer.weight, layer.parameters))
+        layer: IntegerLayer | EncodedLayer | None
+        layer = encode_layer(weight, bias, input_scale, call, config)
+        if layer is not None:
+            self._put_encoding(variable, layer.weight)
+        else:
+            layer = quantize_layer(weight, bias, input_scale, call, config)
+            stored = self._decoded_weight(variable, layer.weight, layer.parameters)
+            self._put_weight(variable, stored)
         if bias_reader is not None and bias_array is not None:
             self._write_bias(variable, bias_reader, bias_array, layer)
 
@@ -246,15 +255,18 @@ class _Writer:
         else:
             encoding = encode_weight(weight, call, config)
             if encoding is not None:
-                name, ty = f"{variable.name}_weight", relax.TensorType(weight.shape, "float32")
-                stored = self._variable(variable, name, ty)
-                decode = relax.VarBinding(stored, encoding.call(self._builder))
-                self._before.setdefault(variable, []).append(decode)
-                self._put_weight(variable, stored)
+                self._put_encoding(variable, encoding)
                 return
             reason = f"a weight of {weight.ndim} axes has no form in groups or int4"
         kind = ANCHORS[self._graph.op(variable) or ""]
         self._placement.left_float.append(LeftFloat(variable.name, kind, reason))
+
+    def _put_encoding(self, variable: relax.Var, encoding: Encoding) -> None:
+        ty = relax.TensorType(list(encoding.shape), "float32")
+        stored = self._variable(variable, f"{variable.name}_weight", ty)
+        decode = relax.VarBinding(stored, encoding.call(self._builder))
+        self._before.setdefault(variable, []).append(decode)
+        self._put_weight(variable, stored)
 
     def _put_weight(self, variable: relax.Var, stored: relax.Var) -> None:
         call = self._graph.values[variable]
@@ -281,7 +293,11 @@ class _Writer:
         return None, None
 
     def _write_bias(
-        self, layer_var: relax.Var, reader: relax.Var, array: np.ndarray, layer: IntegerLayer
+        self,
+        layer_var: relax.Var,
+        reader: relax.Var,
+        array: np.ndarray,
+        layer: IntegerLayer | EncodedLayer,
     ) -> None:
         assert layer.bias is not None
         assert layer.bias_scale is not None

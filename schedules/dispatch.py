@@ -45,7 +45,7 @@ def pack_parts(
     """The same for all parts of a stored weight: codes, [tables], [scales, [zero points]]."""
     if not isinstance(spec, WeightedSpec) or not target.is_x86:
         return None
-    if spec.is_integer and (spec.table_channels or spec.group_size):
+    if spec.is_integer and spec.weight_dtype == "int4":
         from .x86.pack_nibbles import pack_parts as pack
 
         return pack(spec, parts, target)

@@ -141,12 +141,16 @@ class WeightedSpec(KernelSpec):
             "group_size is for int8 or int4 codes",
         )
         _require(
-            self.table_channels >= 0 and (not self.table_channels or self.weight_dtype == "int4"),
-            f"table_channels {self.table_channels} needs int4 codes",
+            self.table_channels >= 0
+            and (
+                not self.table_channels
+                or (self.weight_dtype == "int4" and self.data_dtype != "float32")
+            ),
+            f"table_channels {self.table_channels} needs int4 codes and integer data",
         )
         _require(
-            not (self.table_channels and (self.group_zero_points or self.weight_zero_point)),
-            "table_channels and zero points exclude each other",
+            not (self.table_channels and self.weight_zero_point),
+            "table_channels and weight_zero_point exclude each other",
         )
         _require(
             not (self.group_zero_points and self.data_dtype != "float32"),

@@ -19,7 +19,7 @@ from tvm import relax, tirx
 from ...schedules import BatchMatmulSpec, Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, prim_func
 from ...schedules.prim import ROLES_ATTR
 from .. import ir
-from ..encodings import GroupWise
+from ..encodings import FourBit, GroupWise, kernel_order
 from .context import QUANTISED, Lowering
 from .values import Accumulator, Constant, Dequantised, QuantParams, Tensor, Value
 
@@ -32,7 +32,8 @@ class Weight:
     """A constant weight in kernel order: values or codes [.., K.., N], channels last.
 
     `scale` is one float per output channel (or one in all) to be applied behind the sum; group-wise
-    encodings carry `group_scales` [K/g, N] that the kernel applies.
+    encodings carry `group_scales` [K/g, N] that the kernel applies: floats with float data, whole
+    numbers (`multiples`) with integers. `integers` [K, N] are what 4-bit codes stand for there.
     """
 
     values: np.ndarray
@@ -42,13 +43,20 @@ class Weight:
     group_size: int = 0
     group_scales: np.ndarray | None = None
     group_zero_points: np.ndarray | None = None
+    multiples: np.ndarray | None = None
+    tables: np.ndarray | None = None
+    table_channels: int = 0
+    integers: np.ndarray | None = None
 
     @property
-    def is_quantised(self) -> bool:
-        return self.scale is not None
+    def has_integers(self) -> bool:
+        """Whether a sum of integers has one scale for each output channel."""
+        return self.scale is not None and self.group_scales is None
 
     def centred(self) -> np.ndarray:
-        """Codes less their zero point, int64."""
+        """Codes less their zero point, or what they stand for, int64 [.., N]."""
+        if self.integers is not None:
+            return self.integers
         return self.values.astype(np.int64) - self.zero_point
 
 
@@ -62,6 +70,8 @@ def weight_of(ctx: Lowering, expr: tvm.ir.Expr, layout: str, wanted: str) -> Wei
     constant = ctx.value(expr)
     if not isinstance(constant, Constant):
         return None
+    if isinstance(constant.encoding, FourBit):
+        return _four_bit_weight(constant.encoding, layout, wanted)
     if constant.encoding is not None:
         return _group_weight(constant.encoding, layout, wanted)
     codes, scale, zero_point = constant.codes, constant.scale, constant.zero_point
@@ -91,7 +101,7 @@ def weight_of(ctx: Lowering, expr: tvm.ir.Expr, layout: str, wanted: str) -> Wei
 
 def _group_weight(encoding: GroupWise, layout: str, wanted: str) -> Weight | None:
     """Group-wise codes stay as they are stored: int4 flat, int8 in the kernel's own shape."""
-    if encoding.layout != layout or encoding.kernel_order(layout) != wanted:
+    if encoding.layout != layout or kernel_order(layout) != wanted:
         return None
     values = encoding.stored
     if encoding.dtype == "int8":
@@ -102,12 +112,36 @@ def _group_weight(encoding: GroupWise, layout: str, wanted: str) -> Weight | Non
     )  # fmt: skip
 
 
+def _four_bit_weight(encoding: FourBit, layout: str, wanted: str) -> Weight | None:
+    """Codes, tables and multiples as they are stored."""
+    if encoding.layout != layout or kernel_order(layout) != wanted:
+        return None
+    return Weight(
+        encoding.stored, "int4", encoding.scales, group_size=encoding.group_size,
+        multiples=encoding.multiples, tables=encoding.tables,
+        table_channels=encoding.table_channels, integers=encoding.integers(),
+    )  # fmt: skip
+
+
+def _opened(weight: Weight, shape: tuple[int, ...], integer: bool) -> Weight | None:
+    """The same weight for kernels that read no 4-bit integers: bytes [.., O] where their values fit
+    one, else floats; `shape` is the kernel's order."""
+    if weight.integers is None or weight.scale is None:
+        return weight
+    if integer and weight.multiples is None:
+        return Weight(weight.integers.astype(np.int8).reshape(shape), "int8", weight.scale)
+    if integer:
+        return None
+    values = weight.integers.astype(np.float32) * weight.scale
+    return Weight(values.reshape(shape), "float32")
+
+
 def largest_sums(data: Tensor, weight: Weight) -> np.ndarray:
     """max|x| * Σ|w| for each output channel: no sum can be larger."""
     info = np.iinfo(data.dtype)
     largest = max(abs(int(info.min)), int(info.max))
-    axes = tuple(range(weight.values.ndim - 1))
-    return largest * np.abs(weight.centred()).sum(axis=axes)
+    centred = weight.centred()
+    return np.asarray(largest * np.abs(centred).sum(axis=tuple(range(centred.ndim - 1))))
 
 
 def accumulator_dtype(limit: np.ndarray) -> str:
@@ -126,28 +160,35 @@ def _scale_bias(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Real scale s_x*s_w and the constant -z_x*Σw, both per output channel."""
     assert data.quant is not None and weight.scale is not None
-    axes = tuple(range(weight.values.ndim - 1))
+    centred = weight.centred()
     scale = np.float64(data.quant.scale) * weight.scale.astype(np.float64)
-    bias = -data.quant.zero_point * weight.centred().sum(axis=axes)
+    bias = -data.quant.zero_point * centred.sum(axis=tuple(range(centred.ndim - 1)))
     return (
         scale.reshape(channel_shape if scale.size > 1 else (1,) * len(channel_shape)),
         bias.reshape(channel_shape),
     )
 
 
-def _with_roles(func: tirx.PrimFunc, inputs: int) -> tirx.PrimFunc:
+def _factors(weight: Weight) -> list[tuple[str, np.ndarray]]:
+    """Role and array of everything that a kernel reads besides codes."""
+    factors = [
+        ("table", weight.tables),
+        ("scales", weight.multiples),
+        ("scales", weight.group_scales),
+        ("scales", weight.group_zero_points),
+    ]
+    return [(role, array) for role, array in factors if array is not None]
+
+
+def _with_roles(func: tirx.PrimFunc, weight: Weight) -> tirx.PrimFunc:
     if ROLES_ATTR in func.attrs:
         return func
-    return func.with_attr(ROLES_ATTR, ["data", "weights", "scales", "scales"][:inputs])
+    roles = ["data", "weights", *(role for role, _ in _factors(weight))]
+    return func.with_attr(ROLES_ATTR, roles)
 
 
 def _arguments(data: tvm.ir.Expr, weight: Weight) -> list[tvm.ir.Expr | np.ndarray]:
-    arguments: list[tvm.ir.Expr | np.ndarray] = [data, weight.values]
-    if weight.group_scales is not None:
-        arguments.append(weight.group_scales)
-        if weight.group_zero_points is not None:
-            arguments.append(weight.group_zero_points)
-    return arguments
+    return [data, weight.values, *(array for _, array in _factors(weight))]
 
 
 def _weight_fields(weight: Weight) -> dict[str, object]:
@@ -156,6 +197,7 @@ def _weight_fields(weight: Weight) -> dict[str, object]:
         "weight_zero_point": weight.zero_point,
         "group_size": weight.group_size,
         "group_zero_points": weight.group_zero_points is not None,
+        "table_channels": weight.table_channels,
     }
 
 
@@ -174,13 +216,19 @@ def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     weight = weight_of(ctx, call.args[1], kernel_layout, f"{space}IO")
     if weight is None:
         return ctx.no("weight is computed at run time")
-    if transposed and groups > 1:
-        weight = None if weight.group_size else _transposed_groups(weight, groups)
-        if weight is None:
-            return ctx.no("grouped transposed convolution with group-wise weights")
     source = ctx.value(call.args[0])
-    integer = isinstance(source, Dequantised) and weight.is_quantised and not weight.group_size
+    integer = isinstance(source, Dequantised) and weight.has_integers
     _note_float(ctx, name, call, source, integer)
+    if not integer or transposed or groups > 1:
+        stored = ir.shape_of(call.args[1]) or ()
+        shape = tuple(stored[kernel_layout.index(letter)] for letter in f"{space}IO")
+        weight = _opened(weight, shape, integer)
+        if weight is None:
+            return ctx.no("grouped or transposed convolution with groups of weights")
+    if transposed and groups > 1:
+        if weight.group_size:
+            return ctx.no("grouped transposed convolution with group-wise weights")
+        weight = _transposed_groups(weight, groups)
     data = (
         source.codes if integer and isinstance(source, Dequantised) else ctx.as_float(call.args[0])
     )
@@ -223,7 +271,7 @@ def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
             pad_value=data.quant.zero_point,
         )
     spec = family(**common)
-    func = _with_roles(prim_func(spec), len(_arguments(data_expr, weight)))
+    func = _with_roles(prim_func(spec), weight)
     expr = ctx.kernel(
         func, _arguments(data_expr, weight), spec.output_shape, spec.acc_dtype, name,
         "depthwise_conv2d" if getattr(spec, "is_depthwise", False) else spec.family,
@@ -297,8 +345,11 @@ def _matmul_constant(
     weight = weight_of(ctx, call.args[1], "IO", "IO")
     assert weight is not None
     source = ctx.value(call.args[0])
-    integer = isinstance(source, Dequantised) and weight.is_quantised and not weight.group_size
+    integer = isinstance(source, Dequantised) and weight.has_integers
     _note_float(ctx, name, call, source, integer)
+    if not integer:
+        weight = _opened(weight, right_shape, integer)
+        assert weight is not None
     data = (
         source.codes if integer and isinstance(source, Dequantised) else ctx.as_float(call.args[0])
     )
@@ -317,7 +368,7 @@ def _matmul_constant(
         limit = largest_sums(data, weight)
         fields |= dict(data_dtype=data.dtype, acc_dtype=accumulator_dtype(limit))
     spec = MatmulSpec(**fields)
-    func = _with_roles(prim_func(spec), len(_arguments(data_expr, weight)))
+    func = _with_roles(prim_func(spec), weight)
     arguments = _arguments(data_expr, weight)
     expr = ctx.kernel(func, arguments, (rows, columns), spec.acc_dtype, name, "matmul")
     perm = ir.renormalise_perm(rank)
@@ -370,7 +421,7 @@ def _matmul_activations(
         )  # fmt: skip
         scale = np.array(np.float64(a.quant.scale) * np.float64(b.quant.scale))
     spec = BatchMatmulSpec(**fields)
-    func = _with_roles(prim_func(spec), 2).with_attr(ROLES_ATTR, ["data", "data"])
+    func = prim_func(spec).with_attr(ROLES_ATTR, ["data", "data"])
     arguments = [
         ctx.reshape(a.expr, spec.a_shape, f"{name}.a"),
         ctx.reshape(b.expr, spec.b_shape, f"{name}.b"),

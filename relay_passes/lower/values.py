@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import tvm
 
-from ..encodings import GroupWise
+from ..encodings import FourBit, GroupWise
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Constant:
     scale: np.ndarray | None = None
     zero_point: np.ndarray | None = None
     axis: int = 0
-    encoding: GroupWise | None = None
+    encoding: GroupWise | FourBit | None = None
 
 
 @dataclass(frozen=True)

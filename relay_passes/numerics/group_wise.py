@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -45,12 +47,48 @@ def quantize_group_wise(
     return codes.reshape(-1, outputs)[: weight.shape[0]], scales
 
 
+def quantize_group_wise_asymmetric(
+    weight: NDArray[np.float32], group_size: int, dtype: str
+) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int8]]:
+    """Codes int8 [K, N], scales float32 and zero points int8 [ceil(K/g), N]: the same, each group
+    with a range of its own on either side of zero, shrunk for least squared error."""
+    lowest, highest = INTEGER_RANGES[dtype]
+    outputs = weight.shape[1]
+    grouped = _grouped(weight, group_size)  # [G, g, N]
+    low = np.minimum(grouped.min(axis=1), 0).astype(np.float64)  # [G, N]
+    high = np.maximum(grouped.max(axis=1), 0).astype(np.float64)
+    fractions = CANDIDATES if dtype == "int4" else np.ones(1)
+    best = np.full(low.shape, np.inf)
+    scales, zero_points = np.ones(low.shape, np.float32), np.zeros(low.shape, np.int8)
+    for below, above in itertools.product(fractions[::3], fractions[::3]):
+        span = np.maximum(high * above - low * below, SMALLEST_SCALE)
+        scale = (span / (highest - lowest)).astype(np.float32)
+        zero = np.clip(np.rint(lowest - low * below / scale), lowest, highest)
+        codes = np.clip(np.rint(grouped / scale[:, None]) + zero[:, None], lowest, highest)
+        decoded = (codes - zero[:, None]) * scale[:, None]
+        error = ((decoded - grouped).astype(np.float64) ** 2).sum(axis=1)
+        better = error < best
+        best[better], scales[better] = error[better], scale[better]
+        zero_points[better] = zero[better].astype(np.int8)
+    is_empty = (low == 0) & (high == 0)
+    scales[is_empty], zero_points[is_empty] = 1.0, 0
+    codes = np.rint(grouped / scales[:, None]) + zero_points[:, None]
+    codes = np.clip(codes, lowest, highest).astype(np.int8)
+    return codes.reshape(-1, outputs)[: weight.shape[0]], scales, zero_points
+
+
 def dequantize_group_wise(
-    codes: NDArray[np.int8], scales: NDArray[np.float32], group_size: int
+    codes: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    group_size: int,
+    zero_points: NDArray[np.int8] | None = None,
 ) -> NDArray[np.float32]:
-    """codes[k, n] * scales[k // group_size, n]. [K, N]"""
+    """(codes[k, n] - zero_points[k // group_size, n]) * scales[k // group_size, n]. [K, N]"""
     group = np.arange(codes.shape[0]) // group_size
-    return codes.astype(np.float32) * scales[group]
+    values = codes.astype(np.float32)
+    if zero_points is not None:
+        values = values - zero_points[group].astype(np.float32)
+    return np.asarray(values * scales[group])
 
 
 def _grouped(weight: NDArray[np.float32], group_size: int) -> NDArray[np.float32]:

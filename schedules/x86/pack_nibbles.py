@@ -22,14 +22,14 @@ def pack_parts(
     """The spec and parts (codes, [tables], [scales]) of the same layer as the target's kernel reads
     them; None: keep both.
 
-    Where no kernel reads 4-bit codes, those of tables become the int8 values that they stand for.
+    Where no kernel reads 4-bit codes, they become the int8 values that they stand for.
     """
     if spec.weight_layout != spec.plain_layout:
         return None
     packed = _packed(spec, parts, target)
     if packed is not None or spec.group_size:
         return packed
-    values = look_up(spec, weight_codes(spec, parts[0]), parts[1])  # [G, K, N]
+    values = _values(spec, parts)  # [G, K, N]
     plain = spec.replace(weight_dtype="int8", table_channels=0)
     weight = np.ascontiguousarray(values.transpose(1, 0, 2)).reshape(plain.weight_shape)
     narrow = pack_weight(plain, weight, target)
@@ -51,7 +51,7 @@ def _packed(spec: WeightedSpec, parts: Parts, target: Target) -> tuple[WeightedS
     if layout is None:
         return None
     packed = spec.replace(weight_layout=layout.name)
-    values = codes if not spec.table_channels else look_up(spec, codes, parts[1])
+    values = _values(spec, parts)
     dot = select_dot(packed.replace(chain=1), target, layout.width)
     if isinstance(dot, ChainDot):
         packed = packed.replace(chain=_chain(packed, values))
@@ -78,6 +78,12 @@ def _packed(spec: WeightedSpec, parts: Parts, target: Target) -> tuple[WeightedS
         full = _extended(rest[0].T, blocks * layout.width)  # [N, G] -> [O*w, G]
         arrays.append(full.reshape(blocks, layout.width, -1).transpose(0, 2, 1))
     return packed, [np.ascontiguousarray(array) for array in arrays]
+
+
+def _values(spec: WeightedSpec, parts: Parts) -> np.ndarray:
+    """What the codes stand for without scales, int8 [G, K, N]."""
+    codes = weight_codes(spec, parts[0])
+    return look_up(spec, codes, parts[1]) if spec.table_channels else codes
 
 
 def _chain(packed: WeightedSpec, values: np.ndarray) -> int:

@@ -10,6 +10,7 @@ from tvm.relax import op
 
 from tvm_compress.errors import DataError
 from tvm_compress.relay_passes.correct_bias import CorrectBias, CorrectBiasConfig, observe
+from tvm_compress.relay_passes.encodings import FourBit, match_encoding
 from tvm_compress.relay_passes.graph import Graph
 from tvm_compress.relay_passes.numerics.granularity import PerGroup
 from tvm_compress.relay_passes.numerics.moments import MomentsObserver
@@ -115,6 +116,25 @@ def test_integer_bias_moves_by_whole_steps() -> None:
     moved = (before.astype(np.int64) - after).reshape(-1)
     np.testing.assert_allclose(moved, shift / scale, atol=0.51)
     assert np.abs(moved).max() > 1
+
+
+@pytest.mark.parametrize("weights", ["int4", "codebook4"])
+def test_encoded_integer_layer_without_bias_gets_an_integer_bias(weights: str) -> None:
+    module = build(lambda net, x: net.linear("a", x, 6), (3, 64))
+    arrays = biased_inputs((3, 64))
+    config = QuantizeConfig(weights=weights, granularity=PerGroup(8))  # type: ignore[arg-type]
+    quantised = quantize(module, config)
+    statistics = statistics_of_first_layer(module, arrays)
+    corrected = CorrectBias({"a": CorrectBiasConfig()}, statistics)(quantised)
+    integers, scale, _ = stored(corrected, "a_bias")
+    assert integers.dtype == np.int32
+    graph = Graph(quantised["main"])
+    weight = next(item for item in graph.values if item.name == "a_weight")
+    encoding = match_encoding(graph.values[weight], quantised)
+    assert isinstance(encoding, FourBit)
+    rows = encoding.decode().T.astype(np.float64)
+    shift = rows @ statistics.moments["a"].mean[0] - statistics.channels["a"].mean
+    np.testing.assert_allclose(integers.reshape(-1), -shift / scale, atol=0.51)
 
 
 def test_integer_layer_without_bias_gets_an_integer_bias() -> None:

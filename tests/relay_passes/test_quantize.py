@@ -97,6 +97,11 @@ def test_result_equals_integer_arithmetic_in_numpy() -> None:
         (QuantizeConfig(weights="int4", activations=None, granularity=PerGroup(8)), 0.35),
         (QuantizeConfig(weights="int4", activations=None, granularity=PerTensor()), 0.55),
         (QuantizeConfig(weights="int4", activations=None, scales="power_of_two"), 0.55),
+        (QuantizeConfig(weights="int4", activations=None, zero_points=True), 0.45),
+        (QuantizeConfig(weights="int4", granularity=PerGroup(8)), 0.35),
+        (QuantizeConfig(weights="codebook4"), 0.35),
+        (QuantizeConfig(weights="codebook4", table_channels=4, granularity=PerGroup(16)), 0.3),
+        (QuantizeConfig(weights="normal4"), 0.45),
     ],
 )
 def test_every_scheme_stays_near_the_float_module(config: QuantizeConfig, bound: float) -> None:
@@ -256,7 +261,17 @@ def test_missing_statistics_are_named() -> None:
     ("options", "message"),
     [
         ({"weights": None}, "weights: none with activations: int8"),
-        ({"granularity": PerGroup(32)}, "per_group with activations: int8"),
+        ({"granularity": PerGroup(32)}, "per_group with weights: int8, activations: int8"),
+        ({"weights": "int4", "granularity": PerGroup(12)}, "must be a multiple of 8"),
+        (
+            {"weights": "int4", "granularity": PerGroup(8), "activations": "int16"},
+            "would not fit 32 bits",
+        ),
+        ({"table_channels": 4}, "table_channels: 4 with weights: int8"),
+        ({"weights": "codebook4", "table_channels": 6}, "4 output channels or a multiple"),
+        ({"weights": "codebook4", "activations": None}, "codebook4 without activations"),
+        ({"weights": "normal4", "granularity": PerTensor()}, "needs a float scale for each"),
+        ({"weights": "int4", "zero_points": True}, "zero points are for int4 or int8"),
         ({"activations": "int16", "symmetric": False}, "int16 with symmetric: false"),
     ],
 )

@@ -108,6 +108,7 @@ def run_naive(spec: WeightedSpec, data: np.ndarray, parts: list[np.ndarray]) -> 
 
 
 FACTORS: dict[str, dict[str, Any]] = {
+    "codes alone": {},
     "group 32": {"group_size": 32},
     "group 8": {"group_size": 8},
     "one group": {"group_size": 1000},
@@ -150,7 +151,7 @@ def test_odd_rows_of_a_table_become_bytes(target: Target) -> None:
 
 def test_groups_across_rows_keep_their_codes(main_target: Target) -> None:
     spec = conv(16, 8, group_size=32)
-    values, parts = integers_and_parts(spec)
+    _, parts = integers_and_parts(spec)
     assert pack_parts(spec, parts, main_target) is None
     assert schedule(prim_func(spec), main_target).attrs[SCHEDULE_ATTR] != FORM
 

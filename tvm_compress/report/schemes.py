@@ -76,7 +76,7 @@ def _stored(module: tvm.IRModule, graph: Any, weight: Any) -> str | None:
         scales = math.prod(shape_of(value.args[1]) or ())
         return f"{_integer_type(codes)}/{'channel' if scales > 1 else 'tensor'}"
     encoding = match_encoding(value, module)
-    return None if encoding is None else f"{encoding.dtype}/group {encoding.group_size}"
+    return None if encoding is None else encoding.words
 
 
 def _integer_type(codes: np.ndarray) -> str:
@@ -84,7 +84,7 @@ def _integer_type(codes: np.ndarray) -> str:
     if codes.dtype != "int8":
         return str(codes.dtype)
     largest = int(np.abs(codes.astype(np.int32)).max(initial=0))
-    return next((f"int{bits}" for bits in (5, 6, 7) if largest < 2 ** (bits - 1)), "int8")
+    return next((f"int{bits}" for bits in (4, 5, 6, 7) if largest < 2 ** (bits - 1)), "int8")
 
 
 def _codes(graph: Any, data: Any) -> str | None:

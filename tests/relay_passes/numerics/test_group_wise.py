@@ -8,6 +8,7 @@ import pytest
 from tvm_compress.relay_passes.numerics.group_wise import (
     dequantize_group_wise,
     quantize_group_wise,
+    quantize_group_wise_asymmetric,
 )
 
 RNG = np.random.default_rng(0)
@@ -61,3 +62,27 @@ def test_groups_of_zeros_stay_zero() -> None:
     back = dequantize_group_wise(codes, scales, 4)
     assert not back[:4].any()
     np.testing.assert_allclose(back[4:], 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8"])
+@pytest.mark.parametrize("size", [8, 32, 75])
+def test_zero_points_pay_where_ranges_are_one_sided(dtype: str, size: int) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.uniform(-0.2, 1.0, (75, 9)).astype(np.float32)
+    codes, scales, zero_points = quantize_group_wise_asymmetric(weight, size, dtype)
+    assert zero_points.dtype == np.int8
+    assert zero_points.shape == scales.shape
+    limit = (-8, 7) if dtype == "int4" else (-128, 127)
+    assert limit[0] <= codes.min() <= codes.max() <= limit[1]
+    back = dequantize_group_wise(codes, scales, size, zero_points)
+    symmetric = dequantize_group_wise(*quantize_group_wise(weight, size, dtype), size)
+    assert ((back - weight) ** 2).sum() < 0.6 * ((symmetric - weight) ** 2).sum()
+
+
+def test_zero_points_keep_zero_exact() -> None:
+    weight = np.zeros((16, 3), np.float32)
+    weight[3, 1], weight[9, 1] = 2.0, 5.0
+    codes, scales, zero_points = quantize_group_wise_asymmetric(weight, 8, "int4")
+    back = dequantize_group_wise(codes, scales, 8, zero_points)
+    assert not back[weight == 0].any()
+    np.testing.assert_allclose(back[weight != 0], [2, 5], rtol=0.1)
