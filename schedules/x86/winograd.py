@@ -1,0 +1,500 @@
+"""3x3 convolutions of float32 by Winograd's filtering: a half to a quarter of the products.
+
+Order of loops, from the outside: tasks (batch, bands of rows of tiles, perhaps parts of the output
+channels; in parallel), the copy of the band's input with its border, its transform, groups of
+output channels. For a group: every place of the transform is a small matrix product over the
+channels, in register tiles; then each tile goes back and through the epilogue in registers. The
+last tiles are moved back inside the image, so that all are whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from tvm import ir, tirx
+
+from ...targets import Target
+from ..choice import Choice, SearchSpace
+from ..emit import Emitter, vector, vector_parts
+from ..epilogue import Epilogue
+from ..fused import FusedFunction
+from ..layout import WINOGRAD_OUTPUTS, PackedLayout
+from ..operands import Operands, find_operands
+from ..spec import Conv2dSpec, WeightedSpec, ceil_div
+from ..winograd import data_matrix, output_matrix
+from .band import ALIASED_BYTES, Band, BandReader, Source
+from .dot import Dot, select_dot
+from .window import window_of
+
+# Below this many multiply-adds of the direct form a layer stays on one thread: see `matrix.py`.
+_PARALLEL_MACS = 2_500_000
+_LINE = 16  # float32 values of a cache line
+# Operations of a tile's epilogue up to which it is written out for every position.
+_UNROLLED_EPILOGUE = 2000
+
+# What `_cycles` and `choose_layout` estimate with, in cycles of a core that starts one
+# multiply-add of 16 float32 a cycle (measured on Zen 4).
+_LANES = 16
+_TRANSFORM = 6  # for each place of a tile and 16 channels, each way
+_STREAM = 0.25  # for each row of data or weights that a step reads
+_TILE = 30  # what a register tile costs outside its reduction loop
+# Bytes a cycle from the second-level cache and from memory, and the part of a weight in memory
+# whose reading the products do not hide.
+_CACHE_BYTES = 32
+_MEMORY_BYTES = 7
+_UNHIDDEN = 0.5
+# What a larger weight has to save at least.
+_MARGIN = 0.9
+# Positions of a register tile; more read too many rows at once.
+_LARGEST_SIDE = 14
+_LARGEST_DEFAULT = 8
+
+
+def choose_layout(spec: WeightedSpec, target: Target, lanes: int) -> PackedLayout | None:
+    """The layout of the transformed weight, where that is faster by more than a margin; else None.
+
+    A weight of few positions is read from memory for each: transformed it is 16/9 (2 outputs a
+    side) or 4 times as large, so a form has to be 10 % faster than the next smaller one.
+    """
+    if not isinstance(spec, Conv2dSpec) or spec.weight_dtype != "float32":
+        return None
+    if spec.data_dtype != "float32" or spec.groups != 1 or spec.kernel != (3, 3):
+        return None
+    if spec.strides != (1, 1) or spec.dilation != (1, 1):
+        return None
+    channels, blocks = spec.in_channels, ceil_div(spec.out_channels, _LANES)
+    positions = spec.batch * spec.out_height * spec.out_width
+    best = float(positions * 9 * channels * blocks) + _reading(spec, 9, target)
+    chosen = None
+    for outputs in WINOGRAD_OUTPUTS:
+        if min(spec.out_height, spec.out_width) < outputs:
+            continue
+        places = (outputs + 2) ** 2
+        tiles = spec.batch * ceil_div(spec.out_height, outputs) * ceil_div(spec.out_width, outputs)
+        vectors = len(vector_parts(channels, _LANES)) + blocks
+        cycles = float(tiles * places * (channels * blocks + _TRANSFORM * vectors))
+        cycles += _reading(spec, places, target)
+        if cycles < _MARGIN * best:
+            best, chosen = cycles, PackedLayout(lanes, 1, "F", outputs)
+    return chosen
+
+
+def _reading(spec: Conv2dSpec, places: int, target: Target) -> float:
+    """Cycles that wait for a weight of so many places."""
+    size = 4 * places * spec.in_channels * spec.out_channels
+    return _UNHIDDEN * max(0, size - target.l2_bytes) / _MEMORY_BYTES
+
+
+def schedule_winograd(
+    fused: FusedFunction, target: Target, choice: Choice | None = None
+) -> tirx.PrimFunc | None:
+    """The whole fused function around a convolution with a transformed weight; None: it is none."""
+    kernel = _kernel(fused, target, choice)
+    return None if kernel is None else kernel.build()
+
+
+def winograd_space(fused: FusedFunction, target: Target) -> SearchSpace | None:
+    """What the kernel leaves open; None: no form for the function."""
+    kernel = _kernel(fused, target, None)
+    return None if kernel is None else kernel.space()
+
+
+def _kernel(fused: FusedFunction, target: Target, choice: Choice | None) -> _WinogradKernel | None:
+    anchor = fused.anchor
+    if anchor is None or not isinstance(anchor.spec, Conv2dSpec):
+        return None
+    spec = anchor.spec
+    packed = spec.packed_layout
+    if packed is None or not packed.winograd:
+        return None
+    dot = select_dot(spec, target, packed.width)
+    operands = find_operands(fused, anchor, spec)
+    if dot is None or operands is None:
+        return None
+    epilogue = Epilogue(fused, anchor)
+    if any(not stage.is_map for stage in epilogue.rest):
+        return None
+    return _WinogradKernel(fused, spec, packed, operands, dot, target, epilogue, choice)
+
+
+@dataclass(frozen=True)
+class _Blocking:
+    """How the work is cut."""
+
+    band: int
+    """Rows of tiles of a task."""
+    parts: int
+    """Tasks that share a band; each transforms it and computes its part of the channels."""
+    positions: int
+    """Tiles of a register tile."""
+    vectors: int
+    """Registers of output channels of a register tile."""
+    unroll: int = 1
+
+    @staticmethod
+    def of(choice: Choice) -> _Blocking:
+        """What a choice says."""
+        return _Blocking(**choice)
+
+
+class _WinogradKernel:
+    """One function being written."""
+
+    def __init__(
+        self,
+        fused: FusedFunction,
+        spec: Conv2dSpec,
+        packed: PackedLayout,
+        operands: Operands,
+        dot: Dot,
+        target: Target,
+        epilogue: Epilogue,
+        choice: Choice | None,
+    ) -> None:
+        self.fused, self.spec, self.operands = fused, spec, operands
+        self.dot, self.target, self.epilogue = dot, target, epilogue
+        self.lanes, self.outputs, self.side = packed.width, packed.winograd, packed.tile_side
+        self.places = self.side**2
+        self.window = window_of(spec)
+        self.blocks = ceil_div(self.window.out_channels, self.lanes)
+        self.tile_rows = ceil_div(self.window.rows, self.outputs)
+        self.tile_columns = ceil_div(self.window.columns, self.outputs)
+        # Places and tiles of the transformed data lie at such distances (in values).
+        self.place_pitch = _unaliased(self.window.channels)
+        self.tile_pitch = _unaliased(self.places * self.place_pitch)
+        self.parallel = target.threads > 1 and spec.macs >= _PARALLEL_MACS
+        self.blocking = self._choose_blocking() if choice is None else _Blocking.of(choice)
+        direct = not any(self.window.padding) and operands.data not in fused.producers
+        self.band = Band(
+            self.window,
+            not direct,
+            spec.data_dtype,
+            dot.data_dtype,
+            dot.convert,
+            dot.convert_constant(spec.pad_value, spec.data_dtype),
+            self.window.channels,
+        )
+        self.e = Emitter()
+
+    # Decisions
+
+    def _blockings(self) -> Iterator[_Blocking]:
+        """Candidates of the default, none of which computes a band's rows twice."""
+        bands = {ceil_div(self.tile_rows, count) for count in range(1, self.tile_rows + 1)}
+        threads = self.target.threads if self.parallel else 1
+        for band in sorted(bands, reverse=True):
+            for parts in sorted({1, threads}):
+                for vectors in range(1, min(self.blocks, 4) + 1):
+                    if parts > 1 and parts > ceil_div(self.blocks, vectors):
+                        continue
+                    most = _LARGEST_DEFAULT if self.blocks > 1 else _LARGEST_SIDE
+                    for positions in range(1, min(band * self.tile_columns, most) + 1):
+                        blocking = _Blocking(band, parts, positions, vectors)
+                        if self._used(blocking) <= self.target.vector_registers:
+                            yield blocking
+
+    def _choose_blocking(self) -> _Blocking:
+        return min(self._blockings(), key=self._cycles)
+
+    def _used(self, blocking: _Blocking) -> int:
+        """Registers of a register tile."""
+        spare = 1 if self.dot.fused else 2
+        return blocking.positions * blocking.vectors + blocking.vectors + spare
+
+    def _cycles(self, blocking: _Blocking) -> float:
+        """What the last thread to finish needs, roughly."""
+        window, target = self.window, self.target
+        width = self.lanes / _LANES
+        count = blocking.band * self.tile_columns
+        groups = ceil_div(ceil_div(self.blocks, blocking.vectors), blocking.parts)
+        accumulators = blocking.positions * blocking.vectors
+        step = max(accumulators * width, 4) + _STREAM * (blocking.positions + blocking.vectors)
+        products = ceil_div(count, blocking.positions) * (
+            window.channels * step + _TILE + accumulators
+        )
+        weight = 4 * window.channels * blocking.vectors * self.lanes
+        whole = weight * self.places * groups * blocking.parts
+        from_memory = whole > target.l2_bytes // 2
+        reading = weight / (_MEMORY_BYTES if from_memory else _CACHE_BYTES) * _UNHIDDEN
+        # The data of a task is read once for every group of channels: from the second-level cache
+        # where it fits beside the products and weights of a group.
+        data = 4 * count * self.tile_pitch
+        spilled = max(
+            0,
+            data
+            + 4 * count * self.places * blocking.vectors * self.lanes
+            - target.l2_bytes * 3 // 4,
+        )
+        transforms = (
+            _TRANSFORM
+            * count
+            * (len(vector_parts(window.channels, self.lanes)) + groups * blocking.vectors)
+            * width
+        )
+        task = (
+            self.places * (groups * (products + reading) + transforms)
+            + groups * spilled / _MEMORY_BYTES
+        )
+        tasks = window.batch * ceil_div(self.tile_rows, blocking.band) * blocking.parts
+        threads = target.threads if self.parallel else 1
+        return ceil_div(tasks, threads) * task
+
+    def space(self) -> SearchSpace:
+        """The default and what lies around it."""
+        default = {name: getattr(self.blocking, name) for name in _Blocking.__dataclass_fields__}
+        registers = self.target.vector_registers
+        threads = self.target.threads if self.parallel else 1
+        bands = {ceil_div(self.tile_rows, count) for count in (1, 2, 3, 4, 6, 8, 16)}
+
+        def is_valid(choice: Choice) -> bool:
+            blocking = _Blocking.of(choice)
+            used = self._used(blocking)
+            return (
+                used <= registers
+                and 2 * used >= registers  # fewer accumulators never pay
+                and blocking.positions <= blocking.band * self.tile_columns
+                and blocking.parts <= ceil_div(self.blocks, blocking.vectors)
+            )
+
+        return SearchSpace(
+            "x86.winograd",
+            {
+                "band": tuple(sorted({*bands, self.blocking.band})),
+                "parts": tuple(sorted({1, threads, 2 * threads} if threads > 1 else {1})),
+                "positions": tuple(range(1, _LARGEST_SIDE + 1)),
+                "vectors": tuple(range(1, min(self.blocks, 6) + 1)),
+                "unroll": (1, 2, 4),
+            },
+            default,
+            is_valid,
+        )
+
+    # Writing
+
+    def build(self) -> tirx.PrimFunc:
+        e, window, outputs = self.e, self.window, self.outputs
+        band, parts, vectors = self.blocking.band, self.blocking.parts, self.blocking.vectors
+        self.weight = e.flat(self.operands.weight)
+        self.reader = BandReader(e, self.band, self.fused, self.operands, self.target)
+        self.epilogue.declare(e)
+        bands = ceil_div(self.tile_rows, band)
+        rows = min(band * outputs, window.rows)
+        groups = ceil_div(self.blocks, vectors)
+        each = ceil_div(groups, parts)
+        count = band * self.tile_columns
+        tasks = window.batch * bands * parts
+        with e.loop("task", tasks, "parallel" if self.parallel else "serial") as task:
+            part, rest = task % parts, task // parts
+            b = rest // bands
+            # Bands and parts that overlap compute the same tiles, so the same values.
+            first = e.bind("first", tirx.min(rest % bands * band, self.tile_rows - band))
+            y = e.bind("y", tirx.min(first * outputs, window.rows - rows))
+            source = self.reader.source(b, y, rows, 0)
+            data = e.alloc(count * self.tile_pitch, "float32", "transformed")
+            self._transform(data, source, first, y)
+            size = count * self.places * vectors * self.lanes
+            products = e.alloc(size, "float32", "products")
+            with e.loop("channel_group", each) as j:
+                group = tirx.min(part * each, groups - each) + j
+                block = e.bind("block", tirx.min(group * vectors, self.blocks - vectors))
+                self._multiply(products, data, block)
+                self._finish(products, b, first, block)
+        self.epilogue.emit_rest(e, self.lanes)
+        return e.function(list(self.fused.func.params), {})
+
+    def _tiles(self, first: Any, write: Callable[[Any, Any, Any, Any], None]) -> None:
+        """write(number in the band, row of tiles, y, x) for all tiles of the band."""
+        e, window, outputs = self.e, self.window, self.outputs
+        with e.loop("tile_row", self.blocking.band) as ty:
+            y = e.bind("tile_y", tirx.min((first + ty) * outputs, window.rows - outputs))
+            with e.loop("tile_column", self.tile_columns) as tx:
+                x = e.bind("tile_x", tirx.min(tx * outputs, window.columns - outputs))
+                write(e.bind("tile", ty * self.tile_columns + tx), first + ty, y, x)
+
+    def _transform(self, data: tirx.Buffer, source: Source, first: Any, y: Any) -> None:
+        """data[tile, place, channel] = B' d B"""
+        e, side = self.e, self.side
+        matrix = data_matrix(self.outputs)
+
+        def tile(number: Any, _row: Any, tile_y: Any, tile_x: Any) -> None:
+            start = source.base + (tile_y - y) * source.row_pitch + tile_x * source.column_pitch
+            start = e.bind("start", start)
+            to = e.bind("to", number * self.tile_pitch)
+            for c, width in e.chunks(self.window.channels, self.lanes):
+                columns = []
+                for j in range(side):
+                    at = start + j * source.column_pitch + c
+                    loaded = [
+                        e.bind("d", vector(source.buffer, at + i * source.row_pitch, width))
+                        for i in range(side)
+                    ]
+                    columns.append(self._apply(matrix, loaded, width))
+                for i in range(side):
+                    row = self._apply(matrix, [column[i] for column in columns], width)
+                    for j, value in enumerate(row):
+                        place = to + (i * side + j) * self.place_pitch + c
+                        e.store_vector(data, value, place, width)
+
+        self._tiles(first, tile)
+
+    def _multiply(self, products: tirx.Buffer, data: tirx.Buffer, block: Any) -> None:
+        """products[tile, place, vector, lane] = sum over the channels of data * weight"""
+        e, lanes, channels, dot = self.e, self.lanes, self.window.channels, self.dot
+        places, vectors, positions = self.places, self.blocking.vectors, self.blocking.positions
+        count = self.blocking.band * self.tile_columns
+        with (
+            e.loop("place", places) as place,
+            e.loop("tile_group", ceil_div(count, positions)) as group,
+        ):
+            tile = e.bind("tile", tirx.min(group * positions, count - positions))
+            start = e.bind("start", tile * self.tile_pitch + place * self.place_pitch)
+            acc = e.alloc(positions * vectors * lanes, "float32", "acc", registers=True)
+            for i in range(positions * vectors):
+                e.store_vector(acc, _constant(0, lanes), i * lanes, lanes)
+
+            def step(k: Any) -> None:
+                weights = []
+                for v in range(vectors):
+                    at = (((block + v) * places + place) * channels + k) * lanes
+                    weights.append(e.bind(f"w{v}", vector(self.weight, at, lanes)))
+                for p in range(positions):
+                    x = e.bind("x", dot.broadcast(data[start + p * self.tile_pitch + k]))
+                    for v, weight in enumerate(weights):
+                        at = (p * vectors + v) * lanes
+                        value = dot.accumulate(vector(acc, at, lanes), x, weight)
+                        e.store_vector(acc, value, at, lanes)
+
+            e.unrolled("k", channels, self.blocking.unroll, step)
+            for p in range(positions):
+                for v in range(vectors):
+                    to = (((tile + p) * places + place) * vectors + v) * lanes
+                    value = vector(acc, (p * vectors + v) * lanes, lanes)
+                    e.store_vector(products, value, to, lanes)
+
+    def _finish(self, products: tirx.Buffer, b: Any, first: Any, block: Any) -> None:
+        """Every tile through A' M A, in registers, and the epilogue."""
+        e, window, lanes, outputs, side = (
+            self.e, self.window, self.lanes, self.outputs, self.side,
+        )  # fmt: skip
+        vectors = self.blocking.vectors
+        matrix = output_matrix(outputs)
+        ragged = window.out_channels % lanes
+        copies = outputs**2 * (2 if ragged and self.blocks > 1 else 1)
+        unrolled = copies * self.epilogue.size <= _UNROLLED_EPILOGUE
+
+        def tile(number: Any, tile_row: Any, y: Any, x: Any) -> None:
+            with e.loop("v", vectors) as v:
+                start = e.bind("start", (number * self.places * vectors + v) * lanes)
+                columns = []
+                for j in range(side):
+                    loaded = []
+                    for i in range(side):
+                        at = start + (i * side + j) * vectors * lanes
+                        loaded.append(e.bind("m", vector(products, at, lanes)))
+                    columns.append(self._gather(matrix, loaded))
+                result = e.alloc(outputs**2 * lanes, "float32", "result", registers=True)
+                for i in range(outputs):
+                    row = self._gather(matrix, [column[i] for column in columns])
+                    for j, value in enumerate(row):
+                        e.store_vector(result, value, (i * outputs + j) * lanes, lanes)
+
+                def positions(parts: list[tuple[int, int]]) -> None:
+                    for i in e.each("i", outputs, unrolled):
+                        if window.rows % outputs == 0:
+                            one_row(i, parts)
+                            continue
+                        # What the tiles above have written, perhaps in another task, stays: the
+                        # same sums, other roundings.
+                        with e.when(y + i >= tile_row * outputs):
+                            one_row(i, parts)
+
+                def one_row(i: Any, parts: list[tuple[int, int]]) -> None:
+                    for j in e.each("j", outputs, unrolled):
+                        for offset, width in parts:
+                            self.epilogue.emit(
+                                e,
+                                partial(window.indices, b, y + i, x + j),
+                                (b * window.rows + y + i) * window.columns + x + j,
+                                (block + v) * lanes + offset,
+                                width,
+                                partial(_element, result, (i * outputs + j) * lanes + offset),
+                            )
+
+                e.ragged(block + v, self.blocks, ragged, lanes, positions)
+
+        self._tiles(first, tile)
+
+    # Transforms of a row of vectors
+
+    def _apply(self, matrix: np.ndarray, values: Sequence[Any], lanes: int) -> list[Any]:
+        """B' @ values. The rows of the points p and -p are the sum and the difference of what their
+        even columns and their odd columns give."""
+        results = [self._sum(_terms(matrix[0], values), lanes)]
+        for row in matrix[1:-1:2]:
+            even, odd = _terms(row[::2], values[::2]), _terms(row[1::2], values[1::2])
+            leading = odd[-1][0]
+            total = self._sum(even, lanes)
+            rest = self._sum([(factor / leading, value) for factor, value in odd], lanes)
+            results += [self._sum([(1.0, total), (s * leading, rest)], lanes) for s in (1, -1)]
+        return [*results, self._sum(_terms(matrix[-1], values), lanes)]
+
+    def _gather(self, matrix: np.ndarray, values: Sequence[Any]) -> list[Any]:
+        """A' @ values: sums and differences of the pairs of points first."""
+        lanes = self.lanes
+        pairs = list(zip(values[1:-1:2], values[2:-1:2], strict=True))
+        sums = [self._sum([(1.0, a), (1.0, b)], lanes) for a, b in pairs]
+        differences = [self._sum([(1.0, a), (-1.0, b)], lanes) for a, b in pairs]
+        results = []
+        for i, row in enumerate(matrix):
+            folded = [row[0], *row[1:-1:2], row[-1]]
+            halves = differences if i % 2 else sums
+            results.append(self._sum(_terms(folded, [values[0], *halves, values[-1]]), lanes))
+        return results
+
+    def _sum(self, terms: Sequence[tuple[float, Any]], lanes: int) -> Any:
+        """The sum of factor * value."""
+        # Those of factor 1 first, so that each other one is a single multiply-add.
+        ordered = sorted(terms, key=lambda term: (term[0] != 1, term[0] != -1))
+        factor, total = ordered[0]
+        if factor != 1:
+            total = total * _constant(factor, lanes)
+        for factor, value in ordered[1:]:
+            if factor == 1:
+                total = total + value
+            elif factor == -1:
+                total = total - value
+            elif self.dot.fused and lanes > 1:
+                total = tirx.call_llvm_pure_intrin(
+                    f"float32x{lanes}",
+                    f"llvm.fma.v{lanes}f32",
+                    value,
+                    _constant(factor, lanes),
+                    total,
+                )
+            else:
+                total = total + value * _constant(factor, lanes)
+        return self.e.bind("t", total)
+
+
+def _terms(row: Sequence[float], values: Sequence[Any]) -> list[tuple[float, Any]]:
+    """The factors other than 0, with their values."""
+    return [(float(factor), value) for factor, value in zip(row, values, strict=True) if factor]
+
+
+def _constant(value: float, lanes: int) -> ir.Expr:
+    constant = tirx.const(value, "float32")
+    return constant if lanes == 1 else tirx.Broadcast(constant, lanes)
+
+
+def _unaliased(pitch: int) -> int:
+    """`pitch` float32 values, or a cache line more where values at such distances share few sets of
+    the first-level cache."""
+    return pitch + (_LINE if 4 * pitch % ALIASED_BYTES == 0 else 0)
+
+
+def _element(buffer: tirx.Buffer, start: Any, lane: Any) -> ir.Expr:
+    return buffer[start + lane]
