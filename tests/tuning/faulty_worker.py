@@ -11,8 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tvm_compress.schedules.choice import choice_to_json
-from tvm_compress.tuning import worker
+from tvm_compress.startup import start_without_torch
+
+start_without_torch()
+
+from tvm_compress.schedules.choice import choice_to_json  # noqa: E402 - imports TVM
+from tvm_compress.tuning import worker  # noqa: E402
 
 FAULTS: dict[str, str] = json.loads(os.environ["FAULTS"])
 real_build, real_measure = worker.build, worker.measure

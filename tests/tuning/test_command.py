@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -39,15 +40,24 @@ def processes_of(group: int) -> list[str]:
     return found
 
 
-def test_kill_9_loses_nothing_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_kill_9_loses_nothing_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "db"
     model = tiny_onnx(tmp_path / "model.onnx")
-    arguments = ["tune", str(model), "--threads", "1", "--trials", "14", "--database", str(folder)]
+    arguments = ["tune", str(model), "--recipe", "none", "--threads", "1", "--trials", "14",
+                 "--database", str(folder)]  # fmt: skip
     command = [
         sys.executable, "-c", "from tvm_compress.cli import main; main()", *arguments,
     ]  # fmt: skip
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "TUNE_TEST": str(os.getpid())}
+    root, temporary = str(Path(__file__).parents[2]), tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": root,
+        "TUNE_TEST": str(os.getpid()),
+        "TMPDIR": str(temporary),
+    }
     run = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while lines(folder) < 3 and run.poll() is None and time.monotonic() < deadline:
@@ -59,8 +69,11 @@ def test_kill_9_loses_nothing_and_the_same_command_goes_on(tmp_path: Path) -> No
     while processes_of(os.getpid()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert processes_of(os.getpid()) == []  # the workers ended with it
+    assert len(list(temporary.iterdir())) == 1
 
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     result = tvm_compress(*arguments, "--json")
+    assert list(temporary.iterdir()) == []  # what the killed run left is gone as well
     assert result.status == 0, result.err
     said = result.json
     assert said["trials_before"] + said["trials"] == 14

@@ -19,8 +19,11 @@ pytestmark = pytest.mark.links
 
 
 @pytest.fixture
-def tracker() -> Iterator[Rpc]:
+def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rpc]:
     """A tracker and a server of device `board`, in processes of their own."""
+    # TVM imports torch where it is installed, at several seconds for each of them.
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('not needed here')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     from tvm.rpc.server import Server
     from tvm.rpc.tracker import Tracker
 
@@ -39,7 +42,7 @@ def tracker() -> Iterator[Rpc]:
 
 def test_tunes_on_a_server(tmp_path: Path, tracker: Rpc, monkeypatch: pytest.MonkeyPatch) -> None:
     task = small_task(4)
-    database = Database(tmp_path, shipped=False)
+    database = Database(tmp_path / "db", shipped=False)
     result = tune_tasks([task], TARGET, database, Budget(), cpu="rpc board", rpc=tracker)
     (found,) = result.tasks
     assert (found.trials, found.failures, found.state) == (4, 0, "converged")

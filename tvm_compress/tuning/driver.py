@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from .pool import Worker, wait_for
 from .proposals import Proposals
 from .record import Conditions, Record
 from .rpc import Rpc
+from .scratch import scratch_folder
 from .worker import ARGUMENTS, DETAILS, FUNCTION, REFERENCE
 
 if TYPE_CHECKING:
@@ -128,8 +128,8 @@ def tune_tasks(
     """
     if rpc is not None:
         rpc.require()
-    with tempfile.TemporaryDirectory(prefix="tvm-compress-tune-") as folder:
-        run = _Run(tasks, target, database, budget, cpu, rpc, limits or Limits(), Path(folder))
+    with scratch_folder() as folder:
+        run = _Run(tasks, target, database, budget, cpu, rpc, limits or Limits(), folder)
         with run.workers_stopped_at_end():
             return run.run(progress or Progress())
 
