@@ -24,7 +24,7 @@ from .spec import ceil_div
 from .vector_table import LANES, byte_lookup, look_up, table_registers
 
 # Elements (times terms of a reduction) below which starting threads costs more than it saves.
-_PARALLEL_WORK = 200_000
+_PARALLEL_WORK = 60_000
 # A reduction of at most this many terms (a pooling window) is written out.
 _UNROLLED_TERMS = 25
 # Operations that are worth storing rather than computing again for every reader.

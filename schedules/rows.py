@@ -23,7 +23,7 @@ from .softmax import RECIPROCAL_BITS
 from .spec import KERNEL_ATTR, ceil_div
 
 # Elements below which starting threads costs more than it saves.
-_PARALLEL_ELEMENTS = 60_000
+_PARALLEL_ELEMENTS = 16_000
 # Registers that a reduction adds to in turn, so that no addition waits for the one before.
 _ACCUMULATORS = 4
 

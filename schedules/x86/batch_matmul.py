@@ -27,7 +27,7 @@ from .band import even_rows
 from .dot import ByteDot, Dot, FloatDot, WordDot, has_byte_dot
 from .tile import choose_tile
 
-_PARALLEL_MACS = 500_000
+_PARALLEL_MACS = 200_000
 _UNROLLED_EPILOGUE = 1000
 _BYTES = ("int8", "uint8")
 # The four sums above are each at most this many times the sum of products with zero points.

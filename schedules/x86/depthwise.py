@@ -26,7 +26,7 @@ from .band import Band, BandReader, Source, even_rows
 from .taps import TapWords, tap_words
 from .window import window_of
 
-_PARALLEL_MACS = 1_000_000  # about 50 us
+_PARALLEL_MACS = 200_000  # about 10 us
 # Larger kernels are not written out as a whole but row by row.
 _UNROLLED_TAPS = 30
 # Products of 16-bit data and 8-bit codes below 2**23 each: as many as fit int32.

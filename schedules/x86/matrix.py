@@ -28,12 +28,12 @@ from .dot import ByteDot, ChainDot, Dot, FloatDot, WordDot, select_dot
 from .tile import Tile, choose_tile
 from .window import Window, window_of
 
-# Starting the thread pool costs 5-10 us, and far more when a core is busy: below this many
-# multiply-adds (50 us of float; a byte dot does four times as many in the time) a layer stays on
-# one thread.
-_PARALLEL_MACS = 2_500_000
+# Handing work to the awake thread pool and waiting for it costs 1.5-2 us (measured): below this many
+# multiply-adds (8 us of float; a byte dot does four times as many in the time) a layer stays on one
+# thread.
+PARALLEL_MACS = 400_000
 # Weights from memory at 25 GB/s take as long: a second core reads with its own prefetchers.
-_PARALLEL_BYTES = 1_000_000
+_PARALLEL_BYTES = 200_000
 # Bytes of input that a cycle copies.
 _COPIED_BYTES = 32
 # Operations of a whole tile's epilogue up to which it is written out: the accumulators then go
@@ -154,7 +154,7 @@ class MatrixKernel:
             target.l2_bytes // _BAND_SHARE_OF_L2, weight_bytes // _BAND_SHARE_OF_WEIGHTS
         )
         self.parallel = target.threads > 1 and (
-            self._macs >= _PARALLEL_MACS * dot.speed or weight_bytes >= _PARALLEL_BYTES
+            self._macs >= PARALLEL_MACS * dot.speed or weight_bytes >= _PARALLEL_BYTES
         )
         self.tile, self.rows, self.parts = self._partition(cache_bytes)
         # Loop control is a larger part of a step of narrow registers.

@@ -28,10 +28,9 @@ from ..spec import Conv2dSpec, WeightedSpec, ceil_div
 from ..winograd import data_matrix, output_matrix
 from .band import ALIASED_BYTES, Band, BandReader, Source
 from .dot import Dot, select_dot
+from .matrix import PARALLEL_MACS
 from .window import window_of
 
-# Below this many multiply-adds of the direct form a layer stays on one thread: see `matrix.py`.
-_PARALLEL_MACS = 2_500_000
 _LINE = 16  # float32 values of a cache line
 # Operations of a tile's epilogue up to which it is written out for every position.
 _UNROLLED_EPILOGUE = 2000
@@ -166,7 +165,7 @@ class _WinogradKernel:
         # Places and tiles of the transformed data lie at such distances (in values).
         self.place_pitch = _unaliased(self.window.channels)
         self.tile_pitch = _unaliased(self.places * self.place_pitch)
-        self.parallel = target.threads > 1 and spec.macs >= _PARALLEL_MACS
+        self.parallel = target.threads > 1 and spec.macs >= PARALLEL_MACS
         self.blocking = self._choose_blocking() if choice is None else _Blocking.of(choice)
         direct = not any(self.window.padding) and operands.data not in fused.producers
         self.band = Band(
