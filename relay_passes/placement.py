@@ -17,7 +17,7 @@ domain starts at the input of the first quantised layer and ends behind the last
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from tvm import relax
@@ -93,7 +93,10 @@ def place(graph: Graph, schemes: Mapping[str, QuantizeConfig]) -> Placement:
     for parameter in graph.function.params:
         config = placement.quantized.get(parameter)
         if config is not None and parameter.name in wide_inputs(graph.function):
-            wide = replace(config, activations="int16", symmetric=None)
+            # Only how the value is stored; its readers' weights are their own configs' matter.
+            wide = QuantizeConfig(
+                activations="int16", scales=config.scales, calibrate=config.calibrate
+            )
             placement.quantized[parameter] = wide
     for members in tied_values(graph, layers):
         quantized = [member for member in members if member in placement.quantized]

@@ -227,7 +227,8 @@ class _Writer:
         bias_reader, bias_array = self._bias_of(variable)
         bias = None if bias_array is None else bias_vector(bias_array, call, variable)
         layer: IntegerLayer | EncodedLayer | None
-        layer = encode_layer(weight, bias, input_scale, call, config)
+        is_wide = self._parameters[call.args[0]].dtype == "int16"  # no kernel opens codes for it
+        layer = None if is_wide else encode_layer(weight, bias, input_scale, call, config)
         if layer is not None:
             self._put_encoding(variable, layer.weight)
         else:

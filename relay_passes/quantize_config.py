@@ -26,7 +26,7 @@ class QuantizeConfig:
             "byte each and are faster on x86 without VNNI: their products add up in 16 bits. "
             "codebook4 and normal4 are 4-bit indices into tables of 16 values, fitted to the "
             "weights or those of a normal distribution; layers that no kernel reads so (depthwise, "
-            "grouped, transposed, kernel rows of an odd number of words) get int8"
+            "grouped, transposed, kernel rows of an odd number of words, 16-bit inputs) get int8"
         },
     )
     activations: Literal["int8", "uint8", "int16"] | None = field(
@@ -106,6 +106,11 @@ class QuantizeConfig:
                 f"weights: {self.weights} without activations: tables hold integers, for sums of "
                 "integers; say `activations: int8`, or `weights: int4` for weights alone"
             )
+        if self.activations == "int16":
+            raise RecipeError(
+                f"weights: {self.weights} with activations: int16: kernels that read tables "
+                "multiply bytes; say int8 or uint8"
+            )
         if isinstance(self.granularity, PerTensor) or self.scales == "power_of_two":
             raise RecipeError(
                 f"weights: {self.weights} with one scale for the tensor or powers of two: a table "
@@ -133,8 +138,8 @@ class QuantizeConfig:
             )
         if self.activations == "int16":
             raise RecipeError(
-                "granularity: per_group with activations: int16: the sums would not fit 32 bits; "
-                "say int8 or uint8"
+                "granularity: per_group with activations: int16: kernels that read 4-bit weights "
+                "multiply bytes; say int8 or uint8"
             )
 
     @property

@@ -6,9 +6,6 @@ a 16-bit multiply-add, 1 for float). `axis` says what is padded to a multiple of
 input channels of every tap, `R` every kernel row (its columns and channels lie side by side in NHWC
 data), `K` the whole reduction axis. The array is [groups, blocks, K / group, width, group],
 zero-filled; int4 codes lie two in a byte, K-step 2j in the low nibble and 2j + 1 in the high one.
-
-`O<width>F<m>` holds a 3x3 weight transformed by Winograd's F(m x m, 3 x 3) (`winograd.py`): the
-(m + 2)**2 places of a tile take the taps' place, float32.
 """
 
 from __future__ import annotations
@@ -17,10 +14,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-_NAME = re.compile(r"O(\d+)([IRKF])(\d+)")
-
-# Outputs along a side of the tiles of Winograd's filtering there are matrices for.
-WINOGRAD_OUTPUTS = (2, 4)
+_NAME = re.compile(r"O(\d+)([IRK])(\d+)")
 
 Reduction = tuple[int, int, int]
 """Kernel rows, kernel columns, input channels of one group."""
@@ -33,18 +27,11 @@ class PackedLayout:
     width: int
     group: int
     axis: str
-    winograd: int = 0
-    """Outputs along one side of a tile, where the weight is transformed (axis F); else 0."""
 
     @property
     def name(self) -> str:
         """The name `parse_layout` reads."""
-        return f"O{self.width}{self.axis}{self.winograd or self.group}"
-
-    @property
-    def tile_side(self) -> int:
-        """Places along one side of a transformed tile."""
-        return self.winograd + 2
+        return f"O{self.width}{self.axis}{self.group}"
 
     def _round(self, n: int) -> int:
         return -(-n // self.group) * self.group
@@ -59,8 +46,6 @@ class PackedLayout:
 
     def steps(self, reduction: Reduction) -> int:
         """Length of the packed reduction axis in units of `group`."""
-        if self.winograd:
-            return self.tile_side**2 * reduction[2]
         return self._round(reduction[0] * self.pitches(reduction)[0]) // self.group
 
     def shape(self, groups: int, reduction: Reduction, columns: int, dtype: str) -> tuple[int, ...]:
@@ -77,8 +62,4 @@ def parse_layout(name: str) -> PackedLayout:
     match = _NAME.fullmatch(name)
     if match is None or int(match[1]) < 1 or int(match[3]) < 1:
         raise ValueError(f"weight layout {name!r} is neither plain nor O<width>(I|R|K)<group>")
-    if match[2] == "F":
-        if int(match[3]) not in WINOGRAD_OUTPUTS:
-            raise ValueError(f"weight layout {name!r}: no F({match[3]}x{match[3]}, 3x3)")
-        return PackedLayout(int(match[1]), 1, "F", int(match[3]))
     return PackedLayout(int(match[1]), int(match[3]), match[2])

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import winograd
 from .layout import PackedLayout, Reduction
 from .spec import KERNEL_ATTR, WeightedSpec
 
@@ -46,8 +45,6 @@ def weight_value(
     ky, kx = tap or (0, 0)
     position = (ky * columns + kx) * channels + channel
     packed = spec.packed_layout
-    if packed is not None and packed.winograd:
-        return _restored(packed, weight, spec.reduction[2], (ky, kx), channel, column)
     if packed is not None:
         row_pitch, column_pitch = packed.pitches(spec.reduction)
         step_position = ky * row_pitch + kx * column_pitch + channel
@@ -86,36 +83,6 @@ def _index(byte: tirx.PrimExpr, which: tirx.PrimExpr) -> tirx.PrimExpr:
 
     wide = byte.astype("int32")
     return tirx.bitwise_and(tirx.shift_right(wide, which * 4), tirx.const(15, "int32"))
-
-
-def _restored(
-    packed: PackedLayout,
-    weight: te.Tensor,
-    channels: int,
-    tap: tuple[tirx.PrimExpr, ...],
-    channel: tirx.PrimExpr,
-    column: tirx.PrimExpr,
-) -> tirx.PrimExpr:
-    """A tap of a weight that is stored transformed: up to two places of the transform a side."""
-    from tvm import tirx
-
-    taps = [winograd.restoring(packed.winograd, k) for k in range(winograd.KERNEL)]
-
-    def side(k: tirx.PrimExpr, term: int) -> tuple[tirx.PrimExpr, tirx.PrimExpr]:
-        """Place and factor of term 0 or 1 of tap k."""
-        places, factors = zip(*(t[term] if term < len(t) else (0, 0.0) for t in taps), strict=True)
-        place = tirx.Select(k == 0, places[0], tirx.Select(k == 1, places[1], places[2]))
-        constants = [tirx.const(factor, "float32") for factor in factors]
-        factor = tirx.Select(k == 0, constants[0], tirx.Select(k == 1, constants[1], constants[2]))
-        return place, factor
-
-    value = tirx.const(0, "float32")
-    for row, row_factor in (side(tap[0], term) for term in range(2)):
-        for place, factor in (side(tap[1], term) for term in range(2)):
-            step = (row * packed.tile_side + place) * channels + channel
-            stored = weight[0, column // packed.width, step, column % packed.width, 0]
-            value = value + stored * (row_factor * factor)
-    return value
 
 
 def _nibble(byte: tirx.PrimExpr, which: tirx.PrimExpr) -> tirx.PrimExpr:
@@ -164,13 +131,6 @@ def unpack_weight(spec: WeightedSpec, weight: np.ndarray) -> np.ndarray:
     packed = spec.packed_layout
     if packed is None:
         return weight_codes(spec, weight)
-    if packed.winograd:
-        # [1, O, n*n*c, w, 1] -> [n*n, c, O*w] -> [9, c, O*w]
-        _, o, _, w, _ = weight.shape
-        apart = weight.reshape(o, packed.tile_side**2, -1, w).transpose(1, 2, 0, 3)
-        places = apart.reshape(*apart.shape[:2], o * w)
-        restored = winograd.restore_weight(packed.winograd, places)
-        return restored.reshape(1, -1, o * w)[:, :, : spec.columns]
     if spec.weight_dtype == "int4":
         both = np.stack([weight & 0xF, weight >> 4], axis=3)  # [G, O, S/2, 2, w, g]
         both = both.reshape(*weight.shape[:2], -1, *weight.shape[3:])
@@ -229,12 +189,6 @@ def pack_codes(
     groups, _, columns = codes.shape
     steps = packed.steps(spec.reduction)
     blocks = -(-columns // packed.width)
-    if packed.winograd:
-        taps = codes.reshape(winograd.KERNEL**2, -1, columns)
-        full = np.zeros((steps, blocks * packed.width), np.float32)
-        full[:, :columns] = winograd.transform_weight(packed.winograd, taps).reshape(steps, -1)
-        array = full.reshape(1, steps, 1, blocks, packed.width).transpose(0, 3, 1, 4, 2)
-        return np.ascontiguousarray(array)
     # Padding must decode to zero: the kernel multiplies it with whatever lies beside the data.
     full = np.full(
         (groups, steps * packed.group, blocks * packed.width), spec.weight_zero_point, codes.dtype

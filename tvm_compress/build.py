@@ -117,12 +117,13 @@ def lower(module: tvm.IRModule, target: Target, choose: TunedChoices | None = No
     from .relay_passes.lower import LEFT_FLOAT_ATTR
     from .relay_passes.pack_weights import DECODED_ATTR
 
-    with target.tvm_target(), _as_model_error(target.name):
+    with target.tvm_target():
         reference = reference_pipeline()(storage_pipeline(target)(module))
         packed = packing_pipeline(target)(reference)
         fused = fusion_pipeline()(packed)
         planned = memory_pipeline()(fused)
-        lowered = runtime_pipeline()(planned)
+        with _as_model_error(target.name):
+            lowered = runtime_pipeline()(planned)
     choices: dict[str, Choice | None] = {}
     if choose is not None:
         choices = {var.name_hint: choose(func) for var, func in _kernels(lowered).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .errors import ArtefactError, DataError
@@ -15,6 +16,18 @@ if TYPE_CHECKING:
     from .model import TensorSpec
 
 KernelHook = Callable[[str, bool, tuple[Any, ...]], None]
+
+
+def _load(library: Path) -> Any:
+    """The module in a shared library, also where another file of that name is loaded already."""
+    import tvm_ffi
+
+    # The dynamic linker knows what it has loaded by the path that it was given, and nothing is ever
+    # unloaded. (TVM's own `load_module` looks behind links.)
+    with TemporaryDirectory() as folder:
+        link = Path(folder) / library.name
+        link.symlink_to(library.resolve())
+        return tvm_ffi.load_module(str(link))
 
 
 class Session:
@@ -36,7 +49,7 @@ class Session:
         if isinstance(executable, Path):
             if not executable.is_file():
                 raise ArtefactError(f"{executable}: no such shared library; compress again")
-            executable = tvm.runtime.load_module(str(executable))
+            executable = _load(executable)
         self.inputs = inputs
         self.outputs = outputs
         self._vm = relax.VirtualMachine(executable, tvm.cpu())

@@ -28,9 +28,9 @@ from .dot import ByteDot, ChainDot, Dot, FloatDot, WordDot, select_dot
 from .tile import Tile, choose_tile
 from .window import Window, window_of
 
-# Handing work to the awake thread pool and waiting for it costs 1.5-2 us (measured): below this many
-# multiply-adds (8 us of float; a byte dot does four times as many in the time) a layer stays on one
-# thread.
+# Handing work to the awake thread pool and waiting for it costs 1.5-2 us (measured): below this
+# many multiply-adds (8 us of float; a byte dot does four times as many in the time) a layer stays
+# on one thread.
 PARALLEL_MACS = 400_000
 # Weights from memory at 25 GB/s take as long: a second core reads with its own prefetchers.
 _PARALLEL_BYTES = 200_000

@@ -8,7 +8,7 @@ from ...targets import Target
 from ..layout import PackedLayout
 from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..weights import pack_codes, weight_codes
-from . import depthwise, matrix, nibbles, winograd
+from . import depthwise, matrix, nibbles
 from .dot import ChainDot, select_dot
 from .saturation import LONGEST_CHAIN, longest_chain
 from .window import window_of
@@ -81,8 +81,7 @@ def pack_weight(
     chained = _chained(spec, codes, target)
     if chained is not None:
         return chained
-    layout = winograd.choose_layout(spec, target, choose_lanes(spec, target))
-    layout = layout or choose_layout(spec, target)
+    layout = choose_layout(spec, target)
     if layout is None:
         return None
     return spec.replace(weight_layout=layout.name), pack_codes(spec, codes, layout.name)

@@ -2,9 +2,14 @@
 
 Order of loops, from the outside: tasks (batch, bands of rows of tiles, perhaps parts of the output
 channels; in parallel), the copy of the band's input with its border, its transform, groups of
-output channels. For a group: every place of the transform is a small matrix product over the
-channels, in register tiles; then each tile goes back and through the epilogue in registers. The
-last tiles are moved back inside the image, so that all are whole.
+output channels. For a group: the transform of its weights (before all tasks, where several need
+it), then every place of the transform as a small matrix product over the channels, in register
+tiles, then each tile goes back and through the epilogue in registers. The last tiles are moved back
+inside the image, so that all are whole.
+
+The weight is stored as the direct kernel's, and transformed in every call: stored transformed it
+would be four times as large, and read that much more slowly from memory than nine taps are
+transformed in the cache.
 """
 
 from __future__ import annotations
@@ -22,10 +27,10 @@ from ..choice import Choice, SearchSpace
 from ..emit import Emitter, vector, vector_parts
 from ..epilogue import Epilogue
 from ..fused import FusedFunction
-from ..layout import WINOGRAD_OUTPUTS, PackedLayout
+from ..layout import PackedLayout
 from ..operands import Operands, find_operands
-from ..spec import Conv2dSpec, WeightedSpec, ceil_div
-from ..winograd import data_matrix, output_matrix
+from ..spec import Conv2dSpec, ceil_div
+from ..winograd import POINTS, data_matrix, output_matrix, side, weight_matrix
 from .band import ALIASED_BYTES, Band, BandReader, Source
 from .dot import Dot, select_dot
 from .matrix import PARALLEL_MACS
@@ -35,63 +40,31 @@ _LINE = 16  # float32 values of a cache line
 # Operations of a tile's epilogue up to which it is written out for every position.
 _UNROLLED_EPILOGUE = 2000
 
-# What `_cycles` and `choose_layout` estimate with, in cycles of a core that starts one
-# multiply-add of 16 float32 a cycle (measured on Zen 4).
+# What `_cycles` estimates with, in cycles of a core that starts one multiply-add of 16 float32 a
+# cycle (measured on Zen 4).
 _LANES = 16
 _TRANSFORM = 6  # for each place of a tile and 16 channels, each way
+_TRANSFORM_WEIGHT = 2.5  # for each place, channel and 16 output channels
 _STREAM = 0.25  # for each row of data or weights that a step reads
+_LATENCY = 5  # of a multiply-add, and a little
 _TILE = 30  # what a register tile costs outside its reduction loop
-# Bytes a cycle from the second-level cache and from memory, and the part of a weight in memory
-# whose reading the products do not hide.
-_CACHE_BYTES = 32
-_MEMORY_BYTES = 7
-_UNHIDDEN = 0.5
-# What a larger weight has to save at least.
+_FETCHED_BYTES = 16  # a cycle from the second-level cache between multiply-adds
+_SHARED_BYTES = 10  # a cycle from the third-level cache
+_UNHIDDEN = 0.5  # of the time for that, what multiply-adds do not hide
+# What the direct kernel has to lose by.
 _MARGIN = 0.9
 # Positions of a register tile; more read too many rows at once.
 _LARGEST_SIDE = 14
 _LARGEST_DEFAULT = 8
 
 
-def choose_layout(spec: WeightedSpec, target: Target, lanes: int) -> PackedLayout | None:
-    """The layout of the transformed weight, where that is faster by more than a margin; else None.
-
-    A weight of few positions is read from memory for each: transformed it is 16/9 (2 outputs a
-    side) or 4 times as large, so a form has to be 10 % faster than the next smaller one.
-    """
-    if not isinstance(spec, Conv2dSpec) or spec.weight_dtype != "float32":
-        return None
-    if spec.data_dtype != "float32" or spec.groups != 1 or spec.kernel != (3, 3):
-        return None
-    if spec.strides != (1, 1) or spec.dilation != (1, 1):
-        return None
-    channels, blocks = spec.in_channels, ceil_div(spec.out_channels, _LANES)
-    positions = spec.batch * spec.out_height * spec.out_width
-    best = float(positions * 9 * channels * blocks) + _reading(spec, 9, target)
-    chosen = None
-    for outputs in WINOGRAD_OUTPUTS:
-        if min(spec.out_height, spec.out_width) < outputs:
-            continue
-        places = (outputs + 2) ** 2
-        tiles = spec.batch * ceil_div(spec.out_height, outputs) * ceil_div(spec.out_width, outputs)
-        vectors = len(vector_parts(channels, _LANES)) + blocks
-        cycles = float(tiles * places * (channels * blocks + _TRANSFORM * vectors))
-        cycles += _reading(spec, places, target)
-        if cycles < _MARGIN * best:
-            best, chosen = cycles, PackedLayout(lanes, 1, "F", outputs)
-    return chosen
-
-
-def _reading(spec: Conv2dSpec, places: int, target: Target) -> float:
-    """Cycles that wait for a weight of so many places."""
-    size = 4 * places * spec.in_channels * spec.out_channels
-    return _UNHIDDEN * max(0, size - target.l2_bytes) / _MEMORY_BYTES
-
-
 def schedule_winograd(
     fused: FusedFunction, target: Target, choice: Choice | None = None
 ) -> tirx.PrimFunc | None:
-    """The whole fused function around a convolution with a transformed weight; None: it is none."""
+    """The whole fused function around a 3x3 convolution; None: not applicable, or it would be
+    slower than the direct kernel."""
+    if choice is not None and "outputs" not in choice:
+        return None  # one of the direct kernel
     kernel = _kernel(fused, target, choice)
     return None if kernel is None else kernel.build()
 
@@ -108,7 +81,7 @@ def _kernel(fused: FusedFunction, target: Target, choice: Choice | None) -> _Win
         return None
     spec = anchor.spec
     packed = spec.packed_layout
-    if packed is None or not packed.winograd:
+    if packed is None or packed.axis != "R" or packed.group != 1 or not _is_applicable(spec):
         return None
     dot = select_dot(spec, target, packed.width)
     operands = find_operands(fused, anchor, spec)
@@ -117,13 +90,26 @@ def _kernel(fused: FusedFunction, target: Target, choice: Choice | None) -> _Win
     epilogue = Epilogue(fused, anchor)
     if any(not stage.is_map for stage in epilogue.rest):
         return None
-    return _WinogradKernel(fused, spec, packed, operands, dot, target, epilogue, choice)
+    kernel = _WinogradKernel(fused, spec, packed, operands, dot, target, epilogue, choice)
+    return kernel if choice is not None or kernel.pays else None
+
+
+def _is_applicable(spec: Conv2dSpec) -> bool:
+    """Whether the sum is of float32 weights over 3x3 neighbours."""
+    return (
+        spec.data_dtype == spec.weight_dtype == "float32"
+        and (spec.kernel, spec.strides, spec.dilation) == ((3, 3), (1, 1), (1, 1))
+        and spec.groups == 1
+        and min(spec.out_height, spec.out_width) >= min(POINTS)
+    )
 
 
 @dataclass(frozen=True)
 class _Blocking:
     """How the work is cut."""
 
+    outputs: int
+    """Outputs along one side of a tile."""
     band: int
     """Rows of tiles of a task."""
     parts: int
@@ -132,7 +118,19 @@ class _Blocking:
     """Tiles of a register tile."""
     vectors: int
     """Registers of output channels of a register tile."""
+    early: int
+    """1: weights are transformed before all tasks; 0: by each, one group of channels at a time."""
     unroll: int = 1
+
+    @property
+    def side(self) -> int:
+        """Inputs, and places of the transform, along one side of a tile."""
+        return side(self.outputs)
+
+    @property
+    def places(self) -> int:
+        """Places of a transformed tile."""
+        return self.side**2
 
     @staticmethod
     def of(choice: Choice) -> _Blocking:
@@ -156,16 +154,13 @@ class _WinogradKernel:
     ) -> None:
         self.fused, self.spec, self.operands = fused, spec, operands
         self.dot, self.target, self.epilogue = dot, target, epilogue
-        self.lanes, self.outputs, self.side = packed.width, packed.winograd, packed.tile_side
-        self.places = self.side**2
+        self.lanes = packed.width
         self.window = window_of(spec)
         self.blocks = ceil_div(self.window.out_channels, self.lanes)
-        self.tile_rows = ceil_div(self.window.rows, self.outputs)
-        self.tile_columns = ceil_div(self.window.columns, self.outputs)
-        # Places and tiles of the transformed data lie at such distances (in values).
+        # Places of the transformed data lie at such distances (in values).
         self.place_pitch = _unaliased(self.window.channels)
-        self.tile_pitch = _unaliased(self.places * self.place_pitch)
         self.parallel = target.threads > 1 and spec.macs >= PARALLEL_MACS
+        self.threads = target.threads if self.parallel else 1
         self.blocking = self._choose_blocking() if choice is None else _Blocking.of(choice)
         direct = not any(self.window.padding) and operands.data not in fused.producers
         self.band = Band(
@@ -181,20 +176,47 @@ class _WinogradKernel:
 
     # Decisions
 
+    @property
+    def pays(self) -> bool:
+        """Whether the direct kernel is estimated to be slower by more than a margin."""
+        window, width = self.window, self.lanes / _LANES
+        products = window.positions * 9 * window.channels * self.blocks * width / self.threads
+        return self._cycles(self.blocking) < _MARGIN * products
+
+    def _tile_rows(self, outputs: int) -> int:
+        return ceil_div(self.window.rows, outputs)
+
+    def _tile_columns(self, outputs: int) -> int:
+        return ceil_div(self.window.columns, outputs)
+
+    def _tile_pitch(self, blocking: _Blocking) -> int:
+        """Distance of two tiles of the transformed data (in values)."""
+        return _unaliased(blocking.places * self.place_pitch)
+
     def _blockings(self) -> Iterator[_Blocking]:
         """Candidates of the default, none of which computes a band's rows twice."""
-        bands = {ceil_div(self.tile_rows, count) for count in range(1, self.tile_rows + 1)}
-        threads = self.target.threads if self.parallel else 1
-        for band in sorted(bands, reverse=True):
-            for parts in sorted({1, threads}):
-                for vectors in range(1, min(self.blocks, 4) + 1):
-                    if parts > 1 and parts > ceil_div(self.blocks, vectors):
-                        continue
-                    most = _LARGEST_DEFAULT if self.blocks > 1 else _LARGEST_SIDE
-                    for positions in range(1, min(band * self.tile_columns, most) + 1):
-                        blocking = _Blocking(band, parts, positions, vectors)
-                        if self._used(blocking) <= self.target.vector_registers:
-                            yield blocking
+        for outputs in self._sizes():
+            rows = self._tile_rows(outputs)
+            for band in {ceil_div(rows, count) for count in range(1, rows + 1)}:
+                for parts in {1, self.threads}:
+                    yield from self._register_tiles(outputs, band, parts)
+
+    def _register_tiles(self, outputs: int, band: int, parts: int) -> Iterator[_Blocking]:
+        tiles = band * self._tile_columns(outputs)
+        most = _LARGEST_DEFAULT if self.blocks > 1 else _LARGEST_SIDE
+        for vectors in range(1, min(self.blocks, 4) + 1):
+            if parts > 1 and parts > ceil_div(self.blocks, vectors):
+                continue
+            for positions in range(1, min(tiles, most) + 1):
+                for early in (0, 1):
+                    blocking = _Blocking(outputs, band, parts, positions, vectors, early)
+                    if self._used(blocking) <= self.target.vector_registers:
+                        yield blocking
+
+    def _sizes(self) -> tuple[int, ...]:
+        """Outputs along one side of a tile that fit into the image."""
+        shorter = min(self.window.rows, self.window.columns)
+        return tuple(outputs for outputs in sorted(POINTS) if outputs <= shorter)
 
     def _choose_blocking(self) -> _Blocking:
         return min(self._blockings(), key=self._cycles)
@@ -206,48 +228,52 @@ class _WinogradKernel:
 
     def _cycles(self, blocking: _Blocking) -> float:
         """What the last thread to finish needs, roughly."""
-        window, target = self.window, self.target
-        width = self.lanes / _LANES
-        count = blocking.band * self.tile_columns
-        groups = ceil_div(ceil_div(self.blocks, blocking.vectors), blocking.parts)
-        accumulators = blocking.positions * blocking.vectors
-        step = max(accumulators * width, 4) + _STREAM * (blocking.positions + blocking.vectors)
-        products = ceil_div(count, blocking.positions) * (
+        window, target, places = self.window, self.target, blocking.places
+        width, vectors = self.lanes / _LANES, blocking.vectors
+        tiles = blocking.band * self._tile_columns(blocking.outputs)
+        groups = ceil_div(ceil_div(self.blocks, vectors), blocking.parts)
+        bands = window.batch * ceil_div(self._tile_rows(blocking.outputs), blocking.band)
+        # The products of a place. Its weights stay in the first-level cache for all tiles of the
+        # task, or come from the next one for every register tile.
+        weight = 4 * window.channels * vectors * self.lanes
+        fetch = 0.0
+        if weight > target.l1_bytes * 3 // 4:
+            fetch = 4 * vectors * self.lanes / _FETCHED_BYTES
+        accumulators = blocking.positions * vectors
+        step = max(accumulators * width, _LATENCY, fetch)
+        step += _STREAM * (blocking.positions + vectors)
+        products = ceil_div(tiles, blocking.positions) * (
             window.channels * step + _TILE + accumulators
         )
-        weight = 4 * window.channels * blocking.vectors * self.lanes
-        whole = weight * self.places * groups * blocking.parts
-        from_memory = whole > target.l2_bytes // 2
-        reading = weight / (_MEMORY_BYTES if from_memory else _CACHE_BYTES) * _UNHIDDEN
-        # The data of a task is read once for every group of channels: from the second-level cache
-        # where it fits beside the products and weights of a group.
-        data = 4 * count * self.tile_pitch
-        spilled = max(
-            0,
-            data
-            + 4 * count * self.places * blocking.vectors * self.lanes
-            - target.l2_bytes * 3 // 4,
+        # Transforms, and what the second-level cache does not hold of their results.
+        parts_of_channels = len(vector_parts(window.channels, self.lanes))
+        transforms = _TRANSFORM * tiles * width * (parts_of_channels + groups * vectors)
+        filters = _TRANSFORM_WEIGHT * window.channels * width * vectors
+        data = 4 * tiles * self._tile_pitch(blocking)
+        held = 4 * tiles * places * vectors * self.lanes + (
+            0 if blocking.early else weight * places
         )
-        transforms = (
-            _TRANSFORM
-            * count
-            * (len(vector_parts(window.channels, self.lanes)) + groups * blocking.vectors)
-            * width
-        )
-        task = (
-            self.places * (groups * (products + reading) + transforms)
-            + groups * spilled / _MEMORY_BYTES
-        )
-        tasks = window.batch * ceil_div(self.tile_rows, blocking.band) * blocking.parts
-        threads = target.threads if self.parallel else 1
-        return ceil_div(tasks, threads) * task
+        room = target.l2_bytes * 3 // 4
+        moved = groups * max(0, min(data, data + held - room))
+        whole = 4 * places * window.channels * self.blocks * self.lanes
+        if blocking.early:
+            once = places * filters * ceil_div(self.blocks, vectors) / self.threads
+            from_cache = whole <= room - min(data, room // 2)
+            moved += 0 if from_cache else groups * places * weight
+            once += 0 if from_cache else whole / _SHARED_BYTES / self.threads
+        else:
+            once = 0.0
+            transforms += groups * filters
+            moved += 2 * groups * max(0, places * weight - room)
+        task = places * (groups * products + transforms) + _UNHIDDEN * moved / _SHARED_BYTES
+        return once + ceil_div(bands * blocking.parts, self.threads) * task
 
     def space(self) -> SearchSpace:
         """The default and what lies around it."""
         default = {name: getattr(self.blocking, name) for name in _Blocking.__dataclass_fields__}
         registers = self.target.vector_registers
-        threads = self.target.threads if self.parallel else 1
-        bands = {ceil_div(self.tile_rows, count) for count in (1, 2, 3, 4, 6, 8, 16)}
+        rows = self._tile_rows(self.blocking.outputs)
+        bands = {ceil_div(rows, count) for count in (1, 2, 3, 4, 6, 8, 16)}
 
         def is_valid(choice: Choice) -> bool:
             blocking = _Blocking.of(choice)
@@ -255,18 +281,21 @@ class _WinogradKernel:
             return (
                 used <= registers
                 and 2 * used >= registers  # fewer accumulators never pay
-                and blocking.positions <= blocking.band * self.tile_columns
+                and blocking.band <= self._tile_rows(blocking.outputs)
+                and blocking.positions <= blocking.band * self._tile_columns(blocking.outputs)
                 and blocking.parts <= ceil_div(self.blocks, blocking.vectors)
             )
 
         return SearchSpace(
             "x86.winograd",
             {
+                "outputs": self._sizes(),
                 "band": tuple(sorted({*bands, self.blocking.band})),
-                "parts": tuple(sorted({1, threads, 2 * threads} if threads > 1 else {1})),
+                "parts": tuple(sorted({1, self.threads})),
                 "positions": tuple(range(1, _LARGEST_SIDE + 1)),
                 "vectors": tuple(range(1, min(self.blocks, 6) + 1)),
-                "unroll": (1, 2, 4),
+                "early": (0, 1),
+                "unroll": (1, 2),
             },
             default,
             is_valid,
@@ -275,39 +304,72 @@ class _WinogradKernel:
     # Writing
 
     def build(self) -> tirx.PrimFunc:
-        e, window, outputs = self.e, self.window, self.outputs
-        band, parts, vectors = self.blocking.band, self.blocking.parts, self.blocking.vectors
+        e, window, blocking = self.e, self.window, self.blocking
+        band, parts, vectors = blocking.band, blocking.parts, blocking.vectors
+        self.tile_rows = self._tile_rows(blocking.outputs)
+        self.tile_columns = self._tile_columns(blocking.outputs)
+        self.tile_pitch = self._tile_pitch(blocking)
         self.weight = e.flat(self.operands.weight)
         self.reader = BandReader(e, self.band, self.fused, self.operands, self.target)
         self.epilogue.declare(e)
+        kind = "parallel" if self.parallel else "serial"
+        per_block = blocking.places * window.channels * self.lanes
+        if blocking.early:
+            weights = e.alloc(self.blocks * per_block, "float32", "filters")
+            with e.loop("filter_block", self.blocks, kind) as number:
+                self._transform_weight(weights, number * per_block, number)
         bands = ceil_div(self.tile_rows, band)
-        rows = min(band * outputs, window.rows)
+        rows = min(band * blocking.outputs, window.rows)
         groups = ceil_div(self.blocks, vectors)
         each = ceil_div(groups, parts)
-        count = band * self.tile_columns
-        tasks = window.batch * bands * parts
-        with e.loop("task", tasks, "parallel" if self.parallel else "serial") as task:
+        tiles = band * self.tile_columns
+        with e.loop("task", window.batch * bands * parts, kind) as task:
             part, rest = task % parts, task // parts
             b = rest // bands
             # Bands and parts that overlap compute the same tiles, so the same values.
             first = e.bind("first", tirx.min(rest % bands * band, self.tile_rows - band))
-            y = e.bind("y", tirx.min(first * outputs, window.rows - rows))
+            y = e.bind("y", tirx.min(first * blocking.outputs, window.rows - rows))
             source = self.reader.source(b, y, rows, 0)
-            data = e.alloc(count * self.tile_pitch, "float32", "transformed")
+            data = e.alloc(tiles * self.tile_pitch, "float32", "transformed")
             self._transform(data, source, first, y)
-            size = count * self.places * vectors * self.lanes
+            size = tiles * blocking.places * vectors * self.lanes
             products = e.alloc(size, "float32", "products")
+            if not blocking.early:
+                weights = e.alloc(vectors * per_block, "float32", "filters")
             with e.loop("channel_group", each) as j:
                 group = tirx.min(part * each, groups - each) + j
                 block = e.bind("block", tirx.min(group * vectors, self.blocks - vectors))
-                self._multiply(products, data, block)
+                if not blocking.early:
+                    with e.loop("filter_block", vectors) as v:
+                        self._transform_weight(weights, v * per_block, block + v)
+                self._multiply(products, data, weights, block if blocking.early else 0)
                 self._finish(products, b, first, block)
         self.epilogue.emit_rest(e, self.lanes)
         return e.function(list(self.fused.func.params), {})
 
+    def _transform_weight(self, weights: tirx.Buffer, to: Any, block: Any) -> None:
+        """weights[to..][place, channel, lane] = G g G', for one register of output channels."""
+        e, lanes, channels, n = self.e, self.lanes, self.window.channels, self.blocking.side
+        matrix = weight_matrix(self.blocking.outputs)
+        with e.loop("c", channels) as c:
+            start = e.bind("start", (block * 9 * channels + c) * lanes)
+            target = e.bind("to", to + c * lanes)
+            columns = []
+            for kx in range(3):
+                taps = []
+                for ky in range(3):
+                    at = start + (ky * 3 + kx) * channels * lanes
+                    taps.append(e.bind("g", vector(self.weight, at, lanes)))
+                columns.append(self._apply(matrix, taps, lanes))
+            for i in range(n):
+                row = self._apply(matrix, [column[i] for column in columns], lanes)
+                for j, value in enumerate(row):
+                    at = target + (i * n + j) * channels * lanes
+                    e.store_vector(weights, value, at, lanes)
+
     def _tiles(self, first: Any, write: Callable[[Any, Any, Any, Any], None]) -> None:
         """write(number in the band, row of tiles, y, x) for all tiles of the band."""
-        e, window, outputs = self.e, self.window, self.outputs
+        e, window, outputs = self.e, self.window, self.blocking.outputs
         with e.loop("tile_row", self.blocking.band) as ty:
             y = e.bind("tile_y", tirx.min((first + ty) * outputs, window.rows - outputs))
             with e.loop("tile_column", self.tile_columns) as tx:
@@ -316,8 +378,8 @@ class _WinogradKernel:
 
     def _transform(self, data: tirx.Buffer, source: Source, first: Any, y: Any) -> None:
         """data[tile, place, channel] = B' d B"""
-        e, side = self.e, self.side
-        matrix = data_matrix(self.outputs)
+        e, side = self.e, self.blocking.side
+        matrix = data_matrix(self.blocking.outputs)
 
         def tile(number: Any, _row: Any, tile_y: Any, tile_x: Any) -> None:
             start = source.base + (tile_y - y) * source.row_pitch + tile_x * source.column_pitch
@@ -340,10 +402,13 @@ class _WinogradKernel:
 
         self._tiles(first, tile)
 
-    def _multiply(self, products: tirx.Buffer, data: tirx.Buffer, block: Any) -> None:
+    def _multiply(
+        self, products: tirx.Buffer, data: tirx.Buffer, weights: tirx.Buffer, block: Any
+    ) -> None:
         """products[tile, place, vector, lane] = sum over the channels of data * weight"""
         e, lanes, channels, dot = self.e, self.lanes, self.window.channels, self.dot
-        places, vectors, positions = self.places, self.blocking.vectors, self.blocking.positions
+        places, vectors = self.blocking.places, self.blocking.vectors
+        positions = self.blocking.positions
         count = self.blocking.band * self.tile_columns
         with (
             e.loop("place", places) as place,
@@ -356,13 +421,13 @@ class _WinogradKernel:
                 e.store_vector(acc, _constant(0, lanes), i * lanes, lanes)
 
             def step(k: Any) -> None:
-                weights = []
+                loaded = []
                 for v in range(vectors):
                     at = (((block + v) * places + place) * channels + k) * lanes
-                    weights.append(e.bind(f"w{v}", vector(self.weight, at, lanes)))
+                    loaded.append(e.bind(f"w{v}", vector(weights, at, lanes)))
                 for p in range(positions):
                     x = e.bind("x", dot.broadcast(data[start + p * self.tile_pitch + k]))
-                    for v, weight in enumerate(weights):
+                    for v, weight in enumerate(loaded):
                         at = (p * vectors + v) * lanes
                         value = dot.accumulate(vector(acc, at, lanes), x, weight)
                         e.store_vector(acc, value, at, lanes)
@@ -376,10 +441,8 @@ class _WinogradKernel:
 
     def _finish(self, products: tirx.Buffer, b: Any, first: Any, block: Any) -> None:
         """Every tile through A' M A, in registers, and the epilogue."""
-        e, window, lanes, outputs, side = (
-            self.e, self.window, self.lanes, self.outputs, self.side,
-        )  # fmt: skip
-        vectors = self.blocking.vectors
+        e, window, lanes, blocking = self.e, self.window, self.lanes, self.blocking
+        outputs, side, vectors = blocking.outputs, blocking.side, blocking.vectors
         matrix = output_matrix(outputs)
         ragged = window.out_channels % lanes
         copies = outputs**2 * (2 if ragged and self.blocks > 1 else 1)
@@ -387,7 +450,7 @@ class _WinogradKernel:
 
         def tile(number: Any, tile_row: Any, y: Any, x: Any) -> None:
             with e.loop("v", vectors) as v:
-                start = e.bind("start", (number * self.places * vectors + v) * lanes)
+                start = e.bind("start", (number * blocking.places * vectors + v) * lanes)
                 columns = []
                 for j in range(side):
                     loaded = []
@@ -430,7 +493,7 @@ class _WinogradKernel:
     # Transforms of a row of vectors
 
     def _apply(self, matrix: np.ndarray, values: Sequence[Any], lanes: int) -> list[Any]:
-        """B' @ values. The rows of the points p and -p are the sum and the difference of what their
+        """B' @ values, or G @ values. The rows of the points p and -p are the sum and the difference of what their
         even columns and their odd columns give."""
         results = [self._sum(_terms(matrix[0], values), lanes)]
         for row in matrix[1:-1:2]:

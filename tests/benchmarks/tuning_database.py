@@ -1,30 +1,90 @@
-"""Make the tuning records that ship with the package (tvm_compress/databases/).
+"""Make the tuning records that ship with the package (tvm_compress/databases/): one command.
 
-    python tests/benchmarks/tuning_database.py --target x86-64-v4-vnni --threads 1 --minutes 20
+    python tests/benchmarks/tuning_database.py --minutes 120
 
-Tunes the shipped example and the benchmark networks, float32 and int8, for one target and number of
-threads, in turns until the time is over, and writes the winners to one file. Records stay in
-`--database`, so that the next call goes on from there. Run it on a quiet machine that has the
-target's instructions; every figure it prints is of that machine.
+Tunes the shipped example and the benchmark networks, float32 and int8, for every target and number
+of threads, in turns until the time is over, and writes the winners to one file for each target and
+number of threads. Everything measured stays in `--database`, so that the same command goes on where
+one was stopped; by default that folder belongs to the present sources of the kernels, since times
+of older kernels say nothing. Run it on a quiet machine that has the targets' instructions.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networks
 import onnx
+
+if TYPE_CHECKING:
+    import tvm
+
+    from tvm_compress.targets import Target
+    from tvm_compress.tuning.database import Database
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = REPOSITORY / "tvm_compress" / "databases"
 RECIPES = ("int8", "none")
 # Less is within the noise of a machine, and another machine may see the opposite.
 LEAST_SPEEDUP = 1.03
+
+
+def main() -> None:
+    """Tune for one target and number of threads after the other; write the file of each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--targets", default="x86-64-v4-vnni,x86-64-v3")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--minutes", type=float, default=120.0, help="for everything together")
+    parser.add_argument("--models", default="example,mobilenet_v2,resnet_50,bert_encoder")
+    parser.add_argument("--database", type=Path, help="default: build/tuning-records-HASH")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the files")
+    arguments = parser.parse_args()
+
+    from tvm_compress.startup import start_without_torch
+
+    start_without_torch()
+    from tvm_compress.targets import get_target
+    from tvm_compress.tuning.database import Database
+    from tvm_compress.tuning.tune import require_device
+
+    folder = arguments.database or REPOSITORY / "build" / f"tuning-records-{hash_of_kernels()}"
+    deadline = time.monotonic() + 60 * arguments.minutes
+    names = arguments.targets.split(",")
+    counts = [int(count) for count in arguments.threads.split(",")]
+    for name in names:
+        for count in counts:
+            require_device(dataclasses.replace(get_target(name), threads=count))
+    left = len(names) * len(counts) * len(arguments.models.split(",")) * len(RECIPES)
+    arguments.out.mkdir(exist_ok=True, parents=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        files = models(Path(scratch), arguments.models.split(","))
+        for name in names:
+            database = Database(folder, shipped=False)
+            targets = [dataclasses.replace(get_target(name), threads=n) for n in counts]
+            known: dict[int, dict[str, dict[str, int]]] = {n: {} for n in counts}
+            for label, module in modules(files, name):
+                for target in targets:
+                    minutes = (deadline - time.monotonic()) / 60 / left
+                    left -= 1
+                    known[target.threads] |= tune(label, module, target, database, minutes)
+            for target in targets:
+                write(arguments.out, target, database, known[target.threads])
+
+
+def hash_of_kernels() -> str:
+    """Of the sources that decide what a choice compiles to."""
+    digest = hashlib.sha256()
+    for folder in ("schedules", "targets"):
+        for path in sorted((REPOSITORY / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def models(folder: Path, names: list[str]) -> dict[str, Path]:
@@ -37,45 +97,43 @@ def models(folder: Path, names: list[str]) -> dict[str, Path]:
     return {name: found[name] for name in names}
 
 
-def main() -> None:
-    """Tune, then write the file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--target", default="x86-64-v4-vnni")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=20.0, help="for all networks together")
-    parser.add_argument("--models", default="example,mobilenet_v2,resnet_50,bert_encoder")
-    parser.add_argument("--database", type=Path, default=Path("tuning-records"))
-    parser.add_argument("--out", type=Path, help="default: databases/TARGET-THREADSt.json")
-    arguments = parser.parse_args()
+def modules(files: dict[str, Path], target: str) -> Iterator[tuple[str, tvm.IRModule]]:
+    """Label and graph form of each network by each recipe, compressed as `tune` does it."""
+    from tvm_compress.flow import compress_job
+    from tvm_compress.progress import Progress
+    from tvm_compress.tuning.tune import job_of
 
+    for recipe in RECIPES:
+        for name, path in files.items():
+            yield f"{name} {recipe}", compress_job(job_of(path, recipe, target), Progress())
+
+
+def tune(
+    label: str, module: tvm.IRModule, target: Target, database: Database, minutes: float
+) -> dict[str, dict[str, int]]:
+    """Go on with one network for at most `minutes`. Returns workload => today's default."""
     from tvm_compress.progress import TerminalProgress
-    from tvm_compress.targets import get_target
-    from tvm_compress.tuning.database import Database, write_export
-    from tvm_compress.tuning.record import Conditions
-    from tvm_compress.tuning.tune import this_cpu, tune
+    from tvm_compress.tuning.driver import Budget, tune_tasks
+    from tvm_compress.tuning.tasks import extract_tasks
+    from tvm_compress.tuning.tune import this_cpu
 
-    out = arguments.out or SHIPPED / f"{arguments.target}-{arguments.threads}t.json"
-    deadline = time.monotonic() + 60 * arguments.minutes
-    defaults: dict[str, dict[str, int]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        files = models(Path(folder), arguments.models.split(","))
-        jobs = [(name, recipe) for recipe in RECIPES for name in files]
-        for left, (name, recipe) in zip(range(len(jobs), 0, -1), jobs, strict=True):
-            minutes = max(0.1, (deadline - time.monotonic()) / 60 / left)
-            result = tune(
-                files[name],
-                recipe=recipe,
-                target=arguments.target,
-                threads=arguments.threads,
-                minutes=minutes,
-                database=arguments.database,
-                progress=TerminalProgress(),
-            )
-            defaults |= {task.workload: dict(task.default) for task in result.tasks}
-            show(name, recipe, result)
-    target = dataclasses.replace(get_target(arguments.target), threads=arguments.threads)
+    tasks = extract_tasks(module, target)
+    if minutes > 0:
+        budget = Budget(minutes=minutes)
+        cpu, progress = this_cpu(), TerminalProgress()
+        show(label, target, tune_tasks(tasks, target, database, budget, cpu=cpu, progress=progress))
+    return {task.key: dict(task.space.default) for task in tasks}
+
+
+def write(
+    folder: Path, target: Target, database: Database, defaults: dict[str, dict[str, int]]
+) -> None:
+    """The winners of the workloads in `defaults` that still beat today's default."""
+    from tvm_compress.tuning.database import write_export
+    from tvm_compress.tuning.record import Conditions
+    from tvm_compress.tuning.tune import this_cpu
+
     conditions = Conditions.of(target, this_cpu())
-    database = Database(arguments.database, shipped=False)
     records = [
         record
         for record in database.winners()
@@ -83,17 +141,18 @@ def main() -> None:
         and record.conditions == conditions
         and record.speedup >= LEAST_SPEEDUP
     ]
-    out.parent.mkdir(exist_ok=True)
+    out = folder / f"{target.name}-{target.threads}t.json"
     write_export(out, records)
-    print(f"{out}: {len(records)} records of {len(defaults)} workloads")
+    print(f"{out.name}: {len(records)} records of {len(defaults)} workloads", flush=True)
 
 
-def show(name: str, recipe: str, result: Any) -> None:
+def show(label: str, target: Target, result: Any) -> None:
     """One line for one network."""
     print(
-        f"{name:14s} {recipe:6s} {len(result.tasks):3d} kernels  {result.trials:5d} trials  "
-        f"{result.default_us / 1e3:8.3f} -> {result.best_us / 1e3:8.3f} ms  "
-        f"{result.trials_per_minute:4.0f} a minute",
+        f"{target.name} {target.threads}t  {label:20s} {len(result.tasks):3d} kernels  "
+        f"{result.trials:5d} trials  {result.default_us / 1e3:8.3f} -> "
+        f"{result.best_us / 1e3:8.3f} ms  {result.trials_per_minute:4.0f} a minute  "
+        f"({result.stopped})",
         flush=True,
     )
 

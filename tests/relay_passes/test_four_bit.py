@@ -14,6 +14,7 @@ from tvm.relax import op
 from tvm_compress.build import Built, build, compile_reference
 from tvm_compress.relay_passes.encodings import FourBit, match_encoding
 from tvm_compress.relay_passes.graph import Graph
+from tvm_compress.relay_passes.ir import WIDE_INPUTS_ATTR
 from tvm_compress.relay_passes.numerics.granularity import PerGroup
 from tvm_compress.relay_passes.quantize import read_left_float
 from tvm_compress.relay_passes.quantize_config import QuantizeConfig
@@ -208,3 +209,14 @@ def test_a_large_bias_stays_within_int32() -> None:
         assert np.abs(stored.astype(np.int64)).max() <= 2**30
         check(quantised)
         assert encoding.scales.min() > 0
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_layers_with_a_wide_input_get_bytes(config: QuantizeConfig) -> None:
+    """A 16-bit input, which `equalize_inputs` may ask for, does not fit the kernels of 4 bits."""
+    module = build_net(linears, (1, 80))
+    module["main"] = module["main"].with_attr(WIDE_INPUTS_ATTR, '["x"]')
+    quantised = quantize(module, config)
+    assert set(encodings(quantised)) == {"b_weight"}
+    assert describe_schemes(quantised)["a"] == "int8/channel × int16"
+    check(quantised)

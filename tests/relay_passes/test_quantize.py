@@ -265,11 +265,12 @@ def test_missing_statistics_are_named() -> None:
         ({"weights": "int4", "granularity": PerGroup(12)}, "must be a multiple of 8"),
         (
             {"weights": "int4", "granularity": PerGroup(8), "activations": "int16"},
-            "would not fit 32 bits",
+            "multiply bytes",
         ),
         ({"table_channels": 4}, "table_channels: 4 with weights: int8"),
         ({"weights": "codebook4", "table_channels": 6}, "4 output channels or a multiple"),
         ({"weights": "codebook4", "activations": None}, "codebook4 without activations"),
+        ({"weights": "codebook4", "activations": "int16"}, "multiply bytes"),
         ({"weights": "normal4", "granularity": PerTensor()}, "needs a float scale for each"),
         ({"weights": "int4", "zero_points": True}, "zero points are for int4 or int8"),
         ({"activations": "int16", "symmetric": False}, "int16 with symmetric: false"),

@@ -253,7 +253,7 @@ class _Run:
         self.target, self.database, self.budget = target, database, budget
         self.limits, self.folder = limits, folder
         self.conditions = Conditions.of(target, cpu)
-        self.target_fields = _target_fields(target)
+        self.target_fields = target_fields(target)
         self.builders, self.runner = _workers(target, rpc)
         self.pausing = [b for b in self.builders if rpc is None and b.shares(self.runner)]
         self.states = [self._state(task, index) for index, task in enumerate(tasks)]
@@ -359,16 +359,23 @@ class _Run:
             return fresh[0]
         if any(s.default_seconds is None and s.in_flight for s in self.states):
             return None  # their share of the time is not known yet
-        total = sum(state.share for state in self.states)
+        totals = self._totals_of_sides()
         open_states = [
             s for s in self.states if not s.is_converged and s.in_flight < 2 * _BATCH and s.share
         ]
         if not open_states:
             return None
-        gains = [state.share * state.expected_gain for state in open_states]
-        if sum(gains) < _LEAST_TOTAL_GAIN * total and not self.budget.is_exhaustive:
+        gains = [s.share / totals[s.task.side] * s.expected_gain for s in open_states]
+        if sum(gains) < _LEAST_TOTAL_GAIN * len(totals) and not self.budget.is_exhaustive:
             return None
         return open_states[max(range(len(gains)), key=gains.__getitem__)]
+
+    def _totals_of_sides(self) -> dict[str, float]:
+        """Seconds of one inference of each model."""
+        totals: dict[str, float] = {}
+        for state in self.states:
+            totals[state.task.side] = totals.get(state.task.side, 0.0) + state.share
+        return totals
 
     def _propose(self) -> None:
         if self.stopping or len(self.to_build) + len(self.to_run) >= _AHEAD:
@@ -391,7 +398,7 @@ class _Run:
     def _ask_reference(self, state: _State) -> None:
         if not state.is_asked:
             state.is_asked = True
-            self._write_task(state)
+            write_task(state.task, state.folder)
             self.to_build.append(_Job("reference", state))
 
     def _check_winners(self) -> None:
@@ -615,27 +622,6 @@ class _Run:
                 queue.remove(job)
                 self._drop(job)
 
-    def _write_task(self, state: _State) -> None:
-        """What workers read about a task."""
-        import numpy as np
-        import tvm
-
-        task = state.task
-        state.folder.mkdir()
-        (state.folder / FUNCTION).write_text(tvm.ir.save_json(task.func), encoding="utf-8")
-        with (state.folder / ARGUMENTS).open("wb") as file:
-            arrays = {str(index): array for index, array in task.constants.items()}
-            np.savez(file, allow_pickle=False, **arrays)
-        parameters = [
-            [[int(side) for side in buffer.shape], str(buffer.dtype)] for buffer in task.func.params
-        ]
-        details = {
-            "parameters": parameters,
-            "results": list(task.results),
-            "is_integer": task.is_integer,
-        }
-        (state.folder / DETAILS).write_text(json.dumps(details), encoding="utf-8")
-
     # What to say
 
     def _totals(self) -> tuple[float, float]:
@@ -687,6 +673,27 @@ class _Run:
         )
 
 
+def write_task(task: Task, folder: Path) -> None:
+    """What workers read about a task, to a new folder."""
+    import numpy as np
+    import tvm
+
+    folder.mkdir()
+    (folder / FUNCTION).write_text(tvm.ir.save_json(task.func), encoding="utf-8")
+    with (folder / ARGUMENTS).open("wb") as file:
+        arrays = {str(index): array for index, array in task.constants.items()}
+        np.savez(file, allow_pickle=False, **arrays)
+    parameters = [
+        [[int(side) for side in buffer.shape], str(buffer.dtype)] for buffer in task.func.params
+    ]
+    details = {
+        "parameters": parameters,
+        "results": list(task.results),
+        "is_integer": task.is_integer,
+    }
+    (folder / DETAILS).write_text(json.dumps(details), encoding="utf-8")
+
+
 def _task_result(state: _State) -> TaskResult:
     verified = state.verified
     is_better = verified is not None and dict(verified.choice) != dict(state.task.space.default)
@@ -722,7 +729,7 @@ def _workers(target: Target, rpc: Rpc | None) -> tuple[list[Worker], Worker]:
     return builders, Worker(cores, 1, [remote])
 
 
-def _target_fields(target: Target) -> dict[str, Any]:
+def target_fields(target: Target) -> dict[str, Any]:
     """A target as JSON has it."""
     fields = {f.name: getattr(target, f.name) for f in dataclasses.fields(target)}
     fields["tvm_options"] = {

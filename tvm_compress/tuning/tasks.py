@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .workload import workload_key
@@ -22,7 +22,8 @@ class Task:
     """One workload of a model.
 
     `constants`: argument position => array, of the first call; the others are data or results.
-    `results` are the positions that the function writes.
+    `results` are the positions that the function writes. `side` names the model, where several are
+    tuned together.
     """
 
     key: str
@@ -34,7 +35,7 @@ class Task:
     constants: Mapping[int, np.ndarray]
     results: tuple[int, ...]
     calls: int = 1
-    layers: list[str] = field(default_factory=list)
+    side: str = ""
 
 
 def extract_tasks(module: tvm.IRModule, target: Target) -> list[Task]:
@@ -44,6 +45,15 @@ def extract_tasks(module: tvm.IRModule, target: Target) -> list[Task]:
     with target.tvm_target():
         module = planning_pipeline(target)(module)
     return tasks_of(module, target)
+
+
+def merge_tasks(sides: Mapping[str, list[Task]]) -> list[Task]:
+    """The tasks of several models, each once; what models share counts for the first of them."""
+    found: dict[str, Task] = {}
+    for side, tasks in sides.items():
+        for task in tasks:
+            found.setdefault(task.key, replace(task, side=side))
+    return list(found.values())
 
 
 def tasks_of(planned: tvm.IRModule, target: Target) -> list[Task]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import TargetError
+from ..errors import ModelError, TargetError
 from ..progress import Progress
 from .database import Database
 from .driver import Budget, TuningResult, tune_tasks
@@ -17,6 +17,7 @@ from .rpc import Rpc
 if TYPE_CHECKING:
     import tvm
 
+    from ..flow import Job
     from ..model import Model
     from ..recipe import Recipe
     from ..targets import Target
@@ -48,17 +49,11 @@ def tune(
     expected. `database` is a folder (default: the user's own). Raises the errors of `errors.py`.
     """
     from .. import flow
-    from ..importers import load_model
-    from ..recipe import Recipe
 
     progress = progress or Progress()
     opened = Database(database)
     with progress.step("import"):
-        if calibration is None:
-            loaded = load_model(model, shapes=shapes, input_values=input_values)
-            calibration = _random_samples(loaded)
-        chosen = Recipe(steps=()) if recipe == FLOAT_RECIPE else recipe
-        job = flow.load_job(model, chosen, target, calibration, shapes, input_values, threads)
+        job = job_of(model, recipe, target, calibration, shapes, input_values, threads)
     if rpc is None:
         require_device(job.target)
     else:
@@ -73,18 +68,58 @@ def tune(
     return tune_tasks(tasks, job.target, opened, budget, cpu=cpu, rpc=rpc, progress=progress)
 
 
-def tune_module(
-    module: tvm.IRModule,
+def job_of(
+    model: Any,
+    recipe: str | Path | Recipe,
+    target: str | None,
+    calibration: Any = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    input_values: Mapping[str, float] | None = None,
+    threads: int | None = None,
+) -> Job:
+    """What `compress` would work on; see `tune` for `recipe` and `calibration`."""
+    from .. import flow
+    from ..importers import load_model
+    from ..recipe import Recipe
+
+    if isinstance(model, str | Path):
+        _refuse_artefact(Path(model))
+    if calibration is None:
+        loaded = load_model(model, shapes=shapes, input_values=input_values)
+        calibration = _random_samples(loaded)
+    chosen = Recipe(steps=()) if recipe == FLOAT_RECIPE else recipe
+    return flow.load_job(model, chosen, target, calibration, shapes, input_values, threads)
+
+
+def _refuse_artefact(path: Path) -> None:
+    from ..artefact import MANIFEST, RECIPE, Artefact
+
+    if (path / MANIFEST).is_file():
+        name = Artefact.open(path).manifest["model"]["name"]
+        same = f"MODEL --recipe {path / RECIPE}"
+        raise ModelError(
+            f"{path}: is an artefact, whose kernels are compiled and can no longer be tuned; tune "
+            f"the model it was made from ({name}) by the same recipe, and compress it again: "
+            f"`tvm-compress tune {same}`, then `tvm-compress compress {same} -o {path}`"
+        )
+
+
+def tune_modules(
+    sides: Mapping[str, tvm.IRModule],
     target: Target,
     budget: Budget,
     database: Database,
     progress: Progress | None = None,
 ) -> TuningResult:
-    """Tune what `build.build(module, target)` compiles, on this machine."""
-    from .tasks import extract_tasks
+    """Tune what `build.build` compiles of several modules, on this machine.
+
+    A percent of one module's time counts as much as a percent of another's, so that the modules can
+    be compared afterwards.
+    """
+    from .tasks import extract_tasks, merge_tasks
 
     require_device(target)
-    tasks = extract_tasks(module, target)
+    tasks = merge_tasks({side: extract_tasks(module, target) for side, module in sides.items()})
     return tune_tasks(tasks, target, database, budget, cpu=_name_of_device(None), progress=progress)
 
 
