@@ -1,4 +1,4 @@
-"""Products of one row, or a few, with a 4-bit weight that lies in memory, against ONNX Runtime's MatMulNBits.
+"""Products of a few rows with a 4-bit weight in memory, against ONNX Runtime's MatMulNBits.
 
     python tests/benchmarks/gemv_w4.py [--shapes 4096x4096,2048x8192] [--threads 1] [--target host]
 
