@@ -69,15 +69,15 @@ def compress(
 ) -> Artefact:
     """Compress, compile and check a model; write the artefact to the folder `out`.
 
-    `model` is what `load_model` takes: a path or a model in memory. `recipe` is a shipped recipe's
-    name, a file or a `Recipe`. `calibration` and `evaluate` are what `load_data` takes. `target`,
-    `seed`, `shapes` and `input_values` override the recipe's. `threads` is what kernels are laid
-    out and measured for (default: the target's). `trials` or `minutes` tune the kernels of both
-    sides before they are built (`tuning.tune`); `database` is the folder of tuning records
-    (default: the user's own). Compiled kernels are kept in the user's cache and taken from there by later
-    builds, of this model and of others, unless `kernel_cache` is false. `force` replaces an
-    artefact of another model. An exact repetition of an interrupted call goes on where that one
-    stopped.
+    `model` is what `load_model` takes: a path or a model in memory. `recipe` is a shipped
+    recipe's name, a file or a `Recipe`. `calibration` and `evaluate` are what `load_data`
+    takes. `target`, `seed`, `shapes` and `input_values` override the recipe's. `threads` is
+    what kernels are laid out and measured for (default: the target's). `trials` or `minutes`
+    tune the kernels of both sides before they are built (`tuning.tune`); `database` is the
+    folder of tuning records (default: the user's own). Compiled kernels are kept in the user's
+    cache and taken from there by later builds, of this model and of others, unless
+    `kernel_cache` is false. `force` replaces an artefact of another model. An exact repetition
+    of an interrupted call goes on where that one stopped.
 
     Raises an error of `errors.py` before anything is written when an input is wrong. Checks that
     fail (integers, accuracy) do not raise: they stand in `artefact.report["checks"]`.
