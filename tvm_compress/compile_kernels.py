@@ -154,13 +154,7 @@ def _units(
     target: tvm.target.Target,
     scheduling: Scheduling | None,
 ) -> Iterator[_Unit]:
-    import tvm
-
-    texts = {
-        # Without what it is called: it may be one of many equal kernels, in many networks.
-        var: tvm.ir.save_json(function.without_attr("global_symbol"))
-        for var, function in functions.items()
-    }
+    texts = {var: _text(function) for var, function in functions.items()}
     surroundings = [
         _compiler(),
         str(target),
@@ -186,6 +180,22 @@ def _units(
         key = key_of([(base, var)])
         symbol = f"{base}_{key[:_SYMBOL_DIGITS]}"
         yield _Unit({var: function}, scheduling, key, (symbol,))
+
+
+def _text(function: tirx.PrimFunc) -> str:
+    """All of a function but what it and its variables are called: it may be one of many equal
+    kernels, in many networks."""
+    import tvm
+    from tvm_ffi import structural_hash
+
+    function = function.without_attr("global_symbol")
+    graph = json.loads(tvm.ir.save_json(function))
+    nodes = graph["nodes"]
+    names = {node["data"]["name"] for node in nodes if node["type"] == "ir.Var"}
+    for index in names:
+        nodes[index]["data"] = ""
+    # A string may be more than a variable's name; the hash has those, and has no names.
+    return f"{structural_hash(function)} {json.dumps(graph)}"
 
 
 @cache
