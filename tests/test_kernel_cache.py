@@ -128,6 +128,7 @@ built.export(Path(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path, repository: Path) -> None:
     processes = [
         subprocess.Popen(
