@@ -315,7 +315,8 @@ def compress(
     """Compress MODEL for a target, compile it, check it, and write the artefact to OUT.
 
     The artefact that was in OUT stays usable until the new one is complete. A run that was stopped
-    goes on where it was when the same command is given again.
+    goes on where it was when the same command is given again. --trials and --minutes tune the
+    kernels of both, MODEL as it is and compressed, so that their comparison is fair.
     """
     from . import flow
     from .report.terminal import print_summary
@@ -405,8 +406,9 @@ def tune(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Measure the kernels of MODEL on its target and remember the best; `compress` uses them.
+    """Measure the kernels of MODEL, compressed, on its target and remember the best.
 
+    `compress` uses them; `--recipe none` does the same for MODEL as it is.
     A run that was stopped loses nothing and goes on when the same command is given again. Without
     MODEL, --import, --export and --list work on the records alone.
     """

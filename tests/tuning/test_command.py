@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -16,7 +15,12 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import tiny_data, tiny_onnx, tvm_compress
+from tvm_compress.flow import compress_job
+from tvm_compress.progress import Progress
 from tvm_compress.tuning.database import RECORDS, Database, read_export, write_export
+from tvm_compress.tuning.record import Conditions, Record
+from tvm_compress.tuning.tasks import extract_tasks
+from tvm_compress.tuning.tune import job_of, this_cpu
 
 pytestmark = pytest.mark.links
 
@@ -24,6 +28,11 @@ pytestmark = pytest.mark.links
 def lines(folder: Path) -> int:
     path = folder / RECORDS
     return path.read_text().count("\n") if path.exists() else 0
+
+
+def of_folder(folder: Path) -> list[Record]:
+    measured = Database(folder, shipped=False)._measured.values()
+    return [record for found in measured for record in found]
 
 
 def processes_of(group: int) -> list[str]:
@@ -100,13 +109,25 @@ def test_compress_tunes_and_says_so(tmp_path: Path) -> None:
     assert first.json["after"]["tunable_kernels"] == 2
     assert "tune" in [step["name"] for step in first.json["steps"]]
     assert lines(folder) >= 6
+    # Both sides: what is compared afterwards was tuned alike.
+    assert first.json["before"]["tunable_kernels"] == 2
+    workloads = {record.workload for record in of_folder(folder)}
+    assert len(workloads) == 4
 
-    # Somebody else found that the second choice is a hundred times faster.
-    measured = Database(folder, shipped=False)._measured.values()
-    record = next(r for found in measured for r in found[1:] if r.seconds and not r.is_verified)
-    default = next(f[0].choice for f in measured if f[0].workload == record.workload)
-    seconds = 100 * (record.seconds or 0)
-    faster = dataclasses.replace(record, default_seconds=seconds, default=default)
+    # Somebody else found that a choice which did not win here is a hundred times faster.
+    job = job_of(model, "int8", None, data, threads=1)
+    task = extract_tasks(compress_job(job, Progress()), job.target)[0]
+    assert task.key in workloads
+    known = [task.space.default, *(record.choice for record in of_folder(folder))]
+    faster = Record(
+        workload=task.key,
+        template=task.space.template,
+        choice=next(choice for choice in task.space if choice not in known),
+        conditions=Conditions.of(job.target, this_cpu()),
+        seconds=1e-9,
+        default_seconds=1e-7,
+        default=dict(task.space.default),
+    )
     write_export(tmp_path / "records.json", [faster])
     imported = tvm_compress("tune", "--import", tmp_path / "records.json", "--database", folder)
     assert imported.status == 0, imported.err
@@ -120,6 +141,11 @@ def test_compress_tunes_and_says_so(tmp_path: Path) -> None:
     assert not steps["build compressed"]["cached"]
     # One kernel has another choice now; the others are those of the first run.
     assert re.search(r"from cache, [12] compiled", steps["build compressed"]["detail"])
+
+    refused = tvm_compress("tune", out, "--trials", 3, "--database", folder)
+    assert refused.status == 2
+    assert "is an artefact" in refused.error
+    assert f"tvm-compress tune MODEL --recipe {out / 'recipe.yaml'}" in refused.error
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ import pytest
 from tvm_compress import interrupts
 from tvm_compress.progress import Progress
 from tvm_compress.schedules.choice import choice_to_json
-from tvm_compress.tuning import pool
+from tvm_compress.tuning import driver, pool
 from tvm_compress.tuning.database import Database
 from tvm_compress.tuning.driver import Budget, Limits, TuningResult, tune_tasks
 from tvm_compress.tuning.record import Conditions
-from tvm_compress.tuning.tasks import Task
+from tvm_compress.tuning.tasks import Task, merge_tasks
 
 from .tuning_tasks import CPU, TARGET, conv_task, small_task
 
@@ -133,6 +133,26 @@ def test_interrupted_then_resumed(tmp_path: Path) -> None:
     assert result.best_us <= result.default_us
     again = run(tasks, tmp_path, Budget(trials=12))
     assert (again.trials_before, again.trials) == (12, 0)
+
+
+def test_models_tuned_together_share_their_kernels_and_their_chances(tmp_path: Path) -> None:
+    """A large original takes no trials away from the small model that it is compared with."""
+    one, other = conv_task(), conv_task(strides=(2, 2))
+    merged = merge_tasks({"small": [one], "large": [one, other]})
+    assert [(task.key, task.side) for task in merged] == [(one.key, "small"), (other.key, "large")]
+    for sides, expected in ((("small", "large"), one), (("same", "same"), other)):
+        folder = tmp_path / "-".join(sides)
+        database = Database(folder / "db", shipped=False)
+        tasks = [dataclasses.replace(t, side=s) for t, s in zip((one, other), sides, strict=True)]
+        waiting = driver._Run(tasks, TARGET, database, Budget(), CPU, None, LIMITS, folder)
+        small, large = waiting.states
+        # Both have their default; the larger had eight trials more, which brought nothing.
+        waiting._take(small, one.space.default, 1e-6)
+        for _, choice in zip(range(9), other.space, strict=False):
+            waiting._take(large, choice, 1e-3)
+        waiting._take(large, other.space.default, 1e-3)
+        chosen = waiting._next_task()
+        assert chosen is not None and chosen.task.key == expected.key
 
 
 def test_naive_function_that_does_not_run_ends_its_task_only(tmp_path: Path) -> None:
