@@ -44,7 +44,7 @@ _UNROLLED_EPILOGUE = 2000
 # cycle (measured on Zen 4).
 _LANES = 16
 _TRANSFORM = 6  # for each place of a tile and 16 channels, each way
-_TRANSFORM_WEIGHT = 2.5  # for each place, channel and 16 output channels
+_TRANSFORM_WEIGHT = 4  # for each place, channel and 16 output channels
 _STREAM = 0.25  # for each row of data or weights that a step reads
 _LATENCY = 5  # of a multiply-add, and a little
 _TILE = 30  # what a register tile costs outside its reduction loop
@@ -313,7 +313,8 @@ class _WinogradKernel:
         self.reader = BandReader(e, self.band, self.fused, self.operands, self.target)
         self.epilogue.declare(e)
         kind = "parallel" if self.parallel else "serial"
-        per_block = blocking.places * window.channels * self.lanes
+        self.filter_pitch = _unaliased(window.channels * self.lanes)
+        per_block = blocking.places * self.filter_pitch
         if blocking.early:
             weights = e.alloc(self.blocks * per_block, "float32", "filters")
             with e.loop("filter_block", self.blocks, kind) as number:
@@ -364,7 +365,7 @@ class _WinogradKernel:
             for i in range(n):
                 row = self._apply(matrix, [column[i] for column in columns], lanes)
                 for j, value in enumerate(row):
-                    at = target + (i * n + j) * channels * lanes
+                    at = target + (i * n + j) * self.filter_pitch
                     e.store_vector(weights, value, at, lanes)
 
     def _tiles(self, first: Any, write: Callable[[Any, Any, Any, Any], None]) -> None:
@@ -423,7 +424,7 @@ class _WinogradKernel:
             def step(k: Any) -> None:
                 loaded = []
                 for v in range(vectors):
-                    at = (((block + v) * places + place) * channels + k) * lanes
+                    at = ((block + v) * places + place) * self.filter_pitch + k * lanes
                     loaded.append(e.bind(f"w{v}", vector(weights, at, lanes)))
                 for p in range(positions):
                     x = e.bind("x", dot.broadcast(data[start + p * self.tile_pitch + k]))
@@ -493,8 +494,8 @@ class _WinogradKernel:
     # Transforms of a row of vectors
 
     def _apply(self, matrix: np.ndarray, values: Sequence[Any], lanes: int) -> list[Any]:
-        """B' @ values, or G @ values. The rows of the points p and -p are the sum and the difference of what their
-        even columns and their odd columns give."""
+        """B' @ values, or G @ values. The rows of the points p and -p are the sum and the
+        difference of what their even columns and their odd columns give."""
         results = [self._sum(_terms(matrix[0], values), lanes)]
         for row in matrix[1:-1:2]:
             even, odd = _terms(row[::2], values[::2]), _terms(row[1::2], values[1::2])

@@ -26,15 +26,13 @@ from tvm_compress.schedules import (
     search_space,
     winograd,
 )
-from tvm_compress.schedules.layout import WINOGRAD_OUTPUTS
-from tvm_compress.schedules.weights import pack_codes, weight_codes
 from tvm_compress.targets import Target, get_target
 
-from .kernels import UINT8, arguments, assert_same, run
+from .kernels import UINT8, arguments, run
 
 FORM = "x86.winograd"
-# Of the largest value, for standard normal data and weights: twice what was found over these
-# shapes. The direct kernels stay below 1e-6.
+OUTPUTS = tuple(winograd.POINTS)
+# Of the largest value, for standard normal data and weights; the direct kernels stay below 1e-6.
 TOLERANCE = 4e-6
 
 
@@ -43,20 +41,28 @@ def conv(ci: int, co: int, **fields: Any) -> Conv2dSpec:
     return Conv2dSpec(**{**base, "in_channels": ci, "out_channels": co, **fields})
 
 
-def transformed(spec: Conv2dSpec, weight: np.ndarray, outputs: int, target: Target) -> Any:
-    """The layer with its weight transformed, whether that pays or not."""
-    layout = f"O{min(16, target.lanes(32))}F{outputs}"
-    return spec.replace(weight_layout=layout), pack_codes(spec, weight_codes(spec, weight), layout)
+def square(side: int, channels: int) -> Conv2dSpec:
+    return conv(channels, channels, height=side, width=side, padding=(1, 1, 1, 1))
 
 
-def check(
-    spec: Conv2dSpec, target: Target, outputs: int, choice: dict[str, int] | None = None
-) -> None:
-    """Transform, schedule, compile, run, compare."""
+def chosen(outputs: int, **changes: int) -> dict[str, int]:
+    """A choice that fits every target and the shapes here."""
+    base = {"band": 1, "parts": 1, "positions": 1, "vectors": 1, "early": 0, "unroll": 1}
+    return {"outputs": outputs, **base, **changes}
+
+
+def packed(spec: Conv2dSpec, weight: np.ndarray, target: Target) -> tuple[Any, np.ndarray]:
+    found = pack_weight(spec, weight, target)
+    assert found is not None
+    return found
+
+
+def check(spec: Conv2dSpec, target: Target, choice: dict[str, int]) -> None:
+    """Pack, schedule, compile, run, compare."""
     data, weight = arguments(spec)
     expected = reference(spec, data, weight)
-    packed, array = transformed(spec, weight, outputs, target)
-    func = schedule(prim_func(packed), target, choice)
+    changed, array = packed(spec, weight, target)
+    func = schedule(prim_func(changed), target, choice)
     assert func.attrs[SCHEDULE_ATTR] == FORM
     (result,) = run(func, target, [data, array], (expected.shape, "float32"))
     if target.runs_here():
@@ -68,43 +74,30 @@ def assert_close(result: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(result / scale, expected / scale, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("outputs", WINOGRAD_OUTPUTS)
+@pytest.mark.parametrize("outputs", OUTPUTS)
 def test_matrices(outputs: int) -> None:
-    side = outputs + 2
-    a, b = winograd.output_matrix(outputs), winograd.data_matrix(outputs)
-    random_values = np.random.default_rng(0)
-    data, weight = random_values.normal(size=(side, side)), random_values.normal(size=(9, 1))
-    u = winograd.transform_weight(outputs, weight).reshape(side, side)
-    products = u * (b @ data @ b.T)
+    """Equation 8 of Lavin and Gray, in float64."""
+    side = winograd.side(outputs)
+    a, b, g = (
+        matrix(outputs)
+        for matrix in (winograd.output_matrix, winograd.data_matrix, winograd.weight_matrix)
+    )
+    rng = np.random.default_rng(0)
+    data, weight = rng.normal(size=(side, side)), rng.normal(size=(3, 3))
     expected = [
-        [np.sum(data[i : i + 3, j : j + 3] * weight.reshape(3, 3)) for j in range(outputs)]
+        [np.sum(data[i : i + 3, j : j + 3] * weight) for j in range(outputs)]
         for i in range(outputs)
     ]
-    np.testing.assert_allclose(a @ products @ a.T, expected, atol=1e-12)
-    restored = winograd.restore_weight(outputs, u.reshape(-1, 1))
-    np.testing.assert_allclose(restored, weight, atol=1e-12)
+    result = a @ ((g @ weight @ g.T) * (b @ data @ b.T)) @ a.T
+    np.testing.assert_allclose(result, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("outputs", WINOGRAD_OUTPUTS)
-def test_naive_description_restores_the_weight(outputs: int) -> None:
-    spec = conv(5, 18, padding=(1, 0, 2, 1))
-    data, weight = arguments(spec)
-    target = get_target("host")
-    packed, array = transformed(spec, weight, outputs, target)
-    assert array.shape == packed.weight_shape
-    expected = reference(spec, data, weight)
-    assert_same(reference(packed, data, array), expected)
-    naive = prim_func(packed).with_attr("tirx.is_scheduled", True)
-    (result,) = run(naive, target, [data, array], (expected.shape, "float32"))
-    assert_same(result, expected)
-
-
-@pytest.mark.parametrize("outputs", WINOGRAD_OUTPUTS)
+@pytest.mark.parametrize("outputs", OUTPUTS)
 def test_every_target(target: Target, outputs: int) -> None:
-    check(conv(20, 40, padding=(1, 1, 1, 1)), target, outputs)
+    check(conv(20, 40, padding=(1, 1, 1, 1)), target, chosen(outputs, positions=2, vectors=2))
 
 
-@pytest.mark.parametrize("outputs", WINOGRAD_OUTPUTS)
+@pytest.mark.parametrize("outputs", OUTPUTS)
 @pytest.mark.parametrize(
     ("height", "width", "padding"),
     [(6, 6, 0), (4, 8, 1), (7, 5, 1), (4, 4, 2), (17, 6, 1), (8, 13, (0, 2, 1, 0))],
@@ -113,41 +106,57 @@ def test_ragged_images(
     main_target: Target, outputs: int, height: int, width: int, padding: Any
 ) -> None:
     sides = padding if isinstance(padding, tuple) else (padding,) * 4
-    check(conv(8, 16, height=height, width=width, padding=sides), main_target, outputs)
+    spec = conv(8, 16, height=height, width=width, padding=sides)
+    check(spec, main_target, chosen(outputs, early=1))
 
 
 @pytest.mark.parametrize("channels", [(1, 8), (3, 16), (7, 3), (17, 33), (32, 20), (256, 16)])
 def test_ragged_channels(main_target: Target, channels: tuple[int, int]) -> None:
-    check(conv(*channels, padding=(1, 1, 1, 1), batch=2), main_target, 4)
+    spec = conv(*channels, padding=(1, 1, 1, 1), batch=2)
+    check(spec, main_target, chosen(4, band=2, positions=4))
 
 
-@pytest.mark.parametrize("outputs", WINOGRAD_OUTPUTS)
-def test_threads(main_target: Target, outputs: int) -> None:
+@pytest.mark.parametrize("choice", [{"parts": 2, "vectors": 2}, {"early": 1}], ids=str)
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_threads(main_target: Target, outputs: int, choice: dict[str, int]) -> None:
+    """Parts of the channels, bands, and the weights' transform, on two threads."""
     target = dataclasses.replace(main_target, threads=2)
     spec = conv(64, 80, height=18, width=13, padding=(1, 1, 1, 1))
-    check(spec, target, outputs)
-    space = search_space(
-        prim_func(transformed(spec, arguments(spec)[1], outputs, target)[0]), target
-    )
-    assert space is not None
-    assert set(space.parameters["parts"]) >= {1, 2}
+    check(spec, target, chosen(outputs, band=3, positions=2, **choice))
 
 
-@pytest.mark.parametrize("outputs", WINOGRAD_OUTPUTS)
-def test_choices(main_target: Target, outputs: int) -> None:
+def test_result_does_not_depend_on_threads() -> None:
+    """Tiles that overlap at the end of the image are written in one order."""
+    spec = conv(32, 32, height=15, width=14, padding=(1, 1, 1, 1))
+    data, weight = arguments(spec)
+    results = []
+    for threads in (1, 2):
+        target = dataclasses.replace(get_target("host"), threads=threads)
+        changed, array = packed(spec, weight, target)
+        func = schedule(prim_func(changed), target, chosen(4, early=1))
+        results += [
+            run(func, target, [data, array], (spec.output_shape, "float32"))[0] for _ in range(2)
+        ]
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_choices(main_target: Target, threads: int) -> None:
     """The default is the kernel itself; others give the same result."""
-    target = dataclasses.replace(main_target, threads=2)
-    spec = conv(48, 72, height=14, width=15, padding=(1, 1, 1, 1), batch=2)
-    packed, _ = transformed(spec, arguments(spec)[1], outputs, target)
-    space = search_space(prim_func(packed), target)
+    target = dataclasses.replace(main_target, threads=threads)
+    spec = conv(48, 72, height=18, width=21, padding=(1, 1, 1, 1), batch=2)
+    changed, _ = packed(spec, arguments(spec)[1], target)
+    space = search_space(prim_func(changed), target)
     assert space is not None and space.template == FORM
     choices = list(space)
     assert choices[0] == space.default and all(space.contains(choice) for choice in choices)
-    plain = schedule(prim_func(packed), target)
-    chosen = schedule(prim_func(packed), target, space.default)
-    assert tvm_ffi.structural_equal(plain, chosen.without_attr(CHOICE_ATTR))
-    for choice in random.Random(0).sample(choices, 4):
-        check(spec, target, outputs, choice)
+    assert {choice["outputs"] for choice in choices} == set(OUTPUTS)
+    plain = schedule(prim_func(changed), target)
+    default = schedule(prim_func(changed), target, space.default)
+    assert tvm_ffi.structural_equal(plain, default.without_attr(CHOICE_ATTR))
+    for choice in random.Random(0).sample(choices, 5):
+        check(spec, target, dict(choice))
 
 
 @pytest.mark.parametrize("channels", [32, 37])
@@ -155,8 +164,8 @@ def test_epilogue(main_target: Target, channels: int) -> None:
     """Bias, residual and ReLU, over whole and partial vectors."""
     spec = conv(16, channels, height=10, width=9, padding=(1, 1, 1, 1))
     data, weight = arguments(spec)
-    packed, array = transformed(spec, weight, 4, main_target)
-    inputs, acc = describe(packed)
+    changed, array = packed(spec, weight, main_target)
+    inputs, acc = describe(changed)
     shape = spec.output_shape
     bias = te.placeholder((channels,), "float32", name="bias")
     other = te.placeholder(shape, "float32", name="other")
@@ -164,47 +173,40 @@ def test_epilogue(main_target: Target, channels: int) -> None:
     added = te.compute(shape, lambda *i: total[i] + other[i], name="added")
     out = te.compute(shape, lambda *i: te.max(added[i], 0.0), name="out")
     func = te.create_prim_func([*inputs, bias, other, out]).without_attr("global_symbol")
-    func = schedule(func, main_target)
+    func = schedule(func, main_target, chosen(4))
     assert func.attrs[SCHEDULE_ATTR] == FORM
     rng = np.random.default_rng(1)
-    extra = [rng.standard_normal(channels, "float32"), rng.standard_normal(shape, "float32")]
+    extra = [rng.standard_normal(n, "float32") for n in (channels, shape)]
     (result,) = run(func, main_target, [data, array, *extra], (shape, "float32"))
     assert_close(result, np.maximum(reference(spec, data, weight) + extra[0] + extra[1], 0))
 
 
-def test_error_is_near_that_of_direct_sums(main_target: Target) -> None:
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_error_is_near_that_of_direct_sums(main_target: Target, outputs: int) -> None:
     """ReLU'd data, He-initialised weights, 256 channels: the root of the mean squared error stays
     below 2e-6 of the values'."""
     spec = conv(256, 32, height=16, width=16, padding=(1, 1, 1, 1))
     rng = np.random.default_rng(0)
     data = np.maximum(rng.standard_normal(spec.data_shape, "float32"), 0)
     weight = rng.standard_normal(spec.weight_shape, "float32") * np.float32((2 / 9 / 256) ** 0.5)
-    expected = reference(spec, data.astype("float64"), weight.astype("float64"))
-    for outputs in WINOGRAD_OUTPUTS:
-        packed, array = transformed(spec, weight, outputs, main_target)
-        func = schedule(prim_func(packed), main_target)
-        (result,) = run(func, main_target, [data, array], (expected.shape, "float32"))
-        error = np.sqrt(np.mean((result - expected) ** 2) / np.mean(expected**2))
-        assert error < 2e-6
+    expected = reference(spec, data, weight).astype("float64")
+    changed, array = packed(spec, weight, main_target)
+    func = schedule(prim_func(changed), main_target, chosen(outputs))
+    (result,) = run(func, main_target, [data, array], (expected.shape, "float32"))
+    assert np.sqrt(np.mean((result - expected) ** 2) / np.mean(expected**2)) < 2e-6
 
 
-def layout_of(spec: Conv2dSpec, target: Target) -> str:
+def form_of(spec: Conv2dSpec, target: Target) -> str:
     weight = np.zeros(spec.plain_weight_shape, spec.weight_storage_dtype)
-    packed = pack_weight(spec, weight, target)
-    return spec.weight_layout if packed is None else packed[0].weight_layout
-
-
-def square(side: int, channels: int) -> Conv2dSpec:
-    return conv(channels, channels, height=side, width=side, padding=(1, 1, 1, 1))
+    return str(schedule(prim_func(packed(spec, weight, target)[0]), target).attrs[SCHEDULE_ATTR])
 
 
 def test_where_it_pays(main_target: Target) -> None:
-    """4 outputs a side where many positions share a weight, 2 where few do; a weight that memory
-    is busy with anyway stays as it is."""
+    """Not where few positions share the transform of a weight, or few channels that of the data."""
     for side, channels in ((56, 64), (28, 128), (14, 256), (32, 16)):
-        assert layout_of(square(side, channels), main_target).endswith("F4")
-    assert layout_of(square(7, 512), main_target).endswith("F2")
-    assert "F" not in layout_of(square(2, 1024), main_target)
+        assert form_of(square(side, channels), main_target) == FORM
+    assert form_of(square(2, 512), main_target) == "x86.matrix"
+    assert form_of(conv(1, 4, padding=(1, 1, 1, 1)), main_target) == "x86.matrix"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +223,9 @@ def test_where_it_pays(main_target: Target) -> None:
     ids=str,
 )
 def test_where_it_does_not_apply(main_target: Target, fields: dict[str, Any]) -> None:
-    assert "F" not in layout_of(conv(32, 32, width=28, **fields), main_target)
+    base = {"height": 28, "width": 28}
+    assert form_of(conv(64, 64, **base), main_target) == FORM
+    assert form_of(conv(64, 64, **{**base, **fields}), main_target) == "x86.matrix"
 
 
 @pytest.mark.parametrize("name", ["x86-64-v3", "x86-64-v4"])
@@ -230,14 +234,15 @@ def test_instructions(name: str) -> None:
     register of weights, nothing spilled."""
     target = dataclasses.replace(get_target(name), threads=1)
     spec = square(28, 64)
-    packed, _ = transformed(spec, np.zeros(spec.weight_shape, "float32"), 4, target)
-    func = schedule(prim_func(packed), target).with_attr("global_symbol", "main")
+    changed, _ = packed(spec, np.zeros(spec.weight_shape, "float32"), target)
+    func = schedule(prim_func(changed), target).with_attr("global_symbol", "main")
     text = tvm.compile(func, target.tvm_target()).mod.inspect_source("asm")
-    space = search_space(prim_func(packed), target)
+    space = search_space(prim_func(changed), target)
     assert space is not None
     positions, vectors = space.default["positions"], space.default["vectors"]
     loops = re.findall(r"\n(\.LBB\d+_\d+):((?:(?!\n\.LBB).)*?)\tj\w+\t\1\n", text, re.DOTALL)
-    reductions = [body for _, body in loops if "vfmadd231ps" in body and "vaddps" not in body]
+    store = re.compile(r"\tv?mov\w+\t%[xyz]mm\d+, .*\(")
+    reductions = [body for _, body in loops if "vfmadd" in body and not store.search(body)]
     inner = max(reductions, key=len)  # that of whole tiles
     register = "zmm" if target.vector_bits == 512 else "ymm"
     products = re.findall(rf"vfmadd231ps\t.*, %{register}\d+\n", inner)
