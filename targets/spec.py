@@ -15,7 +15,8 @@ from ..errors import TargetError
 if TYPE_CHECKING:
     import tvm
 
-RUNNERS = ("local",)
+RUNNERS = ("local", "qemu_user", "qemu_system", "serial")
+SYSTEMS = ("linux", "none")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Target:
     tvm_options: Mapping[str, Any] = field(hash=False)
     """What `tvm.target.Target` takes: kind, mcpu, mattr..."""
     capabilities: frozenset[str] = frozenset()
-    """Instruction sets a kernel may use; the names are LLVM's feature names."""
+    """Instruction sets a kernel may use: LLVM's feature names on x86, ours (README) elsewhere."""
     vector_bits: int = 64
     vector_registers: int = 16
     threads: int = 4
@@ -41,8 +42,22 @@ class Target:
     """Room for code and weights; None: no limit worth checking."""
     ram_bytes: int | None = None
     toolchain: tuple[str, ...] = ()
-    """Debian packages that bring what building for this target needs besides LLVM."""
+    """Debian packages that bring what building for and running on this target needs besides LLVM."""
     runner: str = "local"
+    machine: str = ""
+    """What the runner emulates: a row of `machines.MACHINES`; for a board that nobody emulates, one
+    with its CPU, or with a CPU that executes all its instructions."""
+    system: str = "linux"
+    """`none`: bare metal, no operating system below the program."""
+    architecture: str = "x86_64"
+    """As `platform.machine` has it: x86_64, aarch64, armv7l, riscv32...; `thumb` for Cortex-M."""
+    pointer_bits: int = 64
+    compiler: str = ""
+    """The C compiler of the target; empty: the host's."""
+    compiler_flags: tuple[str, ...] = ()
+    """That choose CPU and calling convention, for compiling and for linking."""
+    flash_address: int | None = None
+    ram_address: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tvm_options", MappingProxyType(dict(self.tvm_options)))
@@ -52,6 +67,8 @@ class Target:
             raise ValueError(f"target {self.name}: threads {self.threads} < 1")
         if self.runner not in RUNNERS:
             raise ValueError(f"target {self.name}: runner {self.runner!r} not in {RUNNERS}")
+        if self.system not in SYSTEMS:
+            raise ValueError(f"target {self.name}: system {self.system!r} not in {SYSTEMS}")
 
     def has(self, *capabilities: str) -> bool:
         """Whether the target has all of `capabilities`."""
@@ -83,7 +100,19 @@ class Target:
         missing = set(self.capabilities - cpu.features)
         if self.is_x86 and cpu.machine not in ("x86_64", "amd64"):
             missing.add("x86-64")
+        elif self.is_cross and cpu.machine != self.architecture:
+            missing.add(self.architecture)
         return frozenset(missing)
+
+    @property
+    def is_bare_metal(self) -> bool:
+        """Whether there is no operating system below the program."""
+        return self.system == "none"
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether artefacts are C projects, built by a compiler of the target's."""
+        return bool(self.compiler)
 
     @property
     def is_x86(self) -> bool:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from functools import lru_cache
 
 from ..errors import TargetError
+from .arm_linux import ARM_LINUX_TARGETS
+from .arm_m import CORTEX_M_TARGETS
 from .cpu import HostCpu, host_cpu
+from .riscv import RISCV_TARGETS
 from .spec import Target, nearest
 from .x86 import X86_TARGETS, host_target
 
 
 @lru_cache(maxsize=1)
 def _table() -> dict[str, Target]:
-    targets = (_host(host_cpu()), *X86_TARGETS)
+    rows = (*X86_TARGETS, *ARM_LINUX_TARGETS, *CORTEX_M_TARGETS, *RISCV_TARGETS)
+    targets = (_host(host_cpu()), *rows)
     return {target.name: target for target in targets}
 
 

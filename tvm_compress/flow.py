@@ -26,7 +26,7 @@ from .artefact import (
     Artefact,
     describe_files,
 )
-from .errors import DataError, RecipeError
+from .errors import DataError, RecipeError, TargetError
 from .progress import Progress
 from .workspace import Workspace
 
@@ -172,6 +172,11 @@ def _load(
     is_recipe = isinstance(recipe, Recipe)
     chosen: Recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     target = get_target(target_name or chosen.target or "host")
+    if target.is_cross:
+        raise TargetError(
+            f"target {target.name!r}: C projects cannot be built yet; compile for 'host' or one of "
+            "the x86-64 targets"
+        )
     if threads is not None:
         target = replace(target, threads=threads)
     chosen = chosen.replace(

@@ -12,6 +12,7 @@ import pytest
 from tvm_compress.errors import TargetError
 from tvm_compress.targets import Target, get_target, list_targets
 from tvm_compress.targets.cpu import HostCpu, parse_cpuinfo
+from tvm_compress.targets.machines import MACHINES
 from tvm_compress.targets.x86 import X86_TARGETS, host_target
 
 
@@ -34,6 +35,69 @@ def test_capabilities_are_llvms_too() -> None:
     for target in X86_TARGETS:
         wanted = ["bmi" if name == "bmi1" else name for name in sorted(target.capabilities)]
         assert codegen.llvm_cpu_has_features(wanted, target.tvm_target()), target.name
+
+
+# Words of ours for what LLVM spells otherwise, or does not call a feature.
+OURS = {
+    "fpu": {"thumb": "vfp2sp", "armv7l": "vfp2sp", "aarch64": "fp-armv8", "riscv": "f"},
+    "fp64": {"thumb": "fp64", "armv7l": "fp64", "aarch64": "fp-armv8", "riscv": "d"},
+    "rvv": {"riscv": "v"},
+    "rv64": {"riscv": "64bit"},
+}
+ARCHITECTURES = {"thumb", "armv7a", "aarch64", "riscv"}
+
+
+@pytest.mark.parametrize("name", [t.name for t in list_targets() if t.is_cross])
+def test_cross_capabilities_are_llvms_too(name: str) -> None:
+    from tvm.target import codegen
+
+    target = get_target(name)
+    family = "riscv" if target.architecture.startswith("riscv") else target.architecture
+    wanted = [
+        OURS[word][family] if word in OURS else word
+        for word in sorted(target.capabilities - ARCHITECTURES)
+    ]
+    has = {str(feature) for feature in codegen.llvm_get_cpu_features(target.tvm_target())}
+    assert not set(wanted) - has, sorted(has)
+    assert target.capabilities & ARCHITECTURES
+    # What a board has not been given must not slip in by the name of its CPU.
+    for word in ("dsp", "mve", "dotprod", "i8mm"):
+        assert word in target.capabilities or word not in has or family == "armv7l"
+
+
+@pytest.mark.parametrize("name", [t.name for t in list_targets() if t.is_cross])
+def test_llvm_emits_objects_of_the_targets_kind(name: str) -> None:
+    """ELF class and machine of an object with int8, int64 and float arithmetic."""
+    import tvm
+    from tvm import te
+
+    from tvm_compress.object_code import compile_object
+
+    target = get_target(name)
+    codes = te.placeholder((64,), "int8", name="codes")
+    scaled = te.compute((64,), lambda i: (codes[i].astype("int64") * 3 >> 1).astype("int8"))
+    reals = te.placeholder((64,), "float32", name="reals")
+    rounded = te.compute((64,), lambda i: reals[i] * tvm.tirx.const(2.5, "float32"))
+    content = compile_object(
+        {
+            tvm.ir.GlobalVar("scale"): te.create_prim_func([codes, scaled]),
+            tvm.ir.GlobalVar("round"): te.create_prim_func([reals, rounded]),
+        },
+        target.tvm_target(),
+    )
+    machines = {"thumb": 40, "armv7l": 40, "aarch64": 183, "riscv32": 243, "riscv64": 243}
+    assert content[:4] == b"\x7fELF"
+    assert content[4] == {32: 1, 64: 2}[target.pointer_bits]
+    assert int.from_bytes(content[18:20], "little") == machines[target.architecture]
+
+
+def test_every_cross_target_names_a_machine() -> None:
+    for target in list_targets():
+        assert target.is_cross == (target.machine in MACHINES), target.name
+        if target.is_cross:
+            assert target.toolchain and target.runner in ("qemu_user", "qemu_system")
+            assert (target.runner == "qemu_system") == bool(MACHINES[target.machine].runtime)
+            assert not target.runs_here() or target.runner == "qemu_user"
 
 
 def test_unknown_target_names_the_nearest() -> None:
