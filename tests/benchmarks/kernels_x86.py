@@ -42,7 +42,9 @@ LAYERS: list[tuple[str, int, int, int, int, tuple[int, int], int, bool]] = [
     ("squeezenet squeeze 55", 55, 55, 128, 16, (1, 1), 1, False),
     ("squeezenet expand 13", 13, 13, 48, 192, (3, 3), 1, False),
     ("resnet-50 3x3 56", 56, 56, 64, 64, (3, 3), 1, False),
+    ("resnet-50 3x3 28", 28, 28, 128, 128, (3, 3), 1, False),
     ("resnet-50 3x3 14", 14, 14, 256, 256, (3, 3), 1, False),
+    ("resnet-50 3x3 7", 7, 7, 512, 512, (3, 3), 1, False),
     ("resnet-50 1x1 14", 14, 14, 1024, 256, (1, 1), 1, False),
 ]
 REPETITIONS, LEAST_SECONDS = 30, 0.3
