@@ -30,6 +30,16 @@ SPECS = [
         batch=1, height=4, width=5, in_channels=3, out_channels=2, kernel=(2, 2), strides=(2, 2)
     ),
     MatmulSpec(rows=2, in_features=9, out_features=3, weight_dtype="int4", group_size=4),
+    MatmulSpec(
+        rows=2,
+        in_features=9,
+        out_features=3,
+        data_dtype="uint8",
+        acc_dtype="int32",
+        weight_dtype="int4",
+        group_size=8,
+        table_channels=4,
+    ),
     BatchMatmulSpec(batch=2, rows=3, depth=4, columns=5, b_batch=1, transpose_b=True),
 ]
 
@@ -56,6 +66,13 @@ def test_other_json_is_refused(text: str) -> None:
         ({"data_dtype": "int7"}, "not in"),
         ({"weight_layout": "OIHW"}, "weight layout"),
         ({"group_size": 4}, "group_size"),
+        ({"table_channels": 4}, "table_channels"),
+        ({"table_channels": 4, "weight_dtype": "int4"}, "integer data"),
+        (
+            {"group_size": 8, "group_zero_points": True, "weight_dtype": "int4"}
+            | {"data_dtype": "uint8", "acc_dtype": "int32"},
+            "for float32 data",
+        ),
     ],
 )
 def test_bad_specs_are_refused(changes: dict[str, Any], message: str) -> None:
