@@ -36,6 +36,7 @@ from .quantize_weights import (
     needs_encoding,
     output_channel_axis,
     quantize_layer,
+    weight_only_config,
 )
 from .select import list_layers
 
@@ -243,6 +244,8 @@ class _Writer:
         if self._graph.op(variable) not in ANCHORS:
             return
         weight = self._graph.constant(call.args[1])
+        if weight is not None:
+            config = weight_only_config(weight.shape, call, config)
         if weight is None:
             reason = "its weight is already compressed, or computed"
         elif weight.dtype != np.float32:

@@ -13,7 +13,7 @@ from .encodings import FourBit, GroupWise, flatten
 from .ir import op_name
 from .numerics.affine import QuantizationParameters, choose_parameters, quantize_affine
 from .numerics.codebook import quantize_codebook
-from .numerics.granularity import PerGroup, PerTensor
+from .numerics.granularity import PerChannel, PerGroup, PerTensor
 from .numerics.group_wise import quantize_group_wise, quantize_group_wise_asymmetric
 from .numerics.two_level import quantize_two_level
 from .quantize_config import QuantizeConfig
@@ -206,6 +206,21 @@ def needs_encoding(config: QuantizeConfig) -> bool:
     """Whether the weight-only form is more than int8 with a scale for each output channel."""
     is_grouped = isinstance(config.granularity, PerGroup)
     return config.weights == "int4" or is_grouped or config.zero_points
+
+
+def weight_only_config(
+    shape: tuple[int, ...], call: relax.Call, config: QuantizeConfig
+) -> QuantizeConfig:
+    """int8 by channel for layers whose sum is shorter than a group of 4-bit weights (a stem, say):
+    they have few weights, each of which matters."""
+    layout = weight_layout(call)
+    is_grouped = config.weights == "int4" and isinstance(config.granularity, PerGroup)
+    if not is_grouped or len(shape) != len(layout):
+        return config
+    assert isinstance(config.granularity, PerGroup)
+    if int(np.prod(shape)) // shape[layout.index("O")] >= config.granularity.size:
+        return config
+    return replace(config, weights="int8", granularity=PerChannel(), zero_points=False)
 
 
 def encode_weight(

@@ -173,6 +173,24 @@ def test_int4_weights_are_stored_two_in_a_byte() -> None:
     assert np.abs(encoding.decode() - constant_of(module, "a")).max() < 1.6 * step
 
 
+def test_sums_shorter_than_a_group_of_int4_are_int8() -> None:
+    def body(net: Net, x: relax.Var) -> relax.Var:
+        return net.conv("b", net.conv("a", x, 8), 4)  # sums of 36 and 72
+
+    config = QuantizeConfig(
+        weights="int4", activations=None, granularity=PerGroup(40), zero_points=True
+    )
+    quantised = quantize(build(body), config)
+    integers, scale, _ = stored(quantised, "a_weight")
+    assert integers.dtype == np.int8
+    assert scale.shape == (8,)
+    graph = Graph(quantised["main"])
+    variable = next(item for item in graph.values if item.name == "b_weight")
+    encoding = match_encoding(graph.values[variable], quantised)
+    assert encoding is not None
+    assert encoding.words == "int4/group 40 with zero points"
+
+
 @pytest.mark.parametrize(
     ("layout", "shape", "groups"),
     [("OIHW", (6, 4, 3, 3), 1), ("HWIO", (3, 3, 4, 6), 1), ("OIHW", (8, 2, 3, 3), 2)],
