@@ -272,13 +272,17 @@ class _Run:
             proposals,
             is_patient=self.budget.is_exhaustive,
         )
+        trials: dict[str, Record] = {}  # a winner refused by the comparison has two records
         for record in self.database.measured(task.key, self.conditions):
-            if record.fits(task.space):
-                if record.is_verified:
-                    state.verified = record
-                    state.checked.add(choice_to_json(record.choice))
-                else:
-                    self._take(state, record.choice, record.seconds)
+            if not record.fits(task.space):
+                continue
+            if record.is_verified:
+                state.verified = record
+                state.checked.add(choice_to_json(record.choice))
+            else:
+                trials[choice_to_json(record.choice)] = record
+        for record in trials.values():
+            self._take(state, record.choice, record.seconds)
         return state
 
     # The loop
