@@ -35,10 +35,10 @@ class QuantizeConfig:
     granularity: Granularity = field(
         default=PerChannel(),
         metadata={
-            "help": "how many weights share one scale; with int4 in groups, layers with fewer weights "
-            "a channel than a group get int8 by channel. With integer activations only 4-bit weights "
-            "have groups: whole multiples of their channel's scale, so that sums stay integers; "
-            "the same layers as with tables get int8"
+            "help": "how many weights share one scale; with int4 in groups, layers with fewer "
+            "weights a channel than a group get int8 by channel. With integer activations only "
+            "4-bit weights have groups: whole multiples of their channel's scale, so that sums "
+            "stay integers; the same layers as with tables get int8"
         },
     )
     zero_points: bool = field(
