@@ -42,7 +42,8 @@ class Target:
     """Room for code and weights; None: no limit worth checking."""
     ram_bytes: int | None = None
     toolchain: tuple[str, ...] = ()
-    """Debian packages that bring what building for and running on this target needs besides LLVM."""
+    """Debian packages that bring what building for this target and running on it need besides
+    LLVM."""
     runner: str = "local"
     machine: str = ""
     """What the runner emulates: a row of `machines.MACHINES`; for a board that nobody emulates, one

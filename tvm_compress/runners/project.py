@@ -1,0 +1,165 @@
+"""A C project of a model, and the program that is built from it for one target."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import ArtefactError, TargetError
+from ..targets.runtime_files import LINKER_SCRIPT, runtime_files
+from ..targets.toolchains import require_tools
+
+if TYPE_CHECKING:
+    from ..model import TensorSpec
+    from ..targets import Target
+
+_ALIGNMENT = 16
+_C_FLAGS = ("-O2", "-std=c11", "-ffunction-sections", "-fdata-sections", "-Wall", "-Werror")
+_HARNESS = "harness"
+
+
+@dataclass(frozen=True)
+class Project:
+    """Sources and objects of a model with a plain C interface.
+
+    `run` is the name of `int run(const void *const *inputs, void *const *outputs, void *arena)`,
+    declared by `header`; 0: all went well.
+    """
+
+    folder: Path
+    header: str
+    run: str
+    arena_bytes: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    sources: tuple[str, ...] = ()
+    objects: tuple[str, ...] = ()
+    include_folders: tuple[str, ...] = (".",)
+    flags: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Program:
+    """A linked program that reads samples and writes outputs (`targets/runtime/main.c`)."""
+
+    project: Project
+    target: Target
+    elf: Path
+    link_map: Path
+
+
+def tensor_bytes(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+
+
+def model_io_header(project: Project) -> str:
+    """What `main.c` must know of the model."""
+    sizes = {
+        "INPUT": [tensor_bytes(spec) for spec in project.inputs],
+        "OUTPUT": [tensor_bytes(spec) for spec in project.outputs],
+    }
+    lines = [
+        f'#include "{project.header}"',
+        f"#define MODEL_RUN {project.run}",
+        f"#define MODEL_ARENA_BYTES {project.arena_bytes}u",
+    ]
+    for kind, listed in sizes.items():
+        buffer = sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in listed)
+        lines.append(f"#define MODEL_{kind}_BYTES {{{', '.join(f'{size}u' for size in listed)}}}")
+        lines.append(f"#define MODEL_{kind}_BUFFER_BYTES {buffer}u")
+    return "\n".join(lines) + "\n"
+
+
+def build_program(project: Project, target: Target, folder: Path) -> Program:
+    """Compile and link `project` with the start-up code of the target's emulated machine.
+
+    Everything is written below `folder`. Raises `TargetError` when tools are missing,
+    `ArtefactError` when the project does not compile or does not fit the machine.
+    """
+    require_tools(target)
+    harness = folder / _HARNESS
+    for name, text in {**runtime_files(target), "model_io.h": model_io_header(project)}.items():
+        path = harness / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    compiler = [target.compiler or "gcc", *target.compiler_flags]
+    if target.compiler == "riscv64-unknown-elf-gcc":
+        compiler.append("--specs=picolibc.specs")
+    includes = [f"-I{project.folder / name}" for name in project.include_folders]
+    sources = [harness / name for name in runtime_files(target) if name.endswith((".c", ".S"))]
+    sources += [project.folder / name for name in project.sources]
+    objects = [project.folder / name for name in project.objects]
+    for index, source in enumerate(sources):
+        is_ours = source.is_relative_to(harness)
+        # By number: two files of a project may have one name.
+        out = folder / f"{_HARNESS if is_ours else 'model'}_{index}_{source.stem}.o"
+        flags = [*_C_FLAGS, "-Wextra"] if is_ours else [*_C_FLAGS, *project.flags]
+        _call(
+            [*compiler, *flags, f"-I{harness}", *includes, "-c", str(source), "-o", str(out)],
+            f"{source.name} does not compile for {target.name}",
+        )
+        objects.append(out)
+    elf, link_map = folder / "program.elf", folder / "program.map"
+    linking = ["-static", "-Wl,--gc-sections", f"-Wl,-Map={link_map}"]
+    if target.is_bare_metal:
+        linking += ["-nostartfiles", "-T", str(harness / LINKER_SCRIPT)]
+    elif target.is_cross:
+        linking.append("-no-pie")  # so that functions lie where the file says
+    _call(
+        [*compiler, *linking, *map(str, objects), "-lm", "-o", str(elf)],
+        f"the program does not link for {target.name}",
+    )
+    return Program(project, target, elf, link_map)
+
+
+def _call(command: list[str], what: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    except FileNotFoundError:
+        raise TargetError(f"{command[0]} is not installed") from None
+    except subprocess.TimeoutExpired:
+        raise ArtefactError(f"{what}: {command[0]} took more than five minutes") from None
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if "error" in line or "overflow" in line]
+        detail = " | ".join((lines or done.stderr.splitlines()[-3:])[:3])
+        raise ArtefactError(f"{what}: {detail}")
+
+
+def pack_samples(
+    project: Project, feeds: list[Mapping[str, np.ndarray]]
+) -> bytes:  # [N] feeds => N * (all inputs)
+    """`input.bin`: of every sample all inputs, in the project's order."""
+    parts = []
+    for feed in feeds:
+        for spec in project.inputs:
+            array = np.asarray(feed[spec.name])
+            if array.dtype != np.dtype(spec.dtype) or array.shape != spec.shape:
+                raise ArtefactError(
+                    f"input {spec.name!r} is {array.dtype}{list(array.shape)}; the program takes "
+                    f"{spec.dtype}{list(spec.shape)}"
+                )
+            parts.append(np.ascontiguousarray(array).tobytes())
+    return b"".join(parts)
+
+
+def unpack_samples(project: Project, content: bytes) -> list[dict[str, np.ndarray]]:
+    """`output.bin` => the outputs of every sample, by name."""
+    size = sum(tensor_bytes(spec) for spec in project.outputs)
+    if size == 0 or len(content) % size:
+        raise ArtefactError(f"output.bin has {len(content)} bytes, no multiple of {size}")
+    samples, at = [], 0
+    while at < len(content):
+        sample = {}
+        for spec in project.outputs:
+            count = math.prod(spec.shape)
+            array = np.frombuffer(content, spec.dtype, count, at).reshape(spec.shape)
+            sample[spec.name] = array.copy()
+            at += array.nbytes
+        samples.append(sample)
+    return samples
