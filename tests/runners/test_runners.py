@@ -128,9 +128,8 @@ def test_outputs_and_instruction_counts(name: str, tmp_path: Path) -> None:
     assert counted is not None
     assert counted[2] == counted[4]  # the same work, other data
     # 1000 rounds of three nops and of what the compiler made of the loop, two to four instructions.
-    a_thousand = [
-        b["spin"] - a["spin"] for a, b in zip(result.by_function[1:4], result.by_function[2:4])
-    ]
+    spins = [functions["spin"] for functions in result.by_function[1:4]]
+    a_thousand = [spins[1] - spins[0], spins[2] - spins[1]]
     assert len(set(a_thousand)) == 1 and 5000 <= a_thousand[0] <= 7000
     assert counted[3] - counted[2] == pytest.approx(a_thousand[0], abs=8)
     for total, functions in zip(counted, result.by_function, strict=True):

@@ -84,7 +84,7 @@ def read_counts(folder: Path, listed: list[Function], samples: int) -> Counts:
         raise ArtefactError(f"the emulator passed {len(rows)} marks; {expected} were expected")
     spent = (rows[1::2] - rows[::2])[:, 1:].astype(np.int64)  # [1 + samples, 1 + functions]
     net = spent[1:] - spent[0]
-    ours = {name for name in (*_MARKS, "main")}
+    ours = (*_MARKS, "main")
     named = tuple(
         {
             f.name: int(n)

@@ -66,7 +66,7 @@ def _placed(link_map: str) -> Iterator[tuple[str, int, str]]:
     text = link_map.partition("Linker script and memory map")[2]
     loaded = (".text", ".rodata", ".srodata", ".data", ".sdata", ".bss", ".sbss", ".ARM.ex")
     for match in _PLACED.finditer(text):
-        name, address, size, file = match.groups()
+        name, _address, size, file = match.groups()
         if name.startswith(loaded) and int(size, 16) and not file.startswith("load address"):
             yield name, int(size, 16), file
 
