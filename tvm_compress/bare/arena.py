@@ -53,6 +53,8 @@ class Lifetime:
     last: int
     alignment: int = 16
     may_share_with: tuple[Share, ...] = ()
+    is_workspace: bool = False
+    """For pictures only."""
 
     def __post_init__(self) -> None:
         if self.bytes < 0:

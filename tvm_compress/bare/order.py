@@ -139,11 +139,8 @@ def lifetimes(graph: Graph, order: Sequence[int], alignment: int = 16) -> list[L
     for step, index in enumerate(order):
         operator = graph.operators[index]
         if operator.workspace_bytes:
-            result.append(
-                Lifetime(
-                    f"{operator.name}.workspace", operator.workspace_bytes, step, step, alignment
-                )
-            )
+            name, size = f"{operator.name}.workspace", operator.workspace_bytes
+            result.append(Lifetime(name, size, step, step, alignment, is_workspace=True))
     return result
 
 
