@@ -155,11 +155,13 @@ def capture(
     info: LibraryInfo,
     feed: Mapping[str, np.ndarray],
     forced: Mapping[str, np.ndarray] | None = None,
+    replace: Callable[[str, np.ndarray], np.ndarray | None] | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """One inference: its outputs, and every tensor that a kernel wrote, by variable, as stored.
 
     `forced`: variable => real numbers in the graph's axis order, which take the place of what the
-    kernel wrote before the next kernel reads it.
+    kernel wrote before the next kernel reads it. `replace`(variable, written) gives the same as
+    stored; None keeps what was written.
     """
     tensors: dict[str, np.ndarray] = {}
 
@@ -168,5 +170,8 @@ def capture(
         tensors[name] = result.numpy().copy()
         if forced is not None and name in forced:
             result.copyfrom(info.tensors[name].stored(forced[name], tensors[name]))
+        other = replace(name, tensors[name]) if replace is not None else None
+        if other is not None:
+            result.copyfrom(other.reshape(tensors[name].shape))
 
     return Observer(info, keep).run(session, feed), tensors

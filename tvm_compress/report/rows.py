@@ -144,6 +144,10 @@ class Exactness:
         float | None,
         "largest difference of float outputs, relative to the largest value of the output",
     ]
+    rounded: Annotated[
+        int,
+        "codes rounded from computed floats that are one step off",
+    ] = 0
 
 
 @dataclass(frozen=True)
