@@ -32,10 +32,14 @@ def pack_weight(
 ) -> tuple[WeightedSpec, np.ndarray] | None:
     """(spec', weight') of the same layer in the form the target's kernel reads; None: nothing to
     change."""
-    if not isinstance(spec, WeightedSpec) or not target.is_x86:
+    if not isinstance(spec, WeightedSpec):
         return None
-    from .x86.pack import pack_weight as pack
-
+    if target.has("dsp"):
+        from .arm.pack import pack_weight as pack
+    elif target.is_x86:
+        from .x86.pack import pack_weight as pack
+    else:
+        return None
     return pack(spec, weight, target)
 
 
@@ -43,9 +47,9 @@ def pack_parts(
     spec: KernelSpec, parts: list[np.ndarray], target: Target
 ) -> tuple[WeightedSpec, list[np.ndarray]] | None:
     """The same for all parts of a stored weight: codes, [tables], [scales, [zero points]]."""
-    if not isinstance(spec, WeightedSpec) or not target.is_x86:
+    if not isinstance(spec, WeightedSpec):
         return None
-    if spec.is_integer and spec.weight_dtype == "int4":
+    if target.is_x86 and spec.is_integer and spec.weight_dtype == "int4":
         from .x86.pack_nibbles import pack_parts as pack
 
         return pack(spec, parts, target)
@@ -70,11 +74,15 @@ def decode_weight(
 def templates(target: Target) -> list[Template]:
     """Templates for anchors on this target, tried in order; None from one means: not
     applicable."""
-    if not target.is_x86:
-        return []
-    from .x86 import TEMPLATES
+    if target.is_x86:
+        from .x86 import TEMPLATES
 
-    return [Template(*template) for template in TEMPLATES]
+        return [Template(*template) for template in TEMPLATES]
+    if target.has("dsp") and not target.has("mve"):
+        from .arm import DSP_TEMPLATES
+
+        return [Template(*template) for template in DSP_TEMPLATES]
+    return []
 
 
 def search_space(func: tirx.PrimFunc, target: Target) -> SearchSpace | None:

@@ -45,8 +45,10 @@ def vector_parts(count: int, lanes: int) -> list[tuple[int, int]]:
 class Emitter:
     """Collects statements; `loop` and `when` open a nested list for the time of a `with`."""
 
-    def __init__(self) -> None:
+    def __init__(self, finish: Callable[[ir.Expr], ir.Expr] | None = None) -> None:
+        """`finish`: what a target makes of every expression that is stored."""
         self._lists: list[list[tirx.Stmt]] = [[]]
+        self._finish = finish
 
     def _add(self, stmt: tirx.Stmt) -> None:
         self._lists[-1].append(stmt)
@@ -144,6 +146,8 @@ class Emitter:
 
     def store(self, buffer: tirx.Buffer, value: ir.Expr, *indices: Any) -> None:
         """buffer[indices] = value"""
+        if self._finish is not None:
+            value = self._finish(value)
         self._add(BufferStore(buffer, value, list(indices)))
 
     def store_vector(self, buffer: tirx.Buffer, value: ir.Expr, base: Any, lanes: int) -> None:

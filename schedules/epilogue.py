@@ -81,6 +81,10 @@ class Epilogue:
         rewrite(stage.value, {}, load)
         return in_place
 
+    def finish(self, value: ir.Expr) -> ir.Expr:
+        """What a target makes of an element's expression: by default nothing else."""
+        return value
+
     def declare(self, e: Emitter) -> None:
         """Buffers and flat views needed by `emit`; call once, outside all loops."""
         params = list(self.fused.func.params)
@@ -144,7 +148,7 @@ class Epilogue:
                 if stage is self.anchor:
                     value = accumulator(lane)
                 else:
-                    value = self.fused.inline(stage.buffer, here, leaf)
+                    value = self.finish(self.fused.inline(stage.buffer, here, leaf))
                 if stage in self.kept:
                     e.store(temporaries[stage.buffer], value, lane)
                     value = temporaries[stage.buffer][lane]

@@ -6,6 +6,9 @@ a 16-bit multiply-add, 1 for float). `axis` says what is padded to a multiple of
 input channels of every tap, `R` every kernel row (its columns and channels lie side by side in NHWC
 data), `K` the whole reduction axis. The array is [groups, blocks, K / group, width, group],
 zero-filled; int4 codes lie two in a byte, K-step 2j in the low nibble and 2j + 1 in the high one.
+
+A `T` behind the name turns the last two axes: [groups, blocks, K / group, group, width]. The outputs
+of a position lie side by side, where an instruction takes every other byte of a word.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-_NAME = re.compile(r"O(\d+)([IRK])(\d+)")
+_NAME = re.compile(r"O(\d+)([IRK])(\d+)(T?)")
 
 Reduction = tuple[int, int, int]
 """Kernel rows, kernel columns, input channels of one group."""
@@ -27,11 +30,13 @@ class PackedLayout:
     width: int
     group: int
     axis: str
+    turned: bool = False
+    """Whether the outputs of a position lie side by side, not the positions of an output."""
 
     @property
     def name(self) -> str:
         """The name `parse_layout` reads."""
-        return f"O{self.width}{self.axis}{self.group}"
+        return f"O{self.width}{self.axis}{self.group}{'T' if self.turned else ''}"
 
     def _round(self, n: int) -> int:
         return -(-n // self.group) * self.group
@@ -53,7 +58,8 @@ class PackedLayout:
         steps = self.steps(reduction)
         if dtype == "int4":
             steps = -(-steps // 2)
-        return (groups, -(-columns // self.width), steps, self.width, self.group)
+        inner = (self.group, self.width) if self.turned else (self.width, self.group)
+        return (groups, -(-columns // self.width), steps, *inner)
 
 
 @lru_cache(maxsize=256)
@@ -61,5 +67,5 @@ def parse_layout(name: str) -> PackedLayout:
     """Inverse of `PackedLayout.name`; ValueError when `name` is no packed layout."""
     match = _NAME.fullmatch(name)
     if match is None or int(match[1]) < 1 or int(match[3]) < 1:
-        raise ValueError(f"weight layout {name!r} is neither plain nor O<width>(I|R|K)<group>")
-    return PackedLayout(int(match[1]), int(match[3]), match[2])
+        raise ValueError(f"weight layout {name!r} is neither plain nor O<width>(I|R|K)<group>[T]")
+    return PackedLayout(int(match[1]), int(match[3]), match[2], bool(match[4]))

@@ -51,6 +51,8 @@ def weight_value(
         step, lane = step_position // packed.group, step_position % packed.group
         group, local = column // spec.columns, column % spec.columns
         outer, inner = local // packed.width, local % packed.width
+        if packed.turned:
+            inner, lane = lane, inner
         if spec.weight_dtype == "int4":
             code = nibble(weight[group, outer, step // 2, inner, lane], step % 2)
         else:
@@ -137,6 +139,8 @@ def unpack_weight(spec: WeightedSpec, weight: np.ndarray) -> np.ndarray:
         weight = ((both.astype(np.int8) ^ 8) - 8).astype(np.int8)[
             :, :, : packed.steps(spec.reduction)
         ]
+    if packed.turned:
+        weight = weight.swapaxes(3, 4)
     # [G, O, S, w, g] -> [G, S, g, O, w] -> [G, S*g, O*w]
     g, o, s, w, k = weight.shape
     flat = weight.transpose(0, 2, 4, 1, 3).reshape(g, s * k, o * w)
@@ -198,6 +202,8 @@ def pack_codes(
     full[:, packed_positions(spec.reduction, packed), :columns] = codes
     # [G, S*g, O*w] -> [G, S, g, O, w] -> [G, O, S, w, g]
     array = full.reshape(groups, steps, packed.group, blocks, packed.width).transpose(0, 3, 1, 4, 2)
+    if packed.turned:
+        array = array.swapaxes(3, 4)
     if spec.weight_dtype == "int4":
         nibbles = array.astype(np.uint8) & 0xF
         if steps % 2:

@@ -1,0 +1,112 @@
+"""The epilogue on scalars: the bias goes where the sums start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import ir, tirx
+
+from ...targets import Target
+from ..epilogue import Epilogue
+from ..fused import FusedFunction, Index, Stage, rewrite
+
+
+class DspEpilogue(Epilogue):
+    """Takes `sum + bias` apart when the sum is used for nothing else and the bias depends on the
+    channel alone: accumulators start from `initial`."""
+
+    def __init__(self, fused: FusedFunction, anchor: Stage, target: Target) -> None:
+        super().__init__(fused, anchor)
+        self.target = target
+        self.channels = self.shape[-1]
+        self.biased = self._find_bias()
+        self.sums: tirx.Buffer | None = None
+        """The registers that hold the sums, biased."""
+
+    def _find_bias(self) -> Stage | None:
+        """The stage that adds the bias."""
+        readers = [
+            s
+            for s in self.fused.stages
+            if s is not self.anchor and any(b.same_as(self.anchor.buffer) for b in s.reads)
+        ]
+        if len(readers) != 1 or readers[0] not in self.aligned or self.anchor in self.stored:
+            return None
+        reads = sum(b.same_as(self.anchor.buffer) for b in readers[0].reads)
+        found = _additions(readers[0].value, self.anchor.buffer, self._is_bias)
+        return readers[0] if found and len(found) == reads else None
+
+    def _is_bias(self, e: ir.Expr) -> bool:
+        if not isinstance(e, ir.TensorLoad) or str(e.ty.dtype) != "int32":
+            return False
+        shape = tuple(int(n) for n in e.source.shape)
+        size = 1
+        for extent in shape:
+            size *= extent
+        return (
+            e.source not in self.fused.producers
+            and size in (1, self.channels)
+            and (size == 1 or shape[-1] == size)
+        )
+
+    def initial(self, indices: Index) -> ir.Expr:
+        """What the sum at one position starts from."""
+        stage = self.biased
+        if stage is None:
+            return tirx.const(0, "int32")
+        bias = _additions(stage.value, self.anchor.buffer, self._is_bias)[0]
+        binding = dict(zip(stage.variables, indices, strict=True))
+        return rewrite(bias, binding, lambda buffer, where: buffer[where])
+
+    def finish(self, value: ir.Expr) -> ir.Expr:
+        if self.biased is None or self.sums is None:
+            return value
+        return _without(value, self.sums, self._is_bias)
+
+
+def _sum_of(e: ir.Expr) -> ir.Expr:
+    """The accumulator behind a conversion that changes nothing."""
+    while isinstance(e, tirx.Cast) and str(e.ty.dtype) == "int32":
+        e = e.value
+    return e
+
+
+def _additions(e: Any, acc: tirx.Buffer, is_bias: Any) -> list[ir.Expr]:
+    """The biases added to the accumulator in an expression."""
+    if isinstance(e, tirx.Add):
+        inner = _sum_of(e.a)
+        if isinstance(inner, ir.TensorLoad) and inner.source.same_as(acc) and is_bias(e.b):
+            return [e.b]
+    found: list[ir.Expr] = []
+    for child in _children(e):
+        found += _additions(child, acc, is_bias)
+    return found
+
+
+def _without(e: Any, sums: tirx.Buffer, is_bias: Any) -> ir.Expr:
+    """`e` with the sums themselves for sum + bias."""
+    if isinstance(e, tirx.Add):
+        inner = _sum_of(e.a)
+        if isinstance(inner, ir.TensorLoad) and inner.source.same_as(sums) and is_bias(e.b):
+            return inner
+        return tirx.Add(_without(e.a, sums, is_bias), _without(e.b, sums, is_bias))
+    if isinstance(e, tirx.Cast):
+        return tirx.Cast(e.ty, _without(e.value, sums, is_bias))
+    if isinstance(e, tirx.Select):
+        parts = (e.condition, e.true_value, e.false_value)
+        return tirx.Select(*(_without(part, sums, is_bias) for part in parts))
+    if isinstance(e, ir.Call):
+        arguments = [_without(a, sums, is_bias) for a in e.args]
+        return ir.Call(e.op, arguments, e.attrs, ty_args=e.ty_args, ret_ty=e.ty)
+    if hasattr(e, "a") and hasattr(e, "b"):
+        return type(e)(_without(e.a, sums, is_bias), _without(e.b, sums, is_bias))
+    return e
+
+
+def _children(e: Any) -> list[ir.Expr]:
+    children = list(getattr(e, "args", ()))
+    for name in ("a", "b", "value", "condition", "true_value", "false_value"):
+        child = getattr(e, name, None)
+        if isinstance(child, ir.Expr):
+            children.append(child)
+    return children

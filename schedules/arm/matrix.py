@@ -1,0 +1,275 @@
+"""Convolutions and linear layers with `smlad`: a tile of a few neighbouring outputs of a row times
+two channels in registers.
+
+The input comes as rows of 16-bit integers (`rows.py`), so one load gives two operands. A word of
+weights holds two positions of two channels, [a0, b0, a1, b1]: `sxtb16` opens it in two instructions
+into the pairs (a0, a1) and (b0, b1), for all outputs of the tile. Four outputs by two channels need
+all fourteen registers: eight sums, two weights, one of data, two addresses and a counter.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from tvm import ir, tirx
+
+from ...targets import Target
+from ..choice import Choice, SearchSpace
+from ..emit import Emitter
+from ..fused import FusedFunction, Stage
+from ..operands import Operands, find_operands
+from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
+from ..x86.window import window_of
+from .dsp import extend_even, extend_odd, multiply_add, word
+from .epilogue import DspEpilogue
+from .rounding import finisher
+from .rows import Widened
+
+CHANNELS = 2
+_MOST_COLUMNS = 4
+# Steps written out: a turn of the loop costs four instructions, a step of a full tile fifteen.
+_STEPS = (8, 7, 6, 5, 9, 10, 12, 4)
+_EPILOGUE = 11
+
+
+def takes(spec: WeightedSpec) -> bool:
+    """Whether the kernel has a form for the layer's numbers."""
+    return (
+        isinstance(spec, (Conv2dSpec, MatmulSpec))
+        and spec.data_dtype in ("int8", "uint8", "int16")
+        and spec.acc_dtype == "int32"
+        and spec.weight_dtype == "int8"
+        and not spec.weight_zero_point
+        and not spec.group_size
+        and spec.groups_of_channels == 1
+    )
+
+
+def schedule_matrix(
+    fused: FusedFunction, target: Target, choice: Choice | None = None
+) -> tirx.PrimFunc | None:
+    """The whole fused function around its convolution or linear layer; None: no form for it."""
+    kernel = _kernel(fused, target, choice)
+    return None if kernel is None else kernel.build()
+
+
+def matrix_space(fused: FusedFunction, target: Target) -> SearchSpace | None:
+    """What the kernel leaves open; None: no form for the function."""
+    kernel = _kernel(fused, target, None)
+    return None if kernel is None else kernel.space()
+
+
+def _kernel(fused: FusedFunction, target: Target, choice: Choice | None) -> _MatrixKernel | None:
+    anchor = fused.anchor
+    if anchor is None or not isinstance(anchor.spec, (Conv2dSpec, MatmulSpec)):
+        return None
+    spec = anchor.spec
+    packed = spec.packed_layout
+    if packed is None or not takes(spec) or (packed.width, packed.group) != (CHANNELS, 2):
+        return None
+    operands = find_operands(fused, anchor, spec)
+    if operands is None:
+        return None
+    epilogue = DspEpilogue(fused, anchor, target)
+    if any(not stage.is_map for stage in epilogue.rest):
+        return None
+    return _MatrixKernel(fused, anchor, spec, operands, target, epilogue, choice)
+
+
+class _MatrixKernel:
+    """One function being written."""
+
+    def __init__(
+        self,
+        fused: FusedFunction,
+        anchor: Stage,
+        spec: Conv2dSpec | MatmulSpec,
+        operands: Operands,
+        target: Target,
+        epilogue: DspEpilogue,
+        choice: Choice | None,
+    ) -> None:
+        self.fused, self.anchor, self.spec, self.operands = fused, anchor, spec, operands
+        self.target, self.epilogue = target, epilogue
+        self.window = window_of(spec)
+        packed = spec.packed_layout
+        assert packed is not None
+        self.packed = packed
+        self.steps = packed.steps(spec.reduction)
+        self.blocks = ceil_div(self.window.out_channels, CHANNELS)
+        self.flat = self.window.columns == 1 and self.window.kernel == (1, 1)
+        self.extent = self.window.rows if self.flat else self.window.columns
+        self.columns = self._columns()
+        row, column = packed.pitches(spec.reduction)
+        self.pitch = column
+        self.run = (row if packed.axis == "R" else column) // 2
+        self.unroll = self._unroll()
+        if choice is not None:
+            self.columns = min(choice["columns"], self.extent)
+            self.unroll = choice["unroll"]
+        self.e = Emitter(finisher(target))
+
+    def _columns(self) -> int:
+        """Outputs of a tile, for the fewest instructions."""
+
+        def cost(columns: int) -> int:
+            step = 3 + columns * (1 + CHANNELS)
+            return ceil_div(self.extent, columns) * (
+                self.steps * step + columns * CHANNELS * _EPILOGUE
+            )
+
+        return min(range(1, min(self.extent, _MOST_COLUMNS) + 1), key=cost)
+
+    def _unroll(self) -> int:
+        if self.run <= max(_STEPS):
+            return self.run
+        return next((n for n in _STEPS if self.run % n == 0), _STEPS[0])
+
+    def space(self) -> SearchSpace:
+        """The default and what lies around it."""
+        unrolls = {*(n for n in (1, 2, *_STEPS) if n <= self.run), self.unroll}
+        return SearchSpace(
+            "arm.matrix",
+            {
+                "columns": tuple(range(1, min(self.extent, _MOST_COLUMNS) + 1)),
+                "unroll": tuple(sorted(unrolls)),
+            },
+            {"columns": self.columns, "unroll": self.unroll},
+            lambda choice: True,
+        )
+
+    def build(self) -> tirx.PrimFunc:
+        e, window, spec = self.e, self.window, self.spec
+        self.weight = e.flat(self.operands.weight)
+        self.epilogue.declare(e)
+        pad_value = 0 if isinstance(spec, MatmulSpec) else spec.pad_value
+        self.rows = Widened(
+            e, window, self.fused, self.operands, spec.data_dtype, pad_value, self.pitch,
+            self.columns, slack=2,
+        )  # fmt: skip
+        if self.flat:
+            self._flat()
+        else:
+            with e.loop("b", window.batch) as b:
+                self._image(b)
+        self.epilogue.emit_rest(e, 1)
+        return e.function(list(self.fused.func.params), {})
+
+    def _tiles(self) -> int:
+        return ceil_div(self.extent, self.columns)
+
+    def _first(self, tile: Any) -> Any:
+        """The last tile is moved back inside."""
+        first = tile * self.columns
+        if self.extent % self.columns:
+            first = tirx.min(first, self.extent - self.columns)
+        return self.e.bind("first", first)
+
+    def _flat(self) -> None:
+        """A layer without neighbours: its positions in tiles."""
+        e = self.e
+        with e.loop("tile", self._tiles()) as tile:
+            first = self._first(tile)
+            self.rows.fill_tile(first, self.columns)
+            zero = tirx.const(0, "int32")
+            self._channels(zero, zero, first, lambda _ky: zero, self.pitch)
+
+    def _image(self, b: Any) -> None:
+        e, window, rows = self.e, self.window, self.rows
+        stride = window.strides[0]
+        rows.fill_border()
+        fresh = min(stride, rows.rows)
+        with e.loop("row", rows.rows - fresh) as row:
+            rows.fill_row(b, row)
+        with e.loop("y", window.rows) as y:
+            with e.loop("row", fresh) as row:
+                rows.fill_row(b, y * stride + (rows.rows - fresh) + row)
+            oldest = e.bind("oldest", y * stride % rows.rows)
+            with e.loop("tile", self._tiles()) as tile:
+                x = self._first(tile)
+                origin = x * (window.strides[1] * self.pitch)
+
+                def base(ky: Any, origin: Any = origin) -> Any:
+                    slot = oldest + ky * window.dilation[0]
+                    if rows.rows > 1:
+                        slot = tirx.Select(slot >= rows.rows, slot - rows.rows, slot)
+                    return slot * rows.row_pitch + origin
+
+                self._channels(b, y, x, base, window.strides[1] * self.pitch)
+
+    def _channels(self, b: Any, y: Any, x: Any, base: Any, step: int) -> None:
+        """All output channels of a tile."""
+        with self.e.loop("block", self.blocks) as block:
+            self._tile(b, y, x, base, step, block)
+
+    def _tile(self, b: Any, y: Any, x: Any, base: Any, step: int, block: Any) -> None:
+        e, window = self.e, self.window
+        count = self.columns * CHANNELS
+        acc = e.alloc(count, "int32", "acc", registers=True)
+        ragged = window.out_channels % CHANNELS
+
+        def first_index(channel: Any) -> tuple[Any, ...]:
+            return window.indices(b, x if self.flat else y, x, channel)
+
+        for c in range(CHANNELS):
+            channel = block * CHANNELS + c
+            if ragged and c:
+                channel = tirx.min(channel, window.out_channels - 1)
+            start = e.bind("start", self.epilogue.initial(first_index(channel)))
+            for p in range(self.columns):
+                e.store(acc, start, p * CHANNELS + c)
+        self._reduce(acc, base, step, block)
+
+        def write(parts: list[tuple[int, int]]) -> None:
+            channels = sum(width for _, width in parts)
+            for c in range(channels):
+                for p in range(self.columns):
+                    self._finish(acc, b, y, x, block, c, p)
+
+        e.ragged(block, self.blocks, ragged, CHANNELS, write)
+
+    def _reduce(self, acc: tirx.Buffer, base: Any, step: int, block: Any) -> None:
+        e, window = self.e, self.window
+        kh, kw = window.kernel
+        first = e.bind("weights", block * (self.steps * 4))
+        row_steps = self.packed.pitches(self.spec.reduction)[0] // 2
+        columns = kw if self.packed.axis == "I" else 1
+        with e.loop("ky", kh) as ky:
+            row = e.bind("row", base(ky))
+            with e.loop("kx", columns) as kx:
+                data = e.bind("data", row + kx * (window.dilation[1] * self.pitch))
+                weights = e.bind("at", first + ky * (row_steps * 4) + kx * (self.run * 4))
+                e.unrolled(
+                    "k", self.run, self.unroll, partial(self._step, acc, data, weights, step)
+                )
+
+    def _step(self, acc: tirx.Buffer, data: Any, weights: Any, step: int, k: Any) -> None:
+        """Two positions of the reduction."""
+        e = self.e
+        both = e.bind("both", word(self.weight, weights + k * 4, 4))
+        opened = [e.bind("a", extend_even(both)), e.bind("b", extend_odd(both))]
+        for p in range(self.columns):
+            pair = e.bind("pair", word(self.rows.buffer, data + (p * step) + k * 2, 2))
+            for c, weight in enumerate(opened):
+                place = p * CHANNELS + c
+                e.store(acc, multiply_add(acc[place], pair, weight), place)
+
+    def _finish(self, acc: tirx.Buffer, b: Any, y: Any, x: Any, block: Any, c: int, p: int) -> None:
+        window = self.window
+        place = p * CHANNELS + c
+        row, column = (x + p, 0) if self.flat else (y, x + p)
+        self.epilogue.sums = acc
+        position = x + p if self.flat else (b * window.rows + y) * window.columns + x + p
+        self.epilogue.emit(
+            self.e,
+            partial(window.indices, b, row, column),
+            position,
+            block * CHANNELS + c,
+            1,
+            partial(_element, acc, place),
+        )
+
+
+def _element(buffer: tirx.Buffer, place: int, _lane: Any) -> ir.Expr:
+    return buffer[place]

@@ -1,0 +1,32 @@
+"""Choosing a packed weight layout for Arm and packing into it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...targets import Target
+from ..layout import PackedLayout
+from ..spec import Conv2dSpec, WeightedSpec
+from ..weights import pack_codes, weight_codes
+from ..x86.pack import without_zero_point
+from . import matrix
+
+
+def pack_weight(
+    spec: WeightedSpec, weight: np.ndarray, target: Target
+) -> tuple[WeightedSpec, np.ndarray] | None:
+    """The spec and weight array of the same layer in the layout the target's kernel reads; None:
+    keep both."""
+    if spec.weight_layout != spec.plain_layout or not target.has("dsp") or target.has("mve"):
+        return None
+    changed, codes = without_zero_point(spec, weight_codes(spec, weight))
+    if isinstance(spec, Conv2dSpec) and spec.is_depthwise:
+        if changed == spec:
+            return None
+        plain = codes.transpose(1, 0, 2).reshape(changed.weight_shape)
+        return changed, np.ascontiguousarray(plain)
+    if not matrix.takes(changed):
+        return None
+    apart = isinstance(spec, Conv2dSpec) and spec.dilation[1] != 1 and spec.kernel[1] != 1
+    layout = PackedLayout(matrix.CHANNELS, 2, "I" if apart else "R", turned=True)
+    return changed.replace(weight_layout=layout.name), pack_codes(changed, codes, layout.name)
