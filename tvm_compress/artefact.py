@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .model import TensorSpec
     from .recipe import Recipe
     from .runtime import Session
+    from .targets import Target
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -85,6 +86,13 @@ class Artefact:
     @cached_property
     def outputs(self) -> tuple[TensorSpec, ...]:
         return _specs(self.manifest["outputs"])
+
+    @cached_property
+    def target(self) -> Target:
+        """What it was built for, of the present table, or of the board file that it was given."""
+        from .board_file import target_of_entry
+
+        return target_of_entry(self.manifest["target"])
 
     @cached_property
     def recipe(self) -> Recipe:

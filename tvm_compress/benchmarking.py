@@ -94,9 +94,7 @@ def benchmark(
     model, `CheckFailed` when it computes something else, `TargetError` when the artefact is not for
     this machine.
     """
-    from .targets import get_target
-
-    get_target(artefact.manifest["target"]["name"]).require_runs_here()
+    artefact.target.require_runs_here()
     threads = set_threads(threads)
     progress = progress or Progress()
     labelled = None if evaluate is None else _labelled(artefact, evaluate)

@@ -19,6 +19,7 @@ from .startup import start_without_torch
 
 if TYPE_CHECKING:
     from .progress import Progress
+    from .targets import Target
 
 USAGE_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells report it
@@ -268,7 +269,9 @@ def profile(
     help="A shipped recipe (`tvm-compress list recipes`) or a YAML file.",
 )
 @click.option(
-    "--target", help="A target (`tvm-compress list targets`).  [default: the recipe's, or host]"
+    "--target",
+    help="A target (`tvm-compress list targets`) or a board file (.yaml).  "
+    "[default: the recipe's, or host]",
 )
 @click.option(
     "--calib",
@@ -632,16 +635,22 @@ def report(artefact: Path, as_json: bool, debug: bool) -> None:
 
 @cli.command("list", epilog=_example("tvm-compress list recipes --schema > recipe.schema.json"))
 @click.argument("what", type=click.Choice(["targets", "recipes", "passes"]))
-@click.option("--schema", is_flag=True, help="With `recipes`: the JSON Schema of recipe files.")
+@click.option(
+    "--schema",
+    is_flag=True,
+    help="With `recipes` or `targets`: the JSON Schema of recipe or board files.",
+)
 @_common_options
 def list_(what: str, schema: bool, as_json: bool, debug: bool) -> None:
     """List what `compress` can use: targets, recipes, passes."""
     if schema:
-        if what != "recipes":
-            raise click.UsageError("--schema belongs to `list recipes`")
+        from .board_file import board_schema
         from .recipe import recipe_schema
 
-        _print_json(recipe_schema())
+        schemas = {"recipes": recipe_schema, "targets": board_schema}
+        if what not in schemas:
+            raise click.UsageError("--schema belongs to `list recipes` and `list targets`")
+        _print_json(schemas[what]())
         return
     rows = {"targets": _list_targets, "recipes": _list_recipes, "passes": _list_passes}[what]()
     if as_json:
@@ -658,11 +667,23 @@ def _list_targets() -> list[dict[str, Any]]:
     return [
         {
             "name": target.name,
-            "runs here": "yes" if target.runs_here() else "no",
+            "runs here": _runs_here(target),
             "description": target.description,
         }
         for target in list_targets()
     ]
+
+
+def _runs_here(target: Target) -> str:
+    """yes, no, under an emulator, or what is missing for that."""
+    from .targets.machines import MACHINES
+    from .targets.toolchains import missing_tools
+
+    if target.runs_here() or not target.is_cross:
+        return "yes" if target.runs_here() else "no"
+    emulator = MACHINES[target.machine].emulator
+    missing = missing_tools(target)
+    return f"no {missing[0]}" if missing else emulator
 
 
 def _list_recipes() -> list[dict[str, Any]]:

@@ -162,16 +162,17 @@ def _load(
     kernel_cache: bool = True,
 ) -> Job:
     from .accuracy import scores_output
+    from .board_file import find_target
     from .build import require_linker
     from .data import load_data
     from .importers import load_model
     from .kernel_cache import KernelCache
     from .recipe import Recipe, load_recipe
-    from .targets import get_target
 
     is_recipe = isinstance(recipe, Recipe)
     chosen: Recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    target = get_target(target_name or chosen.target or "host")
+    board = target_name or chosen.target or "host"
+    target = find_target(board)
     if target.is_cross:
         raise TargetError(
             f"target {target.name!r}: C projects cannot be built yet; compile for 'host' or one of "
@@ -180,7 +181,7 @@ def _load(
     if threads is not None:
         target = replace(target, threads=threads)
     chosen = chosen.replace(
-        target=target.name,
+        target=str(board) if target.name != board else target.name,  # a board file stays one
         seed=chosen.seed if seed is None else seed,
         shapes={**chosen.shapes, **(shapes or {})},
         input_values={**chosen.input_values, **(input_values or {})},
@@ -519,6 +520,7 @@ def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
 
     import numpy as np
 
+    from .board_file import target_entry
     from .recipe import dump_recipe
 
     (staging / "deploy").mkdir()
@@ -565,11 +567,7 @@ def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
             else "float original",
         },
         "recipe": job.recipe_name,
-        "target": {
-            "name": job.target.name,
-            "description": job.target.description,
-            "tvm": {key: _plain(value) for key, value in job.target.tvm_options.items()},
-        },
+        "target": target_entry(job.target, job.recipe.target or job.target.name),
         "calibration": _data_summary(job.calibration),
         "evaluation": _data_summary(job.evaluate),
         "probes": "calibration data" if job.calibration is not None else "random",
@@ -624,14 +622,6 @@ def random_input(random: Any, shape: tuple[int, ...], dtype: str) -> Any:
             dtype
         )
     return random.standard_normal(shape).astype(dtype)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _data_summary(data: Dataset | None) -> dict[str, Any] | None:

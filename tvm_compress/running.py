@@ -29,9 +29,7 @@ def run_file(
     Returns the number of samples and the shape of each output. `out` is replaced only when all
     samples have run. Raises `DataError` when the data does not fit the model.
     """
-    from .targets import get_target
-
-    get_target(artefact.manifest["target"]["name"]).require_runs_here()
+    artefact.target.require_runs_here()
     set_threads(threads)
     dataset = read_arrays(data, artefact.inputs)
     session = artefact.session()

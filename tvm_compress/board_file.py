@@ -1,0 +1,162 @@
+"""A board of the user's own, in a YAML file: `--target my_board.yaml`.
+
+version: 1
+cpu: cortex-m4            # a target of `tvm-compress list targets`, which brings all but the rest
+flash_address: 0x08000000
+flash_bytes: 1048576
+ram_address: 0x20000000
+ram_bytes: 131072
+runner: serial            # default: the emulator of the CPU
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .errors import RecipeError, TargetError
+
+if TYPE_CHECKING:
+    from .targets import Target
+
+VERSION = 1
+SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Board:
+    """A CPU of the target table on a board of one's own."""
+
+    cpu: str = field(metadata={"help": "name from `tvm-compress list targets`"})
+    name: str | None = field(default=None, metadata={"help": "default: the file's name"})
+    description: str | None = None
+    flash_bytes: int | None = field(
+        default=None, metadata={"help": "room for code and weights; a larger model is refused"}
+    )
+    ram_bytes: int | None = field(
+        default=None, metadata={"help": "the largest piece of RAM; a larger model is refused"}
+    )
+    flash_address: int | None = None
+    ram_address: int | None = None
+    runner: Literal["emulator", "serial"] = field(
+        default="emulator", metadata={"help": "serial: you put the program on the board yourself"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("flash_bytes", "ram_bytes"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= 1 << 40:
+                raise ValueError(f"{name} is from 1 to 2^40, not {value}")
+        for name in ("flash_address", "ram_address"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1 << 64:
+                raise ValueError(f"{name} is from 0 to 2^64 - 1, not {value}")
+        if self.name is not None and (not self.name or any(c in self.name for c in "/\\\n")):
+            raise ValueError(f"name {self.name!r} is empty or holds a slash or line break")
+
+    def target(self, default_name: str) -> Target:
+        """The CPU's target with what the board changes. Raises `TargetError`: no such CPU."""
+        from .targets import get_target
+
+        cpu = get_target(self.cpu)
+        if not cpu.is_cross:
+            raise TargetError(f"cpu {self.cpu!r} is no CPU of a board; take it as --target itself")
+        name = self.name or default_name
+        own = {
+            key: value
+            for key in ("flash_bytes", "ram_bytes", "flash_address", "ram_address")
+            if (value := getattr(self, key)) is not None
+        }
+        return dataclasses.replace(
+            cpu,
+            name=name,
+            description=self.description or f"{name}: {cpu.description}",
+            runner="serial" if self.runner == "serial" else cpu.runner,
+            **own,
+        )
+
+
+def find_target(name_or_path: str | Path) -> Target:
+    """A target of the table by name, or of a board file (`SUFFIXES`). Raises `TargetError`."""
+    from .targets import get_target
+
+    path = Path(name_or_path)
+    if path.suffix not in SUFFIXES:
+        return get_target(str(name_or_path))
+    return load_board(path).target(path.stem)
+
+
+def load_board(path: Path) -> Board:
+    """Raises `TargetError` with file and line."""
+    from .typed_yaml import MAX_BYTES
+
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise TargetError(f"{path}: larger than {MAX_BYTES} bytes; this is no board file")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TargetError(f"board file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise TargetError(f"board file {path}: is not UTF-8 text") from None
+    return parse_board(text, str(path))
+
+
+def parse_board(text: str, name: str) -> Board:
+    from .typed_yaml import Source, compose, pairs, parse, parse_dataclass
+
+    source = Source(name)
+    try:
+        node = compose(text, source)
+        versions = [value for key, _, value in pairs(node, source, "board") if key == "version"]
+        if not versions or parse(int, versions[0], source, "version") != VERSION:
+            raise source.error(node, f"a board file has `version: {VERSION}`")
+        board: Board = parse_dataclass(Board, node, source, "board", skip=("version",))
+    except RecipeError as error:
+        raise TargetError(str(error)) from None
+    return board
+
+
+def target_entry(target: Target, name_or_path: str | Path) -> dict[str, Any]:
+    """What an artefact keeps of its target, for `target_of_entry`."""
+    path = Path(name_or_path)
+    entry: dict[str, Any] = {
+        "name": target.name,
+        "description": target.description,
+        "tvm": {
+            key: list(value) if isinstance(value, list | tuple) else value
+            for key, value in target.tvm_options.items()
+        },
+    }
+    if path.suffix in SUFFIXES:
+        entry["board"] = dataclasses.asdict(load_board(path))
+    return entry
+
+
+def target_of_entry(entry: Mapping[str, Any]) -> Target:
+    """The target of an artefact, whose board file may be elsewhere now."""
+    from .targets import get_target
+
+    board = entry.get("board")
+    if board is None:
+        return get_target(str(entry["name"]))
+    try:
+        return Board(**board).target(str(entry["name"]))
+    except (TypeError, ValueError) as error:
+        raise TargetError(f"manifest.json: its board is damaged ({error})") from None
+
+
+def board_schema() -> dict[str, Any]:
+    """JSON Schema of a board file, for editors; made from the dataclass."""
+    from .typed_yaml import dataclass_schema
+
+    schema = dataclass_schema(Board)
+    schema["properties"] = {"version": {"const": VERSION}, **schema["properties"]}
+    schema["required"] = ["version", "cpu"]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "tvm-compress board",
+        **schema,
+    }
