@@ -154,9 +154,9 @@ def _units(
     target: tvm.target.Target,
     scheduling: Scheduling | None,
 ) -> Iterator[_Unit]:
-    texts = {var: _text(function) for var, function in functions.items()}
+    texts = {var: kernel_text(function) for var, function in functions.items()}
     surroundings = [
-        _compiler(),
+        compiler_version(),
         str(target),
         "" if scheduling is None else scheduling.target.fingerprint(),
     ]
@@ -182,7 +182,7 @@ def _units(
         yield _Unit({var: function}, scheduling, key, (symbol,))
 
 
-def _text(function: tirx.PrimFunc) -> str:
+def kernel_text(function: tirx.PrimFunc) -> str:
     """All of a function but what it and its variables are called: it may be one of many equal
     kernels, in many networks."""
     import tvm
@@ -199,7 +199,7 @@ def _text(function: tirx.PrimFunc) -> str:
 
 
 @cache
-def _compiler() -> str:
+def compiler_version() -> str:
     """What compiles: TVM and LLVM, and those of our sources that schedule and emit kernels."""
     import importlib.metadata
 

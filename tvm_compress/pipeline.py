@@ -67,8 +67,11 @@ def fusion_pipeline() -> tvm.transform.Pass:
     )
 
 
-def memory_pipeline() -> tvm.transform.Pass:
-    """Fused kernels => kernels that write into planned storages: TVM's own passes, in its order."""
+def destination_pipeline() -> tvm.transform.Pass:
+    """Fused kernels => kernels that write into tensors made before: TVM's own passes, in its order.
+
+    This is what a C project is made of; it plans its memory itself, kernels' own included.
+    """
     transform = relax.transform
     return tvm.transform.Sequential(
         [
@@ -82,9 +85,15 @@ def memory_pipeline() -> tvm.transform.Pass:
             transform.ToNonDataflow(),
             transform.RemovePurityChecking(),
             transform.CallTIRRewrite(),
-            transform.StaticPlanBlockMemory(),
         ],
-        name="memory",
+        name="destination",
+    )
+
+
+def memory_pipeline() -> tvm.transform.Pass:
+    """Fused kernels => kernels that write into planned storages."""
+    return tvm.transform.Sequential(
+        [destination_pipeline(), relax.transform.StaticPlanBlockMemory()], name="memory"
     )
 
 

@@ -43,6 +43,10 @@ class Rewriter:
         """The new value of `var`; `None` leaves it, a variable or constant replaces all uses."""
         raise NotImplementedError
 
+    def params(self) -> list[Var]:
+        """The parameters of the new function."""
+        return list(self._function.params)
+
     def value(self, expr: Expr) -> Expr:
         """What a variable is bound to (itself for a parameter, and for anything else)."""
         if isinstance(expr, tvm.ir.Var):
@@ -83,7 +87,7 @@ class Rewriter:
             if name != "global_symbol"
         }
         with builder.function(
-            "main", list(function.params), attrs=attributes, pure=bool(function.is_pure)
+            "main", self.params(), attrs=attributes, pure=bool(function.is_pure)
         ):
             emit_seq(builder, body)
         return builder.get()["main"]

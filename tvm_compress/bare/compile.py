@@ -1,0 +1,132 @@
+"""Kernels of a program => object files or C, taken from the cache of kernels where they are there.
+
+An entry of the cache holds the code and what the caller must know of it: its workspaces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .kernel_code import BareKernel, Workspace, c_source, object_file, scheduling_target, to_bare
+
+if TYPE_CHECKING:
+    from tvm import tirx
+
+    from ..kernel_cache import KernelCache
+    from ..schedules import Choice
+    from ..targets import Target
+
+PREFIX = "tvmc_"
+_SYMBOL_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """`code` is an object file, or C."""
+
+    symbol: str
+    parameters: tuple[str, ...]
+    """C types of the pointers, workspaces last."""
+    workspaces: tuple[Workspace, ...]
+    code: bytes
+    alignment: int
+
+    def to_bytes(self) -> bytes:
+        head = {
+            "symbol": self.symbol,
+            "parameters": self.parameters,
+            "workspaces": [(w.name, w.bytes) for w in self.workspaces],
+            "alignment": self.alignment,
+        }
+        return json.dumps(head).encode() + b"\n" + self.code
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> CompiledKernel:
+        """Inverse of `to_bytes`."""
+        line, _, code = content.partition(b"\n")
+        head = json.loads(line)
+        workspaces = tuple(Workspace(name, size) for name, size in head["workspaces"])
+        parameters = tuple(head["parameters"])
+        return cls(head["symbol"], parameters, workspaces, code, head["alignment"])
+
+
+def compile_kernels(
+    functions: Mapping[str, tirx.PrimFunc],
+    target: Target,
+    choices: Mapping[str, Choice | None],
+    is_c: bool,
+    cached: KernelCache | None,
+) -> tuple[dict[str, CompiledKernel], int]:
+    """Kernels by their name in the module, and how many different ones came from the cache."""
+    keys = {n: _key(n, f, target, choices.get(n), is_c) for n, f in functions.items()}
+    names = {key: name for name, key in keys.items()}  # equal ones once
+    done: dict[str, CompiledKernel] = {}
+    running: dict[str, Future[CompiledKernel]] = {}
+    with ThreadPoolExecutor(2, thread_name_prefix="compile") as pool:
+        for key, name in names.items():
+            content = None if cached is None else cached.get(key)
+            if content is not None:
+                done[key] = CompiledKernel.from_bytes(content)
+            else:
+                symbol = f"{PREFIX}{_base(name)}_{key[:_SYMBOL_DIGITS]}"
+                # Schedules are Python, which no second thread would make faster.
+                kernel = _bare(functions[name], symbol, target, choices.get(name), is_c)
+                running[key] = pool.submit(_compile, kernel, symbol, target, is_c)
+        fresh = {key: future.result() for key, future in running.items()}
+    if cached is not None:
+        for key, kernel in fresh.items():
+            cached.put(key, kernel.to_bytes())
+    done |= fresh
+    return {name: done[key] for name, key in keys.items()}, len(done) - len(fresh)
+
+
+def _base(name: str) -> str:
+    return name.rstrip("0123456789").rstrip("_")  # numbers only tell them apart
+
+
+def _bare(
+    function: tirx.PrimFunc, symbol: str, target: Target, choice: Choice | None, is_c: bool
+) -> BareKernel:
+    from ..relay_passes.schedule_kernels import schedule_kernel
+
+    with_schedule = scheduling_target(target, is_c)
+    scheduled = schedule_kernel(function, with_schedule, None if is_c else choice)
+    return to_bare(scheduled, symbol, target, is_c)
+
+
+def _compile(kernel: BareKernel, symbol: str, target: Target, is_c: bool) -> CompiledKernel:
+    code = c_source(kernel).encode() if is_c else object_file(kernel, target)
+    return CompiledKernel(symbol, kernel.parameters, kernel.workspaces, code, alignment(target))
+
+
+def alignment(target: Target) -> int:
+    """Of every buffer in bytes: what the widest load of a kernel may take for granted."""
+    return max(8, target.vector_bits // 8)
+
+
+def _key(
+    name: str, function: tirx.PrimFunc, target: Target, choice: Choice | None, is_c: bool
+) -> str:
+    from ..compile_kernels import kernel_text
+
+    form = "c" if is_c else "object"
+    chosen = "" if choice is None else json.dumps(dict(choice), sort_keys=True)
+    parts = [_sources(), form, target.fingerprint(), chosen, _base(name), kernel_text(function)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@cache
+def _sources() -> str:
+    from ..compile_kernels import compiler_version
+    from ..workspace import hash_sources
+
+    here = Path(__file__).parent
+    files = ["kernel_code.py", "rewrite_body.py", "rounding.py", "compile.py"]
+    return hash_sources([here / name for name in files], compiler_version())
