@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,9 @@ class Project:
     sources: tuple[str, ...] = ()
     objects: tuple[str, ...] = ()
     include_folders: tuple[str, ...] = (".",)
-    flags: tuple[str, ...] = field(default=())
+    flags: tuple[str, ...] = ()
+    model_io: str = ""
+    """The project's own file of what `main.c` must know; empty: made from the fields above."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,10 @@ def build_program(project: Project, target: Target, folder: Path) -> Program:
     """
     require_tools(target)
     harness = folder / _HARNESS
-    for name, text in {**runtime_files(target), "model_io.h": model_io_header(project)}.items():
+    files = runtime_files(target)
+    if not project.model_io:
+        files["model_io.h"] = model_io_header(project)
+    for name, text in files.items():
         path = harness / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -92,7 +97,7 @@ def build_program(project: Project, target: Target, folder: Path) -> Program:
     if target.compiler == "riscv64-unknown-elf-gcc":
         compiler.append("--specs=picolibc.specs")
     includes = [f"-I{project.folder / name}" for name in project.include_folders]
-    sources = [harness / name for name in runtime_files(target) if name.endswith((".c", ".S"))]
+    sources = [harness / name for name in files if name.endswith((".c", ".S"))]
     sources += [project.folder / name for name in project.sources]
     objects = [project.folder / name for name in project.objects]
     for index, source in enumerate(sources):
