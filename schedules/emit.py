@@ -175,6 +175,17 @@ class Emitter:
             with self.loop(name, width, "vectorized") as lane:
                 body(start + lane)
 
-    def function(self, params: list[tirx.Buffer], attrs: Mapping[str, Any]) -> tirx.PrimFunc:
-        """Close everything into a function."""
-        return tirx.PrimFunc(params, self._close()).with_attr(dict(attrs))
+    def evaluate(self, call: ir.Expr) -> None:
+        """A call for its effect."""
+        self._add(tirx.Evaluate(call))
+
+    def function(
+        self, params: list[tirx.Buffer], attrs: Mapping[str, Any], llvm: str = ""
+    ) -> tirx.PrimFunc:
+        """Close everything into a function, with a module of LLVM's that it calls."""
+        body = self._close()
+        if llvm:
+            body = tirx.AttrStmt(
+                tirx.const(0, "int32"), "pragma_import_llvm", ir.StringImm(llvm), body
+            )
+        return tirx.PrimFunc(params, body).with_attr(dict(attrs))

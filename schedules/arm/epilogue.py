@@ -49,6 +49,17 @@ class DspEpilogue(Epilogue):
             and (size == 1 or shape[-1] == size)
         )
 
+    @property
+    def bias_buffer(self) -> tirx.Buffer | None:
+        """The biases of all channels, or None."""
+        if self.biased is None:
+            return None
+        bias = _additions(self.biased.value, self.anchor.buffer, self._is_bias)[0]
+        size = 1
+        for extent in bias.source.shape:
+            size *= int(extent)
+        return bias.source if size == self.channels else None
+
     def initial(self, indices: Index) -> ir.Expr:
         """What the sum at one position starts from."""
         stage = self.biased

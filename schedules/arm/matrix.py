@@ -21,15 +21,14 @@ from ..fused import FusedFunction, Stage
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..x86.window import window_of
-from .dsp import extend_even, extend_odd, multiply_add, word
 from .epilogue import DspEpilogue
+from .microkernel import MOST_COLUMNS, MicroKernel, as_llvm
 from .rounding import finisher
 from .rows import Widened
 
 CHANNELS = 2
-_MOST_COLUMNS = 4
 # Steps written out: a turn of the loop costs four instructions, a step of a full tile fifteen.
-_STEPS = (8, 7, 6, 5, 9, 10, 12, 4)
+_STEPS = (12, 10, 8, 6, 4)
 _EPILOGUE = 11
 
 
@@ -100,11 +99,11 @@ class _MatrixKernel:
         self.blocks = ceil_div(self.window.out_channels, CHANNELS)
         self.flat = self.window.columns == 1 and self.window.kernel == (1, 1)
         self.extent = self.window.rows if self.flat else self.window.columns
-        self.columns = self._columns()
         row, column = packed.pitches(spec.reduction)
         self.pitch = column
         self.run = (row if packed.axis == "R" else column) // 2
         self.unroll = self._unroll()
+        self.columns = self._columns()
         if choice is not None:
             self.columns = min(choice["columns"], self.extent)
             self.unroll = choice["unroll"]
@@ -114,17 +113,32 @@ class _MatrixKernel:
         """Outputs of a tile, for the fewest instructions."""
 
         def cost(columns: int) -> int:
-            step = 3 + columns * (1 + CHANNELS)
-            return ceil_div(self.extent, columns) * (
-                self.steps * step + columns * CHANNELS * _EPILOGUE
-            )
+            kernel = self._loops(columns)
+            outputs = columns * CHANNELS * _EPILOGUE
+            return ceil_div(self.extent, columns) * (kernel.cost + outputs)
 
-        return min(range(1, min(self.extent, _MOST_COLUMNS) + 1), key=cost)
+        tiles = range(1, min(self.extent, MOST_COLUMNS) + 1)
+        return min((n for n in tiles if self._loops(n).is_possible), key=cost)
 
     def _unroll(self) -> int:
         if self.run <= max(_STEPS):
             return self.run
         return next((n for n in _STEPS if self.run % n == 0), _STEPS[0])
+
+    def _loops(self, columns: int) -> MicroKernel:
+        window = self.window
+        rows = (window.kernel[0] - 1) * window.dilation[0] + 1
+        pitch = window.padded_columns * self.pitch
+        return MicroKernel(
+            columns=columns,
+            run=self.run,
+            rows=window.kernel[0],
+            column_bytes=2 * self.pitch * (1 if self.flat else window.strides[1]),
+            row_bytes=0 if self.flat else 2 * pitch * window.dilation[0],
+            ring_bytes=0 if self.flat or rows == 1 else 2 * pitch * rows,
+            unroll=self.unroll,
+            is_aligned=self.pitch % 2 == 0,
+        )
 
     def space(self) -> SearchSpace:
         """The default and what lies around it."""
@@ -132,7 +146,7 @@ class _MatrixKernel:
         return SearchSpace(
             "arm.matrix",
             {
-                "columns": tuple(range(1, min(self.extent, _MOST_COLUMNS) + 1)),
+                "columns": tuple(range(1, min(self.extent, MOST_COLUMNS) + 1)),
                 "unroll": tuple(sorted(unrolls)),
             },
             {"columns": self.columns, "unroll": self.unroll},
@@ -143,6 +157,9 @@ class _MatrixKernel:
         e, window, spec = self.e, self.window, self.spec
         self.weight = e.flat(self.operands.weight)
         self.epilogue.declare(e)
+        self.loops = self._loops(self.columns)
+        if self.epilogue.bias_buffer is not None:
+            self.biases = e.flat(self.epilogue.bias_buffer)
         pad_value = 0 if isinstance(spec, MatmulSpec) else spec.pad_value
         self.rows = Widened(
             e, window, self.fused, self.operands, spec.data_dtype, pad_value, self.pitch,
@@ -154,7 +171,9 @@ class _MatrixKernel:
             with e.loop("b", window.batch) as b:
                 self._image(b)
         self.epilogue.emit_rest(e, 1)
-        return e.function(list(self.fused.func.params), {})
+        return e.function(
+            list(self.fused.func.params), {}, as_llvm(self.loops.name, self.loops.assembly(), 5)
+        )
 
     def _tiles(self) -> int:
         return ceil_div(self.extent, self.columns)
@@ -173,7 +192,7 @@ class _MatrixKernel:
             first = self._first(tile)
             self.rows.fill_tile(first, self.columns)
             zero = tirx.const(0, "int32")
-            self._channels(zero, zero, first, lambda _ky: zero, self.pitch)
+            self._channels(zero, zero, first, zero)
 
     def _image(self, b: Any) -> None:
         e, window, rows = self.e, self.window, self.rows
@@ -190,70 +209,51 @@ class _MatrixKernel:
                 x = self._first(tile)
                 origin = x * (window.strides[1] * self.pitch)
 
-                def base(ky: Any, origin: Any = origin) -> Any:
-                    slot = oldest + ky * window.dilation[0]
-                    if rows.rows > 1:
-                        slot = tirx.Select(slot >= rows.rows, slot - rows.rows, slot)
-                    return slot * rows.row_pitch + origin
+                base = e.bind("base", oldest * rows.row_pitch + origin)
+                self._channels(b, y, x, base)
 
-                self._channels(b, y, x, base, window.strides[1] * self.pitch)
-
-    def _channels(self, b: Any, y: Any, x: Any, base: Any, step: int) -> None:
+    def _channels(self, b: Any, y: Any, x: Any, base: Any) -> None:
         """All output channels of a tile."""
         with self.e.loop("block", self.blocks) as block:
-            self._tile(b, y, x, base, step, block)
+            self._tile(b, y, x, base, block)
 
-    def _tile(self, b: Any, y: Any, x: Any, base: Any, step: int, block: Any) -> None:
+    def _tile(self, b: Any, y: Any, x: Any, base: Any, block: Any) -> None:
         e, window = self.e, self.window
-        count = self.columns * CHANNELS
-        acc = e.alloc(count, "int32", "acc", registers=True)
+        sums = e.alloc(self.columns * CHANNELS, "int32", "sums", registers=True)
         ragged = window.out_channels % CHANNELS
-
-        def first_index(channel: Any) -> tuple[Any, ...]:
-            return window.indices(b, x if self.flat else y, x, channel)
-
-        for c in range(CHANNELS):
-            channel = block * CHANNELS + c
-            if ragged and c:
-                channel = tirx.min(channel, window.out_channels - 1)
-            start = e.bind("start", self.epilogue.initial(first_index(channel)))
-            for p in range(self.columns):
-                e.store(acc, start, p * CHANNELS + c)
-        self._reduce(acc, base, step, block)
+        weights = e.bind("weights", block * (self.steps * 4))
+        self._call(sums, base, weights, block)
 
         def write(parts: list[tuple[int, int]]) -> None:
             channels = sum(width for _, width in parts)
             for c in range(channels):
                 for p in range(self.columns):
-                    self._finish(acc, b, y, x, block, c, p)
+                    self._finish(sums, b, y, x, block, c, p)
 
         e.ragged(block, self.blocks, ragged, CHANNELS, write)
 
-    def _reduce(self, acc: tirx.Buffer, base: Any, step: int, block: Any) -> None:
-        e, window = self.e, self.window
-        kh, kw = window.kernel
-        first = e.bind("weights", block * (self.steps * 4))
-        row_steps = self.packed.pitches(self.spec.reduction)[0] // 2
-        columns = kw if self.packed.axis == "I" else 1
-        with e.loop("ky", kh) as ky:
-            row = e.bind("row", base(ky))
-            with e.loop("kx", columns) as kx:
-                data = e.bind("data", row + kx * (window.dilation[1] * self.pitch))
-                weights = e.bind("at", first + ky * (row_steps * 4) + kx * (self.run * 4))
-                e.unrolled(
-                    "k", self.run, self.unroll, partial(self._step, acc, data, weights, step)
-                )
+    def _initial(self, sums: tirx.Buffer, block: Any) -> Any:
+        """Where the two channels' first sums are."""
+        e, window, epilogue = self.e, self.window, self.epilogue
+        bias = epilogue.bias_buffer
+        if bias is not None and window.out_channels % CHANNELS == 0:
+            return tirx.address_of(self.biases[block * CHANNELS])
+        zero = tirx.const(0, "int32")
+        for c in range(CHANNELS):
+            channel = tirx.min(block * CHANNELS + c, window.out_channels - 1)
+            e.store(sums, epilogue.initial(window.indices(zero, zero, zero, channel)), c)
+        return tirx.address_of(sums[0])
 
-    def _step(self, acc: tirx.Buffer, data: Any, weights: Any, step: int, k: Any) -> None:
-        """Two positions of the reduction."""
-        e = self.e
-        both = e.bind("both", word(self.weight, weights + k * 4, 4))
-        opened = [e.bind("a", extend_even(both)), e.bind("b", extend_odd(both))]
-        for p in range(self.columns):
-            pair = e.bind("pair", word(self.rows.buffer, data + (p * step) + k * 2, 2))
-            for c, weight in enumerate(opened):
-                place = p * CHANNELS + c
-                e.store(acc, multiply_add(acc[place], pair, weight), place)
+    def _call(self, sums: tirx.Buffer, data: Any, weights: Any, block: Any) -> None:
+        rows = self.rows.buffer
+        end = 0 if self.flat else self.rows.rows * self.rows.row_pitch
+        self.e.evaluate(
+            tirx.call_extern(
+                "void", f"{self.loops.name}_call", tirx.address_of(rows[data]),
+                tirx.address_of(self.weight[weights]), self._initial(sums, block),
+                tirx.address_of(sums[0]), tirx.address_of(rows[end]),
+            )
+        )  # fmt: skip
 
     def _finish(self, acc: tirx.Buffer, b: Any, y: Any, x: Any, block: Any, c: int, p: int) -> None:
         window = self.window

@@ -1,0 +1,226 @@
+"""The inner loops of the matrix kernel as assembly: a compiler keeps eight sums in fourteen registers
+only with spills, a third of all instructions.
+
+    void NAME(const int16_t *data, const int8_t *weights, const int32_t initial[2],
+              int32_t sums[columns][2], const int16_t *end)
+
+`data` is the first output's first position in the ring of rows, whose end is `end`. A *double step*
+takes four positions of the reduction: for three outputs one `ldrd` of weights, four `sxtb16`, three
+`ldrd` of data and twelve `smlad` for 24 multiply-adds. Four outputs leave registers for single steps
+only: 15 instructions for 16. `ldrd` wants whole words, so odd pitches take single steps as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MOST_COLUMNS = 4
+_LDRD_REACH, _LDR_REACH = 1020, 4095
+
+
+@dataclass(frozen=True)
+class MicroKernel:
+    """What the loops depend on. Bytes throughout."""
+
+    columns: int
+    run: int
+    """Steps of a kernel row: two positions each, one word of weights."""
+    rows: int
+    """Kernel rows."""
+    column_bytes: int
+    """Between two outputs of the tile."""
+    row_bytes: int
+    """Between two kernel rows in the ring."""
+    ring_bytes: int
+    unroll: int
+    """Steps written out; even."""
+    is_aligned: bool
+    """Whether all data are read at whole words."""
+
+    @property
+    def is_double(self) -> bool:
+        """Whether double steps are possible."""
+        return (
+            self.columns <= 3
+            and self.is_aligned
+            and (self.columns - 1) * self.column_bytes <= _LDRD_REACH
+        )
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the immediate offsets reach all outputs."""
+        return (self.columns - 1) * self.column_bytes <= _LDR_REACH
+
+    @property
+    def cost(self) -> int:
+        """Instructions of a call, roughly."""
+        step = 5 * self.columns + 5 if self.is_double else 2 * (3 * self.columns + 3)
+        return self.rows * (self.run * step // 2 + 10) + 6 * self.columns + 20
+
+    @property
+    def name(self) -> str:
+        """Unique among the kernels of a program, the same for equal ones."""
+        facts = (
+            self.columns, self.run, self.rows, self.column_bytes, self.row_bytes, self.ring_bytes,
+            self.unroll, int(self.is_aligned),
+        )  # fmt: skip
+        return "tvmc_smlad_" + "_".join(str(fact) for fact in facts)
+
+    def assembly(self) -> str:
+        """The function."""
+        sums = [f"r{4 + i}" for i in range(2 * self.columns)]
+        if self.columns == 4:
+            opened, data = ["r2", "r3"], ["r12"]
+        else:
+            free = [f"r{i}" for i in range(4 + 2 * self.columns, 12)]
+            opened, data = ["r2", "r3", *free[:2]], ["r12", "lr"]
+        body = _Body(self, sums, opened, data)
+        head = [
+            ".syntax unified",
+            f'.section .text.{self.name},"ax",%progbits',
+            ".balign 4",
+            ".thumb",
+            ".thumb_func",
+            f".type {self.name}, %function",
+            f"{self.name}:",
+        ]
+        return "\n".join([*head, *body.lines(), f".size {self.name}, . - {self.name}"])
+
+
+class _Body:
+    # The frame: where the sums go, end of a run's weights, kernel rows left, alignment; then what
+    # was pushed, and behind it the fifth argument.
+    SUMS, LAST, ROWS, FRAME = 0, 4, 8, 12
+    END = FRAME + 36
+
+    def __init__(
+        self, kernel: MicroKernel, sums: list[str], opened: list[str], data: list[str]
+    ) -> None:
+        self.kernel, self.sums, self.opened, self.data = kernel, sums, opened, data
+
+    def lines(self) -> list[str]:
+        kernel, sums = self.kernel, self.sums
+        out = ["push {r4-r11, lr}", f"sub sp, #{self.FRAME}", f"str r3, [sp, #{self.SUMS}]"]
+        out.append(f"ldrd {sums[0]}, {sums[1]}, [r2]")
+        out += [f"mov {sums[i]}, {sums[i % 2]}" for i in range(2, len(sums))]
+        if kernel.rows > 1:
+            out += [f"movs r2, #{kernel.rows}", f"str r2, [sp, #{self.ROWS}]", "1:"]
+        out += self.row()
+        if kernel.rows > 1:
+            out += self.next_row()
+        out += [f"ldr r0, [sp, #{self.SUMS}]", f"stm r0, {{{', '.join(sums)}}}"]
+        return [*out, f"add sp, #{self.FRAME}", "pop {r4-r11, pc}"]
+
+    def row(self) -> list[str]:
+        """One kernel row: a loop, then what does not fill a turn of it."""
+        kernel, out = self.kernel, []
+        turns = kernel.run // kernel.unroll
+        rest = kernel.run - turns * kernel.unroll
+        if turns == 1:
+            turns, rest = 0, kernel.run
+        if turns:
+            last = turns * kernel.unroll * 4
+            in_register = kernel.columns == 4 or kernel.columns <= 2
+            limit = "lr" if kernel.columns == 4 else "r11"
+            if in_register:
+                out += _add(limit, "r1", last, "r2")
+            else:
+                out += [*_add("r2", "r1", last, "r3"), f"str r2, [sp, #{self.LAST}]"]
+            out += ["2:", *self.steps(kernel.unroll)]
+            if not in_register:
+                limit = "r2"
+                out.append(f"ldr r2, [sp, #{self.LAST}]")
+            out += [f"cmp r1, {limit}", "bne.w 2b"]
+        return out + self.steps(rest)
+
+    def steps(self, count: int) -> list[str]:
+        if not self.kernel.is_double:
+            return [line for _ in range(count) for line in self.single()]
+        out = [line for _ in range(count // 2) for line in self.double()]
+        return out + (self.single() if count % 2 else [])
+
+    def double(self) -> list[str]:
+        """[a0 b0 a1 b1] [a2 b2 a3 b3]"""
+        a0, b0, a1, b1 = self.opened
+        x, y = self.data
+        out = [f"ldrd {a0}, {a1}, [r1], #8"]
+        for even, odd in ((a0, b0), (a1, b1)):
+            out += [f"sxtb16 {odd}, {even}, ror #8", f"sxtb16 {even}, {even}"]
+        for p in range(self.kernel.columns):
+            sa, sb = self.sums[2 * p : 2 * p + 2]
+            out += [
+                self.load(f"ldrd {x}, {y}", p, 8),
+                f"smlad {sa}, {x}, {a0}, {sa}",
+                f"smlad {sb}, {x}, {b0}, {sb}",
+                f"smlad {sa}, {y}, {a1}, {sa}",
+                f"smlad {sb}, {y}, {b1}, {sb}",
+            ]
+        return out
+
+    def single(self) -> list[str]:
+        a, b = self.opened[:2]
+        x = self.data[0]
+        out = [f"ldr {a}, [r1], #4", f"sxtb16 {b}, {a}, ror #8", f"sxtb16 {a}, {a}"]
+        for p in range(self.kernel.columns):
+            sa, sb = self.sums[2 * p : 2 * p + 2]
+            out += [
+                self.load(f"ldr {x}", p, 4),
+                f"smlad {sa}, {x}, {a}, {sa}",
+                f"smlad {sb}, {x}, {b}, {sb}",
+            ]
+        return out
+
+    def load(self, what: str, p: int, step: int) -> str:
+        """The last output of a tile moves the pointer on with its own load... of the first."""
+        if p == 0:
+            return f"{what}, [r0], #{step}"
+        return f"{what}, [r0, #{p * self.kernel.column_bytes - step}]"
+
+    def next_row(self) -> list[str]:
+        kernel = self.kernel
+        out = _add("r0", "r0", kernel.row_bytes - kernel.run * 4, "r2")
+        if kernel.ring_bytes:
+            out += [
+                f"ldr r2, [sp, #{self.END}]",
+                f"movw r3, #{kernel.ring_bytes & 0xFFFF}",
+                *([f"movt r3, #{kernel.ring_bytes >> 16}"] if kernel.ring_bytes >> 16 else []),
+                "cmp r0, r2",
+                "it hs",
+                "subhs r0, r0, r3",
+            ]
+        return [
+            *out,
+            f"ldr r2, [sp, #{self.ROWS}]",
+            "subs r2, #1",
+            f"str r2, [sp, #{self.ROWS}]",
+            "bne.w 1b",
+        ]
+
+
+def _add(to: str, value: str, number: int, scratch: str) -> list[str]:
+    """to = value + number"""
+    if number == 0 and to == value:
+        return []
+    if abs(number) <= 4095:
+        return [f"{'addw' if number >= 0 else 'subw'} {to}, {value}, #{abs(number)}"]
+    low, high = number & 0xFFFF, number >> 16 & 0xFFFF
+    return [f"movw {scratch}, #{low}", f"movt {scratch}, #{high}", f"add {to}, {value}, {scratch}"]
+
+
+def as_llvm(name: str, assembly: str, arguments: int) -> str:
+    """Assembly as a module of LLVM's, for `pragma_import_llvm`. What is called is NAME_call, which
+    promises that nothing is thrown: or else the linker would want an unwinder."""
+    lines = ['module asm "{}"'.format(line.replace('"', "\\22")) for line in assembly.splitlines()]
+    types = ", ".join(["ptr"] * arguments)
+    values = ", ".join(f"ptr %a{i}" for i in range(arguments))
+    return "\n".join(
+        [
+            *lines,
+            f"declare void @{name}({types}) nounwind",
+            f"define internal void @{name}_call({values}) alwaysinline nounwind {{",
+            f"  call void @{name}({values}) nounwind",
+            "  ret void",
+            "}",
+            "",
+        ]
+    )
