@@ -176,10 +176,10 @@ def test_verify_measures_exactness_fidelity_and_accuracy(world: World) -> None:
 
 
 def test_codes_rounded_from_floats_are_told_apart(world: World, tmp_path: Path) -> None:
-    """A float layer's sums depend on the order of additions: what is rounded from them may differ by
-    a step, what is computed from those codes may not."""
+    """A float layer's sums depend on the order of additions: what is rounded from them may differ
+    by a step, what is computed from those codes may not."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("steps:\n  - quantize: {layers: fc}\n")
+    recipe.write_text("version: 1\nsteps:\n  - quantize: {layers: fc}\n")
     out = tmp_path / "out"
     result = tvm_compress(
         "compress", world.model, "--recipe", recipe, "--calib", world.calibration, "-o", out,
