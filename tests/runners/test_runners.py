@@ -137,6 +137,20 @@ def test_outputs_and_instruction_counts(name: str, tmp_path: Path) -> None:
     assert run_program(program, feeds).instructions == counted  # exactly repeatable
 
 
+def test_many_samples_are_shared_out_and_come_back_in_order(tmp_path: Path) -> None:
+    program = built("cortex-m4", tmp_path)
+    feeds = samples([number % 4 for number in range(37)])
+    told: list[int] = []
+    result = run_program(program, feeds, progress=told.append)
+    assert len(result.outputs) == len(result.by_function) == len(result.ticks) == 37
+    for feed, outputs in zip(feeds, result.outputs, strict=True):
+        np.testing.assert_array_equal(outputs["scores"], expected(feed)["scores"])
+    counts = np.array(result.instructions).reshape(-1)
+    assert len(set(counts[1::4])) == 1 and len(set(counts[:4])) == 4
+    assert all(0 <= number <= 37 for number in told)
+    assert run_program(program, []).outputs == ()
+
+
 @pytest.mark.parametrize("name", ["cortex-m4", "cortex-m7", "cortex-m55", "riscv64gc"])
 def test_the_machines_own_timer_agrees(name: str, tmp_path: Path) -> None:
     """With `-icount` the timer counts instructions; no plugin is loaded."""

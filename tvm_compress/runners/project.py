@@ -42,8 +42,6 @@ class Project:
     objects: tuple[str, ...] = ()
     include_folders: tuple[str, ...] = (".",)
     flags: tuple[str, ...] = ()
-    model_io: str = ""
-    """The project's own file of what `main.c` must know; empty: made from the fields above."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,7 @@ def build_program(project: Project, target: Target, folder: Path) -> Program:
     require_tools(target)
     harness = folder / _HARNESS
     files = runtime_files(target)
-    if not project.model_io:
-        files["model_io.h"] = model_io_header(project)
+    files["model_io.h"] = model_io_header(project)
     for name, text in files.items():
         path = harness / name
         path.parent.mkdir(parents=True, exist_ok=True)

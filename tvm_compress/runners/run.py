@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from ..targets import Target
 
 _POLL_SECONDS = 0.05
+_LEAST_SAMPLES = 8  # a process: an emulator takes a moment to start
 _SEMIHOSTING = ("-semihosting-config", "enable=on,target=native")
 _QUIET = ("-nographic", "-monitor", "none", "-serial", "none")
 
@@ -49,7 +52,7 @@ def run_program(
     seconds: float = 600.0,
     progress: Callable[[int], None] | None = None,
 ) -> RunResult:
-    """Run `feeds` through `program`, all in one process.
+    """Run `feeds` through `program`, in as few processes as keep all cores busy.
 
     `count` counts instructions (emulated targets). `is_timed_by_instructions` makes the machine's
     timer advance by one nanosecond an instruction, a check of the counts by other means
@@ -57,9 +60,51 @@ def run_program(
     the program fails or takes more than `seconds`.
     """
     listed_feeds = list(feeds)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    size = max(_LEAST_SAMPLES, -(-len(listed_feeds) // cores))
+    pieces = [listed_feeds[at : at + size] for at in range(0, len(listed_feeds), size)]
+    done = [0] * len(pieces)
+
+    def run(index: int) -> RunResult:
+        def piece_progress(samples: int) -> None:
+            done[index] = samples
+            if progress is not None:
+                progress(sum(done))
+
+        arguments = (count, is_timed_by_instructions, seconds, piece_progress)
+        return _run_piece(program, pieces[index], *arguments)
+
+    with ThreadPoolExecutor(cores) as pool:
+        results = list(pool.map(run, range(len(pieces))))
+    return _joined(results) if results else RunResult((), () if count else None, (), None, ())
+
+
+def _joined(results: list[RunResult]) -> RunResult:
+    counted = [result.instructions for result in results]
+    stacks = [result.stack_bytes for result in results if result.stack_bytes is not None]
+    return RunResult(
+        outputs=tuple(outputs for result in results for outputs in result.outputs),
+        instructions=None
+        if None in counted
+        else tuple(number for numbers in counted for number in numbers or ()),
+        by_function=tuple(row for result in results for row in result.by_function),
+        stack_bytes=max(stacks, default=None),
+        ticks=tuple(number for result in results for number in result.ticks),
+    )
+
+
+def _run_piece(
+    program: Program,
+    feeds: list[Mapping[str, np.ndarray]],
+    count: bool,
+    is_timed_by_instructions: bool,
+    seconds: float,
+    progress: Callable[[int], None],
+) -> RunResult:
+    """All in one process."""
     with TemporaryDirectory(prefix="tvm-compress-run-") as name:
         folder = Path(name)
-        (folder / "input.bin").write_bytes(pack_samples(program.project, listed_feeds))
+        (folder / "input.bin").write_bytes(pack_samples(program.project, feeds))
         command = _command(program.target, program.elf, is_timed_by_instructions)
         listed = None
         if count and program.target.machine:
@@ -68,10 +113,8 @@ def run_program(
         sample_bytes = sum(tensor_bytes(spec) for spec in program.project.outputs)
         _call(command, folder, program.target, seconds, sample_bytes, progress)
         outputs = unpack_samples(program.project, (folder / "output.bin").read_bytes())
-        if len(outputs) != len(listed_feeds):
-            raise ArtefactError(
-                f"the program answered {len(outputs)} of {len(listed_feeds)} samples"
-            )
+        if len(outputs) != len(feeds):
+            raise ArtefactError(f"the program answered {len(outputs)} of {len(feeds)} samples")
         numbers = np.fromfile(folder / "counters.bin", "<u4")
         counts = Counts((), ())
         if listed is not None:
@@ -108,7 +151,7 @@ def _call(
     target: Target,
     seconds: float,
     sample_bytes: int,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None],
 ) -> None:
     output, messages = folder / "output.bin", folder / "messages.txt"
     end = time.monotonic() + seconds
@@ -122,7 +165,7 @@ def _call(
                     raise ArtefactError(
                         f"{command[0]}: no end after {seconds:.0f} s on target {target.name!r}"
                     )
-                if progress is not None and output.exists():
+                if output.exists():
                     progress(output.stat().st_size // sample_bytes)
                 time.sleep(_POLL_SECONDS)
         finally:
