@@ -37,6 +37,8 @@ class CompiledKernel:
     workspaces: tuple[Workspace, ...]
     code: bytes
     alignment: int
+    leads: tuple[tuple[int, int, int], ...] = ()
+    """As in `BareKernel`."""
 
     def to_bytes(self) -> bytes:
         head = {
@@ -44,6 +46,7 @@ class CompiledKernel:
             "parameters": self.parameters,
             "workspaces": [(w.name, w.bytes) for w in self.workspaces],
             "alignment": self.alignment,
+            "leads": self.leads,
         }
         return json.dumps(head).encode() + b"\n" + self.code
 
@@ -54,7 +57,8 @@ class CompiledKernel:
         head = json.loads(line)
         workspaces = tuple(Workspace(name, size) for name, size in head["workspaces"])
         parameters = tuple(head["parameters"])
-        return cls(head["symbol"], parameters, workspaces, code, head["alignment"])
+        leads = tuple((output, source, lead) for output, source, lead in head["leads"])
+        return cls(head["symbol"], parameters, workspaces, code, head["alignment"], leads)
 
 
 def compile_kernels(
@@ -81,8 +85,8 @@ def compile_kernels(
                 running[key] = pool.submit(_compile, kernel, symbol, target, is_c)
         fresh = {key: future.result() for key, future in running.items()}
     if cached is not None:
-        for key, kernel in fresh.items():
-            cached.put(key, kernel.to_bytes())
+        for key, compiled in fresh.items():
+            cached.put(key, compiled.to_bytes())
     done |= fresh
     return {name: done[key] for name, key in keys.items()}, len(done) - len(fresh)
 
@@ -103,7 +107,9 @@ def _bare(
 
 def _compile(kernel: BareKernel, symbol: str, target: Target, is_c: bool) -> CompiledKernel:
     code = c_source(kernel).encode() if is_c else object_file(kernel, target)
-    return CompiledKernel(symbol, kernel.parameters, kernel.workspaces, code, alignment(target))
+    return CompiledKernel(
+        symbol, kernel.parameters, kernel.workspaces, code, alignment(target), kernel.leads
+    )
 
 
 def alignment(target: Target) -> int:
@@ -128,5 +134,5 @@ def _sources() -> str:
     from ..workspace import hash_sources
 
     here = Path(__file__).parent
-    files = ["kernel_code.py", "rewrite_body.py", "rounding.py", "compile.py"]
+    files = ["kernel_code.py", "rewrite_body.py", "rounding.py", "compile.py", "in_place.py"]
     return hash_sources([here / name for name in files], compiler_version())

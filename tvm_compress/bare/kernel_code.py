@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from ..targets import Target
 
+LEAST_GAIN = 0.25
+"""Less memory in common is not worth having LLVM expect it."""
+
 STACK_BYTES = 64
 """A kernel's own buffer of more bytes than this is a workspace."""
 
@@ -43,6 +46,9 @@ class BareKernel:
     parameters: tuple[str, ...]
     """What each pointer points to, as a C type; the workspaces' come last."""
     workspaces: tuple[Workspace, ...]
+    leads: tuple[tuple[int, int, int], ...] = ()
+    """(output, input, bytes): the output may lie over that input if it starts so many bytes or more
+    before it."""
 
 
 def scheduling_target(target: Target, is_c: bool) -> Target:
@@ -56,12 +62,15 @@ def to_bare(scheduled: tirx.PrimFunc, symbol: str, target: Target, is_c: bool) -
     """Lower a scheduled kernel to loops over pointers under the name `symbol`."""
     import tvm
     from tvm import tirx
-    from tvm.tirx.stmt import AllocBuffer, AttrStmt, DeclBuffer, SeqStmt
+    from tvm.tirx.stmt import AllocBuffer, AttrStmt, Bind, DeclBuffer, SeqStmt
 
+    from .in_place import leads
     from .rewrite_body import rewrite_statement
     from .rounding import rounder, without_library
 
     lowered = _lower(scheduled, target, is_c)
+    over = leads(lowered, int((lowered.attrs or {}).get("num_outputs", 1)), LEAST_GAIN)
+    overlapping = {number for pair in over for number in pair}
     to_int32 = rounder(target, is_c)
     pointers: list[tirx.Var] = []
     types: list[str] = []
@@ -72,7 +81,12 @@ def to_bare(scheduled: tirx.PrimFunc, symbol: str, target: Target, is_c: bool) -
         element = tvm.ir.PrimType(str(buffer.dtype))
         pointers.append(tirx.Var(buffer.name, tvm.ir.PointerType(element, "global")))
         types.append(c_type(str(buffer.dtype)))
-        return DeclBuffer(buffer, data=pointers[-1])
+        if is_c or len(pointers) - 1 not in overlapping:
+            return DeclBuffer(buffer, data=pointers[-1])
+        # Without "noalias", the code generator puts what is bound to a pointer into one class of
+        # memory, so that LLVM keeps the order of loads and stores.
+        bound = tirx.Var(f"{buffer.name}_bound", pointers[-1].ty)
+        return SeqStmt([Bind(bound, pointers[-1]), DeclBuffer(buffer, data=bound)])
 
     def on_stack(buffer: tirx.Buffer) -> tirx.Stmt:
         # Or the code generator would be told to ask TVM's runtime for it.
@@ -105,12 +119,13 @@ def to_bare(scheduled: tirx.PrimFunc, symbol: str, target: Target, is_c: bool) -
     body = AttrStmt(zero, "device_id", zero, AttrStmt(zero, "device_type", cpu, body))
     attributes = {
         "global_symbol": symbol,
-        "tirx.noalias": True,
+        "tirx.noalias": not overlapping,
         "target": lowered.attrs["target"],
         "calling_conv": 0,
     }
     function = tirx.PrimFunc(pointers, body).with_attr(attributes)
-    return BareKernel(function, tuple(types), tuple(workspaces))
+    found = tuple((*pair, lead) for pair, lead in over.items())
+    return BareKernel(function, tuple(types), tuple(workspaces), found)
 
 
 def shifted_unsigned(expr: ir.Expr) -> ir.Expr:

@@ -48,6 +48,8 @@ class KernelCall:
     workspaces: tuple[tuple[str, int], ...] = ()
     """Name of the kernel's parameter, and its offset in the workspace of the call."""
     workspace_bytes: int = 0
+    in_place: tuple[tuple[str, str, int], ...] = ()
+    """(output, input, bytes): the output may start so many bytes before the input, or more."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -222,15 +224,33 @@ def with_kernels(program: Program, kernels: Mapping[str, CompiledKernel]) -> Pro
                 offsets.append((workspace.name, end))
                 end += -(-workspace.bytes // kernel.alignment) * kernel.alignment
             call = replace(
-                call, symbol=kernel.symbol, workspaces=tuple(offsets), workspace_bytes=end
+                call,
+                symbol=kernel.symbol,
+                workspaces=tuple(offsets),
+                workspace_bytes=end,
+                in_place=_in_place(call, kernel),
             )
         calls.append(call)
     return replace(program, calls=tuple(calls))
 
 
+def _in_place(call: KernelCall, kernel: CompiledKernel) -> tuple[tuple[str, str, int], ...]:
+    """What the kernel allows for its parameters, of the tensors of a call."""
+    found = []
+    lead_of = {(output, source): lead for output, source, lead in kernel.leads}
+    for output in dict.fromkeys(output for output, _, _ in kernel.leads):
+        for name in dict.fromkeys(call.inputs):
+            # One tensor may be several arguments.
+            pairs = [(output, i) for i, argument in enumerate(call.inputs) if argument == name]
+            if all(pair in lead_of for pair in pairs):
+                lead = max(lead_of[pair] for pair in pairs)
+                found.append((call.arguments[output], name, lead))
+    return tuple(found)
+
+
 def plan_memory(program: Program, alignment: int) -> tuple[Program, GraphPlan]:
     """The program in the order that needs the least memory, and the arena."""
-    from .order import Graph, Operator, plan_graph
+    from .order import Graph, InPlace, Operator, plan_graph
 
     # An output lies elsewhere, but who reads it must come after who writes it.
     held = {
@@ -239,7 +259,13 @@ def plan_memory(program: Program, alignment: int) -> tuple[Program, GraphPlan]:
         if t.role in ("activation", "output")
     }
     operators = tuple(
-        Operator(f"call{i}", call.inputs, call.outputs, call.workspace_bytes)
+        Operator(
+            f"call{i}",
+            call.inputs,
+            call.outputs,
+            call.workspace_bytes,
+            tuple(InPlace(*names) for names in call.in_place),
+        )
         for i, call in enumerate(program.calls)
     )
     found = plan_graph(Graph(held, operators), alignment)
