@@ -96,7 +96,7 @@ def build_program(project: Project, target: Target, folder: Path) -> Program:
     includes = [f"-I{project.folder / name}" for name in project.include_folders]
     sources = [harness / name for name in files if name.endswith((".c", ".S"))]
     sources += [project.folder / name for name in project.sources]
-    objects = [project.folder / name for name in project.objects]
+    objects: list[Path] = []
     for index, source in enumerate(sources):
         is_ours = source.is_relative_to(harness)
         # By number: two files of a project may have one name.
@@ -107,6 +107,8 @@ def build_program(project: Project, target: Target, folder: Path) -> Program:
             f"{source.name} does not compile for {target.name}",
         )
         objects.append(out)
+    # Libraries behind who needs them.
+    objects += [project.folder / name for name in project.objects]
     elf, link_map = folder / "program.elf", folder / "program.map"
     linking = ["-static", "-Wl,--gc-sections", f"-Wl,-Map={link_map}"]
     if target.is_bare_metal:
@@ -128,8 +130,11 @@ def _call(command: list[str], what: str) -> None:
     except subprocess.TimeoutExpired:
         raise ArtefactError(f"{what}: {command[0]} took more than five minutes") from None
     if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if "error" in line or "overflow" in line]
-        detail = " | ".join((lines or done.stderr.splitlines()[-3:])[:3])
+        said = done.stderr.splitlines()
+        words = ("error:", "overflow", "undefined reference", "RAM is full")
+        # The linker's driver says only that the linker failed.
+        lines = [x for x in said if any(w in x for w in words) and "ld returned" not in x]
+        detail = " | ".join((lines or said[-3:])[:3])
         raise ArtefactError(f"{what}: {detail}")
 
 
