@@ -68,7 +68,7 @@ def sides_of(artefact: Artefact, spec: TensorSpec) -> dict[str, Scorer]:
     """The two programs of an artefact; `spec` is the output with the scores."""
 
     def scorer(side: str) -> Scorer:
-        session = artefact.session(side)
+        session = artefact.runnable(side)
         return lambda feed: session.run(feed)[spec.name]
 
     return {side: scorer(side) for side in ("compressed", "original")}

@@ -1,7 +1,7 @@
 """The output folder of `compress`: what runs on the target, and the evidence.
 
 recipe.yaml      resolved: alone (with the model and data) it reproduces the artefact
-deploy/          what goes to the target: the shared library
+deploy/          what goes to the target: the shared library, or a C project (`bare/README.md`)
 reference/       what the artefact is checked against: the float original built by the same
                  compiler for the same target, the executable reference graph, kernel lists
 tuning/          the tuning records it was built with, if any; `tune --import` reads them
@@ -20,9 +20,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ArtefactError
+from .errors import ArtefactError, TargetError
 
 if TYPE_CHECKING:
+    from .bare.session import ProjectSession
     from .data import Dataset
     from .model import TensorSpec
     from .recipe import Recipe
@@ -36,6 +37,7 @@ REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 KERNELS = "reference/kernels.json"
 RECORDS = "tuning/records.json"
+DEPLOY = "deploy"
 LIBRARIES = {
     "compressed": "deploy/model.so",
     "original": "reference/original.so",
@@ -123,8 +125,36 @@ class Artefact:
         """Path of one of the `LIBRARIES`."""
         return self.path / LIBRARIES[which]
 
+    @property
+    def is_project(self) -> bool:
+        """Whether it ships as a C project, which runs on a machine of its own."""
+        return not self.path_of("compressed").exists()
+
+    def require_can_run(self) -> None:
+        """Raise `TargetError` where it can be run neither on this machine nor under an emulator."""
+        from .bare.session import cannot_run
+
+        if not self.is_project:
+            self.target.require_runs_here()
+            return
+        reason = cannot_run(self.target)
+        if reason is not None:
+            raise TargetError(f"{self.path}: cannot be run here: {reason}")
+
+    def project(self) -> ProjectSession:
+        """Its C project, run as its target is."""
+        from .bare.session import ProjectSession
+
+        return ProjectSession(self.path / DEPLOY, self.target)
+
+    def runnable(self, which: str = "compressed") -> Session | ProjectSession:
+        """Something with `run`: one of the libraries, or the C project."""
+        if which == "compressed" and self.is_project:
+            return self.project()
+        return self.session(which)
+
     def session(self, which: str = "compressed") -> Session:
-        """Load one of the libraries on this machine."""
+        """Load one of the libraries on this machine; a C project has none of its own."""
         from .runtime import Session
 
         return Session(self.path_of(which), self.inputs, self.outputs)

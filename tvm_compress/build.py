@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import tvm
     from tvm import relax, tirx
 
+    from .bare.build import BareBuilt
     from .compile_kernels import CompiledKernels, KernelCounts, Scheduling
     from .kernel_cache import KernelCache
     from .kernels import Call
@@ -104,8 +105,13 @@ def build(
 
 
 def lower(module: tvm.IRModule, target: Target, choose: TunedChoices | None = None) -> Lowered:
-    """The first half of `build`: everything but scheduling and compiling the kernels."""
+    """The first half of `build`: everything but scheduling and compiling the kernels.
+
+    For a cross target, of which artefacts are C projects, inputs and outputs become integers, and
+    memory is planned later, when the kernels' own is known.
+    """
     from .pipeline import (
+        destination_pipeline,
         fusion_pipeline,
         memory_pipeline,
         packing_pipeline,
@@ -114,16 +120,22 @@ def lower(module: tvm.IRModule, target: Target, choose: TunedChoices | None = No
         storage_pipeline,
     )
     from .relay_passes.branches import functions_in_order
+    from .relay_passes.integer_edges import IntegerEdges
     from .relay_passes.lower import LEFT_FLOAT_ATTR
     from .relay_passes.pack_weights import DECODED_ATTR
 
     with target.tvm_target():
+        if target.is_cross:
+            module = IntegerEdges()(module)
         reference = reference_pipeline()(storage_pipeline(target)(module))
         packed = packing_pipeline(target)(reference)
         fused = fusion_pipeline()(packed)
-        planned = memory_pipeline()(fused)
         with _as_model_error(target.name):
-            lowered = runtime_pipeline()(planned)
+            if target.is_cross:
+                planned = lowered = destination_pipeline()(fused)
+            else:
+                planned = memory_pipeline()(fused)
+                lowered = runtime_pipeline()(planned)
     choices: dict[str, Choice | None] = {}
     if choose is not None:
         choices = {var.name_hint: choose(func) for var, func in _kernels(lowered).items()}
@@ -134,7 +146,7 @@ def lower(module: tvm.IRModule, target: Target, choose: TunedChoices | None = No
         reference_module=reference,
         calls=_calls(fused),
         constants=_constants(packed),
-        plan_bytes=_plan_bytes(planned),
+        plan_bytes=0 if target.is_cross else _plan_bytes(planned),
         left_float=tuple(
             entry
             for global_var in functions_in_order(reference)
@@ -160,6 +172,40 @@ def compile_lowered(lowered: Lowered, cached: KernelCache | None = None) -> Buil
         replace(call, symbol=compiled.symbols[call.symbol]) for call in lowered.calls
     )
     return Built(**facts, executable=executable, kernels=compiled.counts)
+
+
+@dataclass(frozen=True)
+class BuiltProject(Lowered):
+    """All that a C project is written from."""
+
+    project: BareBuilt = field(kw_only=True)
+
+
+def compile_project(
+    lowered: Lowered, form: str = "object", cached: KernelCache | None = None
+) -> BuiltProject:
+    """The second half of `build` for a cross target; `form` is one of `bare.build.FORMS`."""
+    from .bare.build import build_program
+    from .relay_passes.integer_edges import edges_of
+
+    target = lowered.target
+    with target.tvm_target(), _as_model_error(target.name):
+        project = build_program(
+            lowered.module,
+            edges_of(lowered.module),
+            lowered.calls,
+            target,
+            form,
+            lowered.choices,
+            cached,
+        )
+    facts = {f.name: getattr(lowered, f.name) for f in fields(Lowered)}
+    facts["plan_bytes"] = project.arena_bytes
+    symbols = {name: call.symbol for call in project.program.calls for name in call.outputs}
+    facts["calls"] = tuple(
+        replace(call, symbol=symbols.get(call.output, call.symbol)) for call in lowered.calls
+    )
+    return BuiltProject(**facts, project=project)
 
 
 def compile_module(

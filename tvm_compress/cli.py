@@ -289,6 +289,13 @@ def profile(
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the artefact."
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Seed.  [default: the recipe's]")
+@click.option(
+    "--emit",
+    type=click.Choice(["object", "c"]),
+    default="object",
+    show_default=True,
+    help="Kernels of a C project: machine code, or C for any compiler.",
+)
 @click.option("--force", is_flag=True, help="Replace the artefact of another model in OUT.")
 @_budget_options
 @_database_option
@@ -309,6 +316,7 @@ def compress(
     minutes: float | None,
     database: Path | None,
     kernel_cache: bool,
+    emit: str,
     threads: int | None,
     shapes: tuple[tuple[str, tuple[int, ...]], ...],
     input_values: tuple[tuple[str, float], ...],
@@ -339,6 +347,7 @@ def compress(
         minutes=minutes,
         database=database,
         kernel_cache=kernel_cache,
+        emit=emit,
         force=force,
         progress=_progress(),
     )
@@ -587,6 +596,9 @@ def benchmark(
 ) -> None:
     """Time ARTEFACT and its original side by side on this machine, and score them on labelled data.
 
+    An artefact for another machine is run under its emulator, which counts instructions, exactly;
+    flash, RAM and stack are those of the linked program.
+
     Other runtimes that are to run the model in int8 (--calib) are calibrated with the samples that
     `compress` takes of the same data.
     """
@@ -601,6 +613,21 @@ def benchmark(
     if calibration is not None and not against:
         raise click.UsageError("--calib is for other runtimes: --against onnxruntime,openvino")
     opened = Artefact.open(artefact)
+    if opened.is_project:
+        from .board_benchmarking import benchmark_board
+        from .report.board import print_board_benchmark
+
+        if against:
+            raise click.UsageError(
+                "--against: other runtimes run on this machine, the artefact does not; "
+                "compress for 'host' to compare them"
+            )
+        counted = benchmark_board(opened, evaluate=evaluate, progress=_progress())
+        if as_json:
+            _print_json(asdict(counted))
+        else:
+            print_board_benchmark(counted, opened.original)
+        return
     result = run_benchmark(
         opened,
         against=against,

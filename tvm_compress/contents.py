@@ -11,19 +11,32 @@ from .errors import TargetError
 if TYPE_CHECKING:
     import tvm
 
-    from .build import Built
+    from .build import Built, BuiltProject, Lowered
     from .kernels import LibraryInfo
     from .targets import Target
 
 
 def describe_library(built: Built, library: Path) -> LibraryInfo:
     """Bytes, kernel calls and tensors of one exported library."""
-    from .kernels import LibraryInfo, TensorInfo
-    from .report.rows import Bytes
     from .sections import section_bytes
 
-    total = library.stat().st_size
-    code = section_bytes(library).get(".text", 0)
+    return _describe(built, library.stat().st_size, section_bytes(library).get(".text", 0))
+
+
+def describe_project(built: BuiltProject) -> LibraryInfo:
+    """The same of a C project: the bytes that it takes in flash, without start-up code and C
+    library, and the arena.
+
+    Kernels that are C count nothing: their bytes are known when the target's compiler has run.
+    """
+    code = built.project.kernel_bytes()
+    return _describe(built, sum(c.bytes for c in built.constants) + code, code)
+
+
+def _describe(built: Lowered, total: int, code: int) -> LibraryInfo:
+    from .kernels import LibraryInfo, TensorInfo
+    from .report.rows import Bytes
+
     by_role: dict[str, int] = {}
     by_layer: dict[str, int] = {}
     for constant in built.constants:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .artefact import (
+    DEPLOY,
     FORMAT,
     KERNELS,
     LIBRARIES,
@@ -26,7 +27,7 @@ from .artefact import (
     Artefact,
     describe_files,
 )
-from .errors import DataError, RecipeError, TargetError
+from .errors import DataError, RecipeError
 from .progress import Progress
 from .workspace import Workspace
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .build import Lowered
     from .data import Dataset
     from .kernel_cache import KernelCache
+    from .kernels import LibraryInfo
     from .model import Model
     from .recipe import Recipe, Step
     from .relay_passes.numerics.statistics import Statistics
@@ -64,6 +66,7 @@ def compress(
     minutes: float | None = None,
     database: Path | None = None,
     kernel_cache: bool = True,
+    emit: str = "object",
     force: bool = False,
     progress: Progress | None = None,
 ) -> Artefact:
@@ -76,8 +79,9 @@ def compress(
     tune the kernels of both sides before they are built (`tuning.tune`); `database` is the
     folder of tuning records (default: the user's own). Compiled kernels are kept in the user's
     cache and taken from there by later builds, of this model and of others, unless
-    `kernel_cache` is false. `force` replaces an artefact of another model. An exact repetition
-    of an interrupted call goes on where that one stopped.
+    `kernel_cache` is false. `emit` says what the kernels of a C project are, `object` or `c`;
+    it matters for the targets whose artefacts are C projects. `force` replaces an artefact of
+    another model. An exact repetition of an interrupted call goes on where that one stopped.
 
     Raises an error of `errors.py` before anything is written when an input is wrong. Checks that
     fail (integers, accuracy) do not raise: they stand in `artefact.report["checks"]`.
@@ -89,7 +93,7 @@ def compress(
     with clock.step("import"):
         job = _load(
             model, recipe, target, calibration, evaluate, seed, shapes, input_values, threads,
-            kernel_cache=kernel_cache,
+            kernel_cache=kernel_cache, emit=emit,
         )  # fmt: skip
         records = _open_database(database)
         if trials is not None or minutes is not None:
@@ -147,6 +151,14 @@ class Job:
     calibration: Dataset | None
     evaluate: Dataset | None
     kernel_cache: KernelCache | None  # None: every kernel is compiled
+    emit: str = "object"
+
+    @property
+    def float_target(self) -> Target:
+        """Where the float original runs: calibration and comparisons are made on this machine."""
+        from .targets import get_target
+
+        return get_target("host") if self.target.is_cross else self.target
 
 
 def _load(
@@ -160,6 +172,7 @@ def _load(
     input_values: Mapping[str, float] | None,
     threads: int | None = None,
     kernel_cache: bool = True,
+    emit: str = "object",
 ) -> Job:
     from .accuracy import scores_output
     from .board_file import find_target
@@ -173,11 +186,6 @@ def _load(
     chosen: Recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     board = target_name or chosen.target or "host"
     target = find_target(board)
-    if target.is_cross:
-        raise TargetError(
-            f"target {target.name!r}: C projects cannot be built yet; compile for 'host' or one of "
-            "the x86-64 targets"
-        )
     if threads is not None:
         target = replace(target, threads=threads)
     chosen = chosen.replace(
@@ -213,6 +221,7 @@ def _load(
         calibration=dataset,
         evaluate=labelled,
         kernel_cache=KernelCache() if kernel_cache else None,
+        emit=emit,
     )
 
 
@@ -346,7 +355,7 @@ def _calibrate(
     def gather() -> Statistics:
         return calibrate(
             model, data, wanted,
-            target=job.target, progress=clock.progress, cached=job.kernel_cache,
+            target=job.float_target, progress=clock.progress, cached=job.kernel_cache,
         )  # fmt: skip
 
     def make(folder: Path) -> None:
@@ -361,7 +370,7 @@ def _calibrate(
         data.fingerprint,
         len(data),
         job.recipe.preprocessing,
-        dict(job.target.tvm_options),
+        dict(job.float_target.tvm_options),
         job.recipe.seed,
     ]
     with clock.cached(workspace, "calibrate", parts, make, shown=False) as folder:
@@ -414,6 +423,8 @@ def _build_all(
     """Folder of each library, `library.so` and `info.json`; of the reference with `taps.json`."""
     from .tuning.tune import this_cpu
 
+    if job.target.is_cross:
+        return _build_project(job, compressed, records, workspace, clock)
     folders: dict[str, Path] = {}
     modules = {"compressed": compressed, "original": job.model.module}
     for side, module in modules.items():
@@ -436,6 +447,57 @@ def _build_all(
     if job.kernel_cache is not None and job.kernel_cache.trouble is not None:
         clock.progress.note(f"warning: cache of kernels: {job.kernel_cache.trouble}")
     return folders
+
+
+def _build_project(
+    job: Job, compressed: tvm.IRModule, records: Database, workspace: Workspace, clock: _Clock
+) -> dict[str, Path]:
+    """The same for a C project: what it is compared with is built for the machine at hand."""
+    from .tuning.tune import this_cpu
+
+    target, host = job.target, job.float_target
+    parts = ["project", _key_of(job, compressed), target.fingerprint(), job.emit, job.model.name]
+    lowering = _Lowering(compressed, target, records)
+    asked = [*parts, records.fingerprint(), this_cpu()]
+    with clock.cached(workspace, "lower compressed", asked, lowering.save_choices) as folder:
+        choices = (folder / "choices.json").read_text(encoding="utf-8")
+    folders: dict[str, Path] = {}
+    reference = partial(_build_reference, lowering, job)
+    with clock.cached(workspace, "build reference", parts, reference) as folder:
+        folders["reference"] = folder
+    golden_from = job.calibration or job.evaluate
+    probes = "" if golden_from is None else f"{golden_from.fingerprint} {len(golden_from)}"
+    asked = [*parts, choices, probes, str(job.recipe.seed)]
+    build = partial(_write_project, lowering, job, folders["reference"])
+    with clock.cached(workspace, "build compressed", asked, build) as folder:
+        folders["compressed"] = folder
+    parts = ["original", _key_of(job, job.model.module), host.fingerprint()]
+    original = _Lowering(job.model.module, host, records)
+    build = partial(_build_side, original, job, False)
+    with clock.cached(workspace, "build original", parts, build) as folder:
+        folders["original"] = folder
+    return folders
+
+
+def _write_project(lowering: _Lowering, job: Job, reference: Path, folder: Path) -> str:
+    from .bare.emit import c_identifier, write_project
+    from .bare.golden import golden_samples
+    from .build import compile_project
+    from .contents import describe_project, require_fits
+    from .verification import tap_specs
+
+    built = compile_project(lowering.lowered, job.emit, job.kernel_cache)
+    info = describe_project(built)
+    require_fits(info, job.target)
+    sources = ([s.name for s in job.model.inputs], [s.name for s in job.model.outputs])
+    taps = tap_specs(json.loads((reference / "taps.json").read_text(encoding="utf-8")))
+    golden = golden_samples(built.project, reference / "library.so", taps, sources, _probes(job))
+    (folder / "project").mkdir()
+    write_project(built.project, c_identifier(job.model.name), sources, folder / "project", golden)
+    _write_info(folder, built, info, lowering)
+    kernels = built.project.kernels
+    compiled = len(kernels) - built.project.cached_kernels
+    return f"{len(kernels)} kernels: {built.project.cached_kernels} from cache, {compiled} compiled"
 
 
 class _Lowering:
@@ -491,6 +553,11 @@ def _build_side(lowering: _Lowering, job: Job, is_compressed: bool, folder: Path
     info = describe_library(built, library)
     if is_compressed:
         require_fits(info, job.target)
+    _write_info(folder, built, info, lowering)
+    return str(built.kernels)
+
+
+def _write_info(folder: Path, built: Lowered, info: LibraryInfo, lowering: _Lowering) -> None:
     value: dict[str, Any] = {
         "info": info.to_json(),
         "left_float": list(built.left_float),
@@ -498,7 +565,6 @@ def _build_side(lowering: _Lowering, job: Job, is_compressed: bool, folder: Path
         "tuned": [record.to_json() for record in lowering.choices.used],
     }
     _write_json(folder / "info.json", value)
-    return str(built.kernels)
 
 
 def _build_reference(lowering: _Lowering, job: Job, folder: Path) -> None:
@@ -523,9 +589,12 @@ def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
     from .board_file import target_entry
     from .recipe import dump_recipe
 
-    (staging / "deploy").mkdir()
+    (staging / DEPLOY).mkdir()
     (staging / "reference").mkdir()
-    shutil.copyfile(folders["compressed"] / "library.so", staging / LIBRARIES["compressed"])
+    if job.target.is_cross:
+        shutil.copytree(folders["compressed"] / "project", staging / DEPLOY, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(folders["compressed"] / "library.so", staging / LIBRARIES["compressed"])
     shutil.copyfile(folders["original"] / "library.so", staging / LIBRARIES["original"])
     infos = {
         side: json.loads((folders[side] / "info.json").read_text())
@@ -663,6 +732,8 @@ def _gather_evidence(artefact: Artefact, job: Job, threads: int | None, clock: _
     from .benchmarking import benchmark
     from .verification import verify
 
+    if job.target.is_cross:
+        return Evidence(_verify_project(artefact, job, clock), None)
     if not job.target.runs_here():
         clock.progress.note(
             f"{job.target.name} does not run on this machine: built, but neither verified nor timed"
@@ -675,6 +746,19 @@ def _gather_evidence(artefact: Artefact, job: Job, threads: int | None, clock: _
             artefact, seconds=BENCHMARK_SECONDS, threads=threads, progress=clock.progress
         )
     return Evidence(verification, measured)
+
+
+def _verify_project(artefact: Artefact, job: Job, clock: _Clock) -> Any:
+    """On the emulated machine, where there is one."""
+    from .bare.session import cannot_run
+    from .verification import verify
+
+    reason = cannot_run(job.target)
+    if reason is not None:
+        clock.progress.note(f"{job.target.name}: built, but not verified: {reason}")
+        return None
+    with clock.step("verify", shown=False):
+        return verify(artefact, job.evaluate, progress=clock.progress)
 
 
 def _write_manifest(artefact: Artefact, staging: Path) -> None:

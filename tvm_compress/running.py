@@ -29,10 +29,10 @@ def run_file(
     Returns the number of samples and the shape of each output. `out` is replaced only when all
     samples have run. Raises `DataError` when the data does not fit the model.
     """
-    artefact.target.require_runs_here()
+    artefact.require_can_run()
     set_threads(threads)
     dataset = read_arrays(data, artefact.inputs)
-    session = artefact.session()
+    session = artefact.runnable()
     results: dict[str, list[np.ndarray]] = {spec.name: [] for spec in artefact.outputs}
     progress = progress or Progress()
     runs = -(-len(dataset) // dataset.batch)

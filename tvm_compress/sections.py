@@ -10,7 +10,11 @@ from .errors import ArtefactError
 
 def section_bytes(path: Path) -> dict[str, int]:
     """Section name => bytes that it takes in the file. Raises `ArtefactError` for anything else."""
-    data = path.read_bytes()
+    return sections_of(path.read_bytes(), str(path))
+
+
+def sections_of(data: bytes, path: str) -> dict[str, int]:
+    """The same of what was read from `path`."""
     if data[:4] != b"\x7fELF" or len(data) < 64:
         raise ArtefactError(f"{path}: is not an ELF file")
     wide = data[4] == 2

@@ -85,9 +85,8 @@ def verify(
     machine; a failed check is in the result, and `Verification.require` turns it into an error.
     """
     from .benchmarking import probe_inputs, set_threads
-    from .targets import get_target
 
-    get_target(artefact.manifest["target"]["name"]).require_runs_here()
+    artefact.require_can_run()
     set_threads(threads)
     progress = progress or Progress()
     feeds: Iterable[Mapping[str, np.ndarray]] = probe_inputs(artefact)
@@ -95,10 +94,15 @@ def verify(
     if data is not None:
         dataset = artefact.load_data(data)
         feeds = dataset
-    exactness = check_exactness(artefact, islice(iter(feeds), exact_inputs), progress)
-    outputs, tensors = compare_with_original(
-        artefact, islice(iter(feeds), FIDELITY_INPUTS), per_layer, progress
-    )
+    exact_feeds = islice(iter(feeds), exact_inputs)
+    compared_feeds = islice(iter(feeds), FIDELITY_INPUTS)
+    tensors: tuple[TensorError, ...] = ()
+    if artefact.is_project:
+        exactness = check_project(artefact, exact_feeds, progress)
+        outputs = compare_project(artefact, compared_feeds, progress)
+    else:
+        exactness = check_exactness(artefact, exact_feeds, progress)
+        outputs, tensors = compare_with_original(artefact, compared_feeds, per_layer, progress)
     accuracy = None
     if dataset is not None and dataset.has_labels:
         accuracy = measure_accuracy(artefact, dataset, progress)
@@ -116,14 +120,76 @@ def verify(
 
 
 def reference_session(artefact: Artefact) -> Session:
-    """The reference graph; besides the model's outputs it returns its integer tensors."""
+    """The reference graph; besides the model's outputs it returns its integer tensors.
+
+    Of a C project it takes and gives what the C function does.
+    """
     from .runtime import Session
 
-    taps = tuple(
-        TensorSpec(TAP + tap["name"], tuple(tap["shape"]), tap["dtype"])
-        for tap in artefact.kernels["taps"]
+    inputs, outputs = artefact.inputs, artefact.outputs
+    if artefact.is_project:
+        project = artefact.project()
+        inputs = tuple(port.spec for port in project.input_ports)
+        outputs = tuple(port.spec for port in project.output_ports)
+    taps = tap_specs(artefact.kernels["taps"])
+    return Session(artefact.path_of("reference"), inputs, outputs + taps)
+
+
+def tap_specs(taps: Iterable[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+    """What a reference graph returns after the model's outputs."""
+    return tuple(TensorSpec(TAP + tap["name"], tuple(tap["shape"]), tap["dtype"]) for tap in taps)
+
+
+def check_project(
+    artefact: Artefact, feeds: Iterable[Mapping[str, np.ndarray]], progress: Progress
+) -> Exactness:
+    """Compare the outputs of a C project, run as its target is, with the reference graph's.
+
+    Outputs only: the memory of a tensor in between is another one's when the function returns.
+    """
+    project, reference = artefact.project(), reference_session(artefact)
+    with progress.step("comparing integers"):
+        codes = [project.codes(feed) for feed in feeds]
+        results = project.run_codes(codes).outputs
+        differing: dict[str, None] = {}
+        elements = 0
+        float_difference: float | None = None
+        largest = 0.0
+        for code, found in zip(codes, results, strict=True):
+            expected = reference.run(code)
+            for name, array in found.items():
+                wanted = expected[name]
+                if array.dtype.kind == "f":
+                    difference = float(np.max(np.abs(array - wanted), initial=0.0))
+                    float_difference = max(float_difference or 0.0, difference)
+                    largest = max(largest, float(np.max(np.abs(wanted), initial=0.0)))
+                    continue
+                elements += wanted.size
+                if not np.array_equal(array, wanted):
+                    differing[name] = None
+    if float_difference is not None and largest > 0.0:
+        float_difference /= largest
+    integers = sum(port.spec.dtype.startswith(("int", "uint")) for port in project.output_ports)
+    return Exactness(len(codes), integers, elements, tuple(differing), float_difference, 0)
+
+
+def compare_project(
+    artefact: Artefact, feeds: Iterable[Mapping[str, np.ndarray]], progress: Progress
+) -> tuple[OutputRow, ...]:
+    """The outputs of a C project, as real numbers, against the original's."""
+    project, original = artefact.project(), artefact.session("original")
+    listed = list(feeds)
+    with progress.step(f"comparing with the {artefact.original}"):
+        results = project.run_all(listed)
+        sums = {spec.name: ErrorSums() for spec in artefact.outputs}
+        for feed, found in zip(listed, results, strict=True):
+            wanted = original.run(feed)
+            for name, total in sums.items():
+                total.add(wanted[name], found[name])
+    return tuple(
+        OutputRow(name, total.sqnr_db, total.cosine, total.max_abs_error, len(listed))
+        for name, total in sums.items()
     )
-    return Session(artefact.path_of("reference"), artefact.inputs, artefact.outputs + taps)
 
 
 def check_exactness(

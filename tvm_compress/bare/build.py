@@ -45,6 +45,20 @@ class BareBuilt:
     def arena_bytes(self) -> int:
         return self.plan.arena.bytes
 
+    def kernel_bytes(self) -> int:
+        """Code and constants of the kernels' object files; 0 where they are C."""
+        from ..sections import sections_of
+
+        if self.form == "c":
+            return 0
+        sizes = [sections_of(kernel.code, kernel.symbol) for kernel in self.kernels]
+        return sum(
+            size
+            for sections in sizes
+            for name, size in sections.items()
+            if name.startswith((".text", ".rodata", ".data"))
+        )
+
 
 def build_program(
     module: tvm.IRModule,

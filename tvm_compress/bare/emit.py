@@ -145,7 +145,8 @@ class _Project:
                 self.library,
                 archive([(f"{k.symbol}.o", k.code, [k.symbol]) for k in self.built.kernels]),
             )
-        yield "model_io.h", self.model_io()
+        yield f"{name}_io.h", self.io_header()
+        yield "runtime/model-io.h", self.model_io()
         if golden is not None:
             yield "golden.h", self.golden_header()
             yield "golden.c", self.golden_source(golden)
@@ -156,6 +157,10 @@ class _Project:
     @property
     def library(self) -> str:
         return f"lib{self.name}_kernels.a"
+
+    @property
+    def _parameters(self) -> str:
+        return f"const {self.name}_inputs *inputs, const {self.name}_outputs *outputs, void *arena"
 
     # --- the interface --------------------------------------------------------------------------
 
@@ -178,10 +183,9 @@ class _Project:
         lines += [
             self._struct("inputs", self.inputs, "const "),
             self._struct("outputs", self.outputs, ""),
-            "/* One inference. Keeps no state: calls with different arenas may run at the same time.",
-            f" * 0: done; 1: an address is no multiple of {upper}_ALIGNMENT, and nothing was done. */",
-            f"int {name}_run(const {name}_inputs *inputs, const {name}_outputs *outputs, "
-            "void *arena);\n",
+            "/* One inference. Keeps no state: calls with different arenas may run at once.",
+            f" * 0: done; 1: an address is no multiple of {upper}_ALIGNMENT: nothing was done. */",
+            f"int {name}_run({self._parameters});\n",
             *self._conversions(),
             f"#ifdef __cplusplus\n}}\n#endif\n\n#endif /* {upper}_H */\n",
         ]
@@ -219,7 +223,7 @@ class _Project:
         limits = np.iinfo(port.tensor.dtype)
         macro = f"{self.upper}_INPUT_{index}"
         low, high = limits.min - port.zero_point, limits.max - port.zero_point
-        return f"""/* A real number as a code of input {index}: nearest, ties to even, within bounds. */
+        return f"""/* A real number as a code of input {index}: nearest, ties to even, clamped. */
 static inline {macro}_TYPE {self.name}_quantize_input_{index}(float value) {{
     volatile float steps = value / {macro}_SCALE; /* rounded to float before it is compared */
     float size = steps < 0.0f ? -steps : steps;
@@ -260,30 +264,33 @@ static inline float {self.name}_dequantize_output_{index}({macro}_TYPE code) {{
             ],
         }
 
+    def io_header(self) -> str:
+        """The same function with arrays of pointers, for programs that know no model."""
+        name, guard = self.name, f"{self.upper}_IO_H"
+        text = _NOTE + f'#ifndef {guard}\n#define {guard}\n\n#include "{name}.h"\n\n'
+        text += (
+            f"static inline int {name}_run_arrays(\n"
+            "    const void *const *in, void *const *out, void *arena) {\n"
+            f"    {name}_inputs inputs;\n    {name}_outputs outputs;\n"
+        )
+        for index, port in enumerate(self.inputs):
+            kind = c_type(port.tensor.dtype)
+            text += f"    inputs.{port.c_name} = (const {kind} *)in[{index}];\n"
+        for index, port in enumerate(self.outputs):
+            kind = c_type(port.tensor.dtype)
+            text += f"    outputs.{port.c_name} = ({kind} *)out[{index}];\n"
+        return text + f"    return {name}_run(&inputs, &outputs, arena);\n}}\n\n#endif\n"
+
     def model_io(self) -> str:
         """What `runtime/main.c`, which knows no model, includes."""
-        name, upper = self.name, self.upper
-        sides = (("INPUT", self.inputs, "const void *const *"), ("OUTPUT", self.outputs, ""))
-        text = _NOTE + f'#ifndef MODEL_IO_H\n#define MODEL_IO_H\n\n#include "{name}.h"\n\n'
-        for kind, ports, _ in sides:
+        text = _NOTE + f'#ifndef MODEL_IO_H\n#define MODEL_IO_H\n\n#include "{self.name}_io.h"\n\n'
+        for kind, ports in (("INPUT", self.inputs), ("OUTPUT", self.outputs)):
             sizes = [port.tensor.bytes for port in ports]
-            text += f"#define MODEL_{kind}_BYTES {{ {', '.join(map(str, sizes))} }}\n"
+            text += f"#define MODEL_{kind}_BYTES {{{', '.join(f'{size}u' for size in sizes)}}}\n"
             room = sum(-(-size // 16) * 16 for size in sizes)
-            text += f"#define MODEL_{kind}_BUFFER_BYTES {max(room, 16)}\n"
-        text += f"#define MODEL_ARENA_BYTES {upper}_ARENA_BYTES\n\n"
-        text += (
-            "static inline int model_run(const void *const *in, void *const *out, void *arena) {\n"
-        )
-        text += f"    {name}_inputs inputs;\n    {name}_outputs outputs;\n"
-        for index, port in enumerate(self.inputs):
-            text += (
-                f"    inputs.{port.c_name} = (const {c_type(port.tensor.dtype)} *)in[{index}];\n"
-            )
-        for index, port in enumerate(self.outputs):
-            text += f"    outputs.{port.c_name} = ({c_type(port.tensor.dtype)} *)out[{index}];\n"
-        text += f"    return {name}_run(&inputs, &outputs, arena);\n}}\n"
-        text += "#define MODEL_RUN(in, out, arena) model_run((in), (out), (arena))\n\n#endif\n"
-        return text
+            text += f"#define MODEL_{kind}_BUFFER_BYTES {room}u\n"
+        text += f"#define MODEL_ARENA_BYTES {self.upper}_ARENA_BYTES\n"
+        return text + f"#define MODEL_RUN {self.name}_run_arrays\n\n#endif\n"
 
     # --- the calls ------------------------------------------------------------------------------
 
@@ -309,8 +316,7 @@ static inline float {self.name}_dequantize_output_{index}({macro}_TYPE code) {{
         return (
             _NOTE + f'#include "{name}.h"\n\n#include <string.h>\n\n'
             f'#include "{name}_constants.h"\n#include "{name}_kernels.h"\n\n'
-            f"int {name}_run(const {name}_inputs *inputs, const {name}_outputs *outputs, "
-            f"void *arena) {{\n{body}    return 0;\n}}\n"
+            f"int {name}_run({self._parameters}) {{\n{body}    return 0;\n}}\n"
         )
 
     def _call(self, call: KernelCall, step: str) -> str:
@@ -443,7 +449,7 @@ static inline float {self.name}_dequantize_output_{index}({macro}_TYPE code) {{
         checks = "".join(
             f"        wrong |= {_differs(i, upper, port)};\n" for i, port in enumerate(self.outputs)
         )
-        return f"""{_NOTE}/* The network on samples whose results are known: 0 when all are right. */
+        return f"""{_NOTE}/* The network on samples with known results: returns how many fail. */
 #include "golden.h"
 
 #include <string.h>

@@ -51,7 +51,7 @@ def _is_float32(expr: ir.Expr) -> bool:
 
 
 def _lanes(expr: ir.Expr) -> int:
-    return int(getattr(expr.ty, "lanes", 1) or 1)
+    return int(str(expr.ty.dtype).partition("x")[2] or 1)
 
 
 def _like(value: float | int, dtype: str, lanes: int) -> ir.Expr:
@@ -66,7 +66,7 @@ def _wide(dtype: str, lanes: int) -> str:
 def _portable(x: ir.Expr) -> ir.Expr:
     """int32 nearest to x, |x| < 2^31, ties to even.
 
-    The magnitude is cut to a whole number t; what is above t + 1/2, or on it with t odd, is one more.
+    The magnitude is cut to a whole number t; above t + 1/2, or on it with t odd, it is one more.
     From 2^23 on t + 1/2 rounds to t or to t + 1, either of which decides for t.
     """
     lanes = _lanes(x)

@@ -1,0 +1,143 @@
+"""A C project as something that runs: real numbers in and out, whatever its target.
+
+The project is compiled with the start-up code of the target's emulated machine and run there
+(`runners/`); inputs become codes and outputs real numbers as `interface.json` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import DataError
+from ..model import TensorSpec
+from .emit import read_interface
+
+if TYPE_CHECKING:
+    from ..runners.project import Program
+    from ..runners.run import RunResult
+    from ..targets import Target
+
+
+def cannot_run(target: Target) -> str | None:
+    """Why a project for `target` cannot be run from here, and what to do; None: it can."""
+    from ..targets.toolchains import missing_tools
+
+    if target.runner == "serial":
+        return "its board is run by hand (deploy/README.md)"
+    missing = missing_tools(target)
+    if not missing:
+        return None
+    return (
+        f"{', '.join(missing)} not found on this machine "
+        f"(Debian: apt-get install {' '.join(target.toolchain)})"
+    )
+
+
+@dataclass(frozen=True)
+class PortSpec:
+    """One entry of `interface.json`: codes stand for scale * (code - zero_point)."""
+
+    spec: TensorSpec
+    scale: float | None
+    zero_point: int
+    converted: bool
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> PortSpec:
+        """Of an entry under `inputs` or `outputs`."""
+        spec = TensorSpec(entry["name"], tuple(entry["shape"]), entry["dtype"])
+        return cls(spec, entry["scale"], entry["zero_point"], entry["converted"])
+
+    def codes(self, values: np.ndarray) -> np.ndarray:
+        """What the model's input is for the C function."""
+        if not self.converted or self.scale is None:
+            return values
+        limits = np.iinfo(self.spec.dtype)
+        steps = np.rint(values.astype(np.float32) / np.float32(self.scale))
+        low, high = limits.min - self.zero_point, limits.max - self.zero_point
+        codes = np.clip(steps, low, high).astype(np.int32) + self.zero_point
+        return codes.astype(self.spec.dtype)
+
+    def reals(self, values: np.ndarray) -> np.ndarray:
+        """What the C function's output is for the model."""
+        if not self.converted or self.scale is None:
+            return values
+        counted = values.astype(np.int32) - np.int32(self.zero_point)
+        return counted.astype(np.float32) * np.float32(self.scale)
+
+
+class ProjectSession:
+    """A project in `folder`, run as its target is (`Target.runner`).
+
+    Raises `TargetError` at first use when tools of the target are missing.
+    """
+
+    def __init__(self, folder: Path, target: Target) -> None:
+        self.folder, self.target = folder, target
+        self._interface = read_interface(folder)
+        self.input_ports = tuple(map(PortSpec.from_json, self._interface["inputs"]))
+        self.output_ports = tuple(map(PortSpec.from_json, self._interface["outputs"]))
+
+    def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One inference, as `runtime.Session.run`."""
+        return self.run_all([arrays])[0]
+
+    def run_all(self, feeds: Iterable[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+        """All samples in one process, which is much faster than one by one."""
+        result = self.run_codes([self.codes(feed) for feed in feeds])
+        return [self.reals(outputs) for outputs in result.outputs]
+
+    def run_codes(
+        self, feeds: Sequence[Mapping[str, np.ndarray]], count: bool = False
+    ) -> RunResult:
+        """Samples as the C function takes them; with `count`, instructions too."""
+        from ..runners.run import run_program
+
+        return run_program(self.program, feeds, count=count)
+
+    def codes(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A sample of the model as the C function takes it."""
+        missing = [p.spec.name for p in self.input_ports if p.spec.name not in feed]
+        if missing:
+            raise DataError(f"input {missing[0]!r} is missing")
+        return {
+            port.spec.name: port.codes(np.asarray(feed[port.spec.name]))
+            for port in self.input_ports
+        }
+
+    def reals(self, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Inverse of `codes`, for outputs."""
+        return {port.spec.name: port.reals(outputs[port.spec.name]) for port in self.output_ports}
+
+    @cached_property
+    def program(self) -> Program:
+        from ..runners.project import Project, build_program
+
+        name, form = self._interface["name"], self._interface["form"]
+        sources = [f"{name}.c", f"{name}_constants.c"]
+        objects = []
+        if form == "c":
+            sources.append(f"{name}_kernels.c")
+        else:
+            objects.append(f"lib{name}_kernels.a")
+        project = Project(
+            folder=self.folder,
+            header=f"{name}_io.h",
+            run=f"{name}_run_arrays",
+            arena_bytes=self._interface["arena_bytes"],
+            inputs=tuple(port.spec for port in self.input_ports),
+            outputs=tuple(port.spec for port in self.output_ports),
+            sources=tuple(sources),
+            objects=tuple(objects),
+            flags=("-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unused-variable",
+                   "-Wno-unused-but-set-variable"),
+        )  # fmt: skip
+        self._folder = TemporaryDirectory(prefix="tvm-compress-program-")
+        return build_program(project, self.target, Path(self._folder.name))
