@@ -3,7 +3,7 @@
  * A sample is all inputs, one after the other; so is what is written for it. counters.bin receives
  * 32-bit numbers: the ticks of every sample, then the deepest use of the stack in bytes. */
 #include "host.h"
-#include "model_io.h"
+#include "model-io.h"
 
 #define ALIGNMENT 16u
 #define PAINT 0xA5A5A5A5u

@@ -85,7 +85,7 @@ def build_program(project: Project, target: Target, folder: Path) -> Program:
     require_tools(target)
     harness = folder / _HARNESS
     files = runtime_files(target)
-    files["model_io.h"] = model_io_header(project)
+    files["model-io.h"] = model_io_header(project)
     for name, text in files.items():
         path = harness / name
         path.parent.mkdir(parents=True, exist_ok=True)
