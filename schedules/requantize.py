@@ -99,10 +99,22 @@ def multiply_float64(x: tirx.PrimExpr, multiplier: tirx.PrimExpr) -> tirx.PrimEx
     return (whole + positive) >> _const(1, "int32")
 
 
+def multiply_small(
+    x: tirx.PrimExpr, mantissa: tirx.PrimExpr, exponent: tirx.PrimExpr
+) -> tirx.PrimExpr:
+    """The same for |x| < 2^30 and exponents below 0, where nothing overflows: what rounds half away
+    from zero is an addition."""
+    product = rounding_doubling_high_mul(x, mantissa)
+    right = _const(0, "int32") - exponent
+    half = (_const(1, "int32") << (right - _const(1, "int32"))) + (product >> _const(31, "int32"))
+    return (product + half) >> right
+
+
 # Rules that scale to an integer: the constants that they multiply by, and how.
 _Q31 = (("mantissa", "int32"), ("exponent", "int32"))
 INTEGER_RULES: dict[str, tuple[tuple[tuple[str, str], ...], Callable[..., tirx.PrimExpr]]] = {
     "tflite": (_Q31, lambda x, *q31: multiply_by_quantized_multiplier(x.astype("int32"), *q31)),
+    "tflite_small": (_Q31, lambda x, *q31: multiply_small(x.astype("int32"), *q31)),
     "tflite_wide": (_Q31, lambda x, *q15: multiply_wide(x.astype("int64"), *q15)),
     "float64": ((("multiplier", "float64"),), multiply_float64),
 }
@@ -125,7 +137,7 @@ def requantize(
 
     bias and sum are int32 (int64 when acc_dtype is, or when `wide` says so). The multiplier is
     float32 (rule float32), float64 (rule float64) or an int32 mantissa with an int32 exponent
-    (rules tflite and tflite_wide); all constants are of `constant_shape`.
+    (rules tflite, tflite_small and tflite_wide); all constants are of `constant_shape`.
     """
     wide = wide or _wide(acc_dtype)
     acc = te.placeholder(shape, acc_dtype, name="acc")

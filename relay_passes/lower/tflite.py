@@ -304,8 +304,17 @@ def _fixed_point(
 ) -> Tensor | None:
     if params.dtype == "int32":
         return ctx.exact(value, params, name)
-    constants = list(rules.quantize_multipliers(np.asarray(real)))
-    return _rescaled_sums(ctx, value, params, name, "tflite", constants)
+    mantissa, exponent = rules.quantize_multipliers(np.asarray(real))
+    rule = "tflite_small" if _is_small(value, exponent) else "tflite"
+    return _rescaled_sums(ctx, value, params, name, rule, [mantissa, exponent])
+
+
+def _is_small(value: Accumulator, exponent: np.ndarray) -> bool:
+    """Whether sums and multipliers stay where the short form of the multiplication is the same."""
+    if value.limit is None or value.sums.dtype == "int64" or int(np.max(exponent)) >= 0:
+        return False
+    bias = np.abs(np.asarray(value.bias, np.int64))
+    return int((np.asarray(value.limit, np.int64) + bias).max()) < 2**30
 
 
 def convolution(ctx: Lowering, value: Accumulator, params: QuantParams, name: str) -> Tensor | None:

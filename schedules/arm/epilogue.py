@@ -75,6 +75,16 @@ class DspEpilogue(Epilogue):
         return _without(value, self.sums, self._is_bias)
 
 
+def _widened(e: tirx.Add) -> tirx.Add | None:
+    """a + b of int64(a) + int64(b): what TE makes of int64(a + b)."""
+    sides = e.a, e.b
+    if str(e.ty.dtype) != "int64" or not all(isinstance(side, tirx.Cast) for side in sides):
+        return None
+    if any(str(side.value.ty.dtype) != "int32" for side in sides):
+        return None
+    return tirx.Add(e.a.value, e.b.value)
+
+
 def _sum_of(e: ir.Expr) -> ir.Expr:
     """The accumulator behind a conversion that changes nothing."""
     while isinstance(e, tirx.Cast) and str(e.ty.dtype) == "int32":
@@ -85,6 +95,8 @@ def _sum_of(e: ir.Expr) -> ir.Expr:
 def _additions(e: Any, acc: tirx.Buffer, is_bias: Any) -> list[ir.Expr]:
     """The biases added to the accumulator in an expression."""
     if isinstance(e, tirx.Add):
+        narrow = _widened(e)
+        e = e if narrow is None else narrow
         inner = _sum_of(e.a)
         if isinstance(inner, ir.TensorLoad) and inner.source.same_as(acc) and is_bias(e.b):
             return [e.b]
@@ -97,9 +109,11 @@ def _additions(e: Any, acc: tirx.Buffer, is_bias: Any) -> list[ir.Expr]:
 def _without(e: Any, sums: tirx.Buffer, is_bias: Any) -> ir.Expr:
     """`e` with the sums themselves for sum + bias."""
     if isinstance(e, tirx.Add):
-        inner = _sum_of(e.a)
-        if isinstance(inner, ir.TensorLoad) and inner.source.same_as(sums) and is_bias(e.b):
-            return inner
+        narrow = _widened(e)
+        added = e if narrow is None else narrow
+        inner = _sum_of(added.a)
+        if isinstance(inner, ir.TensorLoad) and inner.source.same_as(sums) and is_bias(added.b):
+            return inner if narrow is None else tirx.Cast(e.ty, inner)
         return tirx.Add(_without(e.a, sums, is_bias), _without(e.b, sums, is_bias))
     if isinstance(e, tirx.Cast):
         return tirx.Cast(e.ty, _without(e.value, sums, is_bias))

@@ -1,13 +1,13 @@
-"""The inner loops of the matrix kernel as assembly: a compiler keeps eight sums in fourteen registers
-only with spills, a third of all instructions.
+"""The inner loops of the matrix kernel as assembly: a compiler keeps eight sums in fourteen
+registers only with spills, a third of all instructions.
 
     void NAME(const int16_t *data, const int8_t *weights, const int32_t initial[2],
               int32_t sums[columns][2], const int16_t *end)
 
 `data` is the first output's first position in the ring of rows, whose end is `end`. A *double step*
 takes four positions of the reduction: for three outputs one `ldrd` of weights, four `sxtb16`, three
-`ldrd` of data and twelve `smlad` for 24 multiply-adds. Four outputs leave registers for single steps
-only: 15 instructions for 16. `ldrd` wants whole words, so odd pitches take single steps as well.
+`ldrd` of data and twelve `smlad` for 24 multiply-adds. Four outputs leave registers for single
+steps only: 15 instructions for 16. `ldrd` wants whole words: odd pitches take single steps, too.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class _Body:
         return out
 
     def load(self, what: str, p: int, step: int) -> str:
-        """The last output of a tile moves the pointer on with its own load... of the first."""
+        """The first output's load moves the address on, so it comes first."""
         if p == 0:
             return f"{what}, [r0], #{step}"
         return f"{what}, [r0, #{p * self.kernel.column_bytes - step}]"

@@ -1,8 +1,10 @@
 """Rounding without a mathematical library, with the instructions that Arm's small cores have.
 
     lrint(clamp(x))      =>  clamp(vcvtr(x))            one conversion, half to even; it saturates
-    clamp(v) + z         =>  clamp'(v + z), saturating  bounds of a whole type become one `ssat`
-    TFLite's multiplication by mantissa and exponent: no comparison, no 64-bit shift
+    clamp(v) + z         =>  clamp'(v + z), saturating
+    clamp(v)             =>  ssat(v), usat(v)           bounds of a byte; a compiler that sees
+                                                        comparisons moves the addition behind them
+    (p + half) >> n      =>  smmulr for p                TFLite's multiplication of small sums
 
 The integers are the same for every input.
 """
@@ -14,10 +16,17 @@ from functools import cache
 
 import tvm_ffi
 from tvm import ir, tirx
-from tvm.ir.prim.expr import LShift, RShift
+from tvm.ir.prim.expr import RShift
 
 from ...targets import Target
-from ..requantize import multiply_by_quantized_multiplier
+
+HIGH_PRODUCT = "tvmc_smmulr"
+LLVM_HELPERS = f"""
+define internal i32 @{HIGH_PRODUCT}(i32 %a, i32 %b) alwaysinline nounwind {{
+  %r = call i32 asm "smmulr $0, $1, $2", "=r,r,r"(i32 %a, i32 %b)
+  ret i32 %r
+}}
+"""
 
 
 def finisher(target: Target) -> Callable[[ir.Expr], ir.Expr]:
@@ -33,15 +42,31 @@ def _int(value: int) -> ir.Expr:
     return tirx.const(value, "int32")
 
 
+def _limited(value: ir.Expr, low: int, high: int) -> ir.Expr:
+    """max(min(value, high), low): where a bound is that of a byte, saturation takes care of it."""
+    if low >= -128 and high <= 127 and (low == -128 or high == 127):
+        value = _saturate("llvm.arm.ssat", value)
+        wholes = -128, 127
+    elif low >= 0 and high <= 255 and (low == 0 or high == 255):
+        value = _saturate("llvm.arm.usat", value)
+        wholes = 0, 255
+    else:
+        return tirx.max(tirx.min(value, _int(high)), _int(low))
+    if high != wholes[1]:
+        return tirx.min(value, _int(high))
+    return tirx.max(value, _int(low)) if low != wholes[0] else value
+
+
+def _saturate(name: str, value: ir.Expr) -> ir.Expr:
+    return tirx.call_llvm_pure_intrin("int32", name, value, _int(8))
+
+
 class _Finish:
     def __init__(self, has_fpu: bool) -> None:
         self.has_fpu = has_fpu
 
     def visit(self, e: ir.Expr) -> ir.Expr:
         if isinstance(e, tirx.Add):
-            multiplied = self._tflite(e)
-            if multiplied is not None:
-                return multiplied
             clamped = self._clamped(e.a)
             if clamped is not None and isinstance(e.b, tirx.IntImm):
                 value, low, high = clamped
@@ -51,18 +76,25 @@ class _Finish:
                     if plus
                     else value
                 )
-                return tirx.max(tirx.min(moved, _int(high + plus)), _int(low + plus))
+                return _limited(moved, low + plus, high + plus)
             return tirx.Add(self.visit(e.a), self.visit(e.b))
         if isinstance(e, ir.Call):
             if self.has_fpu and _is_lrint(e):
                 clamped = self._clamped(e)
                 if clamped is not None:
                     value, low, high = clamped
-                    return tirx.max(tirx.min(value, _int(high)), _int(low))
+                    return _limited(value, low, high)
                 return self._convert(e.args[-1])
             return ir.Call(
                 e.op, [self.visit(a) for a in e.args], e.attrs, ty_args=e.ty_args, ret_ty=e.ty
             )
+        if isinstance(e, RShift):
+            small = self._small(e)
+            return RShift(self.visit(e.a), self.visit(e.b)) if small is None else small
+        if isinstance(e, tirx.Max) and isinstance(e.a, tirx.Min) and str(e.ty.dtype) == "int32":
+            low, high = e.b, e.a.b
+            if isinstance(low, tirx.IntImm) and isinstance(high, tirx.IntImm):
+                return _limited(self.visit(e.a.a), int(low.value), int(high.value))
         if isinstance(e, tirx.Cast):
             return tirx.Cast(e.ty, self.visit(e.value))
         if isinstance(e, tirx.Select):
@@ -72,6 +104,24 @@ class _Finish:
         if hasattr(e, "a") and hasattr(e, "b"):
             return type(e)(self.visit(e.a), self.visit(e.b))
         return e
+
+    def _small(self, e: RShift) -> ir.Expr | None:
+        """(p + (half + (p >> 31))) >> right with p a rounded high product, as `multiply_small` and
+        `tflite_add` of bytes write it, for |x| < 2^30 only: so 2x does not overflow, and one
+        instruction multiplies and rounds."""
+        total, right = e.a, e.b
+        if not isinstance(total, tirx.Add) or not isinstance(total.b, tirx.Add):
+            return None
+        product, half, sign = total.a, total.b.a, total.b.b
+        if not isinstance(sign, RShift) or not tvm_ffi.structural_equal(sign.a, product):
+            return None
+        factors = _factors(product)
+        if factors is None:
+            return None
+        x, mantissa = (self.visit(factor) for factor in factors)
+        twice = tirx.shift_left(x, _int(1))
+        high = tirx.call_pure_extern("int32", HIGH_PRODUCT, twice, mantissa)
+        return (high + (self.visit(half) + (high >> _int(31)))) >> self.visit(right)
 
     def _convert(self, x: ir.Expr) -> ir.Expr:
         """float32 => int32, half to even, saturating."""
@@ -93,23 +143,25 @@ class _Finish:
             return None
         return self._convert(upper.a.a), *bounds
 
-    def _tflite(self, e: tirx.Add) -> ir.Expr | None:
-        """TFLite's double rounding: a product rounded half up to 31 bits, then a division by a
-        power of two, half away from zero."""
-        found = _factors(e)
-        if found is None:
-            return None
-        x, mantissa, exponent = found
-        if not tvm_ffi.structural_equal(multiply_by_quantized_multiplier(x, mantissa, exponent), e):
-            return None
-        x, exponent = self.visit(x), self.visit(exponent)
-        zero = _int(0)
-        left, right = tirx.max(exponent, zero), tirx.max(zero - exponent, zero)
-        wide = (x << left).astype("int64") * mantissa.astype("int64")
-        product = ((wide + tirx.const(1 << 30, "int64")) >> tirx.const(31, "int64")).astype("int32")
-        half = (_int(1) << right) >> _int(1)
-        # One less for what is negative, but not where there is nothing to round.
-        return (product + tirx.max(half + (product >> _int(31)), zero)) >> right
+
+def _factors(product: ir.Expr) -> tuple[ir.Expr, ir.Expr] | None:
+    """x and m of int32((int64(x) * int64(m) + 2^30) >> 31)."""
+    if not isinstance(product, tirx.Cast) or not isinstance(product.value, RShift):
+        return None
+    total, places = product.value.a, product.value.b
+    if not isinstance(places, tirx.IntImm) or int(places.value) != 31:
+        return None
+    if not isinstance(total, tirx.Add) or not isinstance(total.a, tirx.Mul):
+        return None
+    if not isinstance(total.b, tirx.IntImm) or int(total.b.value) != 1 << 30:
+        return None
+    x, mantissa = total.a.a, total.a.b
+    if isinstance(mantissa, tirx.IntImm):
+        mantissa = tirx.Cast(mantissa.ty, tirx.const(int(mantissa.value), "int32"))
+    if not isinstance(x, tirx.Cast) or not isinstance(mantissa, tirx.Cast):
+        return None
+    narrow = all(str(factor.value.ty.dtype) == "int32" for factor in (x, mantissa))
+    return (x.value, mantissa.value) if narrow else None
 
 
 def _is_lrint(e: ir.Call) -> bool:
@@ -122,23 +174,3 @@ def _lrint() -> int:
     """The number of llvm.lrint in this LLVM."""
     call = tirx.call_llvm_pure_intrin("int32", "llvm.lrint", tirx.const(0, "float32"))
     return int(call.args[0].value)
-
-
-def _factors(e: tirx.Add) -> tuple[ir.Expr, ir.Expr, ir.Expr] | None:
-    """x, mantissa and exponent of what may be a multiplication of TFLite's."""
-    if not isinstance(e.a, RShift) or not isinstance(e.b, tirx.Cast):
-        return None
-    product, right = e.a.a, e.a.b
-    if not isinstance(right, tirx.Max) or not isinstance(right.a, tirx.Sub):
-        return None
-    if not isinstance(product, tirx.Cast) or not isinstance(product.value, RShift):
-        return None
-    total = product.value.a
-    if not isinstance(total, tirx.Add) or not isinstance(total.a, tirx.Mul):
-        return None
-    shifted, mantissa = total.a.a, total.a.b
-    if not isinstance(shifted, tirx.Cast) or not isinstance(mantissa, tirx.Cast):
-        return None
-    if not isinstance(shifted.value, LShift):
-        return None
-    return shifted.value.a, mantissa.value, right.a.b
