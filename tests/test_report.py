@@ -12,6 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from tvm_compress.report.arena import Arena, ArenaBuffer
 from tvm_compress.report.html import render_html
 from tvm_compress.report.rows import (
     Accuracy,
@@ -201,6 +202,19 @@ def test_page_has_a_bar_for_each_side_and_a_dot_for_each_error() -> None:
     assert len(bars) == 3 * 2 * 2  # layers, panels, sides
     assert [dot["class"] for dot in dots] == ["good", "poor"]
     assert float(bars[0]["width"] or 0) == pytest.approx(4 * float(bars[1]["width"] or 0), abs=0.2)
+
+
+def test_page_shows_the_memory_arena_of_a_c_project() -> None:
+    row = ArenaBuffer(NASTY, False, 0, 300, 0, 1)
+    arena = Arena(
+        300, 300, True, "by size, lowest gap", "as given", 300, ("a", "fc"), 0, (row,), 1000
+    )
+    report = make_report(arena=arena)
+    assert not errors(as_json(report))
+    assert Arena.from_json(as_json(report)["arena"]) == arena
+    page = render_html(report)
+    assert "Memory arena" in page and "30.0 % of the board&#x27;s RAM" in page
+    assert "Memory arena" not in render_html(make_report())
 
 
 def test_page_is_the_same_from_json() -> None:

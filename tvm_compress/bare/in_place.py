@@ -90,13 +90,15 @@ class _Walk:
         self.stores: dict[int, list[_Access]] = {}
         self.durations: dict[Any, int] = {}
         self.accesses = [0] * len(kernel.params)
+        self.opaque: set[int] = set()  # what an address is taken of may be used for anything
 
     def run(self) -> None:
         self._statement(self.kernel.body, np.zeros((), np.int64))
 
     def lead(self, output: int, source: int) -> int:
         """The largest (end of a store) - (start of a later load), not below 0."""
-        if max(self.accesses[source], self.accesses[output]) > MOST_ACCESSES:
+        known = max(self.accesses[source], self.accesses[output]) <= MOST_ACCESSES
+        if not known or self.opaque & {source, output}:
             return self.sizes[output]
         loads, stores = self.loads.get(source, []), self.stores.get(output, [])
         if not loads or not stores:
@@ -213,12 +215,17 @@ class _Walk:
     # --- expressions ----------------------------------------------------------------------------
 
     def _touches(self, expr: Any) -> bool:
-        # All of them, because what is not understood must come to light.
-        return bool([node for node in _loads_of(expr) if node.source in self.of_buffer])
+        return any(node.source in self.of_buffer for node in self._loads_in(expr))
 
     def _loads(self, expr: Any, time: np.ndarray) -> None:
-        for node in _loads_of(expr):
+        for node in self._loads_in(expr):
             self._access(self.loads, node.source, node.indices, time)
+
+    def _loads_in(self, expr: Any) -> list[Any]:
+        addressed: list[Any] = []
+        found = list(_loads_of(expr, addressed))
+        self.opaque |= {self.of_buffer[what] for what in addressed if what in self.of_buffer}
+        return found
 
     def _access(
         self,
@@ -294,16 +301,16 @@ class _Walk:
         raise _UnknownError
 
 
-def _loads_of(expr: Any) -> Iterator[Any]:
-    """Every load in an expression, those in indices included."""
+def _loads_of(expr: Any, addressed: list[Any]) -> Iterator[Any]:
+    """Every load in an expression, those in indices included; what its address is taken of goes to
+    `addressed`."""
     if isinstance(expr, ir.TensorLoad):
         yield expr
         parts = list(expr.indices)
     elif isinstance(expr, ir.Call):
-        # Addresses may be used for anything.
-        if str(getattr(expr.op, "name", "")) in _ADDRESSES:
-            raise _UnknownError
         parts = [argument for argument in expr.args if isinstance(argument, ir.Expr)]
+        if str(getattr(expr.op, "name", "")) in _ADDRESSES:
+            addressed += [getattr(part, "source", part) for part in parts]
     elif isinstance(expr, (tirx.Cast, tirx.Broadcast)):
         parts = [expr.value]
     elif isinstance(expr, tirx.Select):
@@ -323,7 +330,7 @@ def _loads_of(expr: Any) -> Iterator[Any]:
     else:
         raise _UnknownError
     for part in parts:
-        yield from _loads_of(part)
+        yield from _loads_of(part, addressed)
 
 
 def _joined(accesses: Sequence[_Access]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -59,6 +59,12 @@ class Arena:
     buffers: tuple[ArenaBuffer, ...]
     ram_bytes: Annotated[int | None, "RAM of the board"]
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Arena:
+        """Inverse of `dataclasses.asdict`."""
+        buffers = tuple(ArenaBuffer(**row) for row in value["buffers"])
+        return cls(**{**value, "steps": tuple(value["steps"]), "buffers": buffers})
+
 
 def arena_of(found: GraphPlan, steps: Sequence[str], ram_bytes: int | None) -> Arena:
     """Rows of a plan. `steps` names the layer or kernel of each step, in the plan's order."""

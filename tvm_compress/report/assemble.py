@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..kernels import LibraryInfo
+from .arena import Arena
 from .rows import (
     FloatRow,
     Latency,
@@ -73,6 +74,7 @@ def assemble(
         checks=verification.checks if verification else (),
         steps=tuple(steps),
         versions=dict(artefact.manifest["versions"]),
+        arena=Arena.from_json(artefact.kernels["arena"]) if "arena" in artefact.kernels else None,
     )
 
 

@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .arena import arena_section
 from .assemble import plain
 from .rows import Report
 from .text import (
@@ -60,6 +61,7 @@ def render_html(report: Report | Mapping[str, Any]) -> str:
         _cards(data),
         _checks(data["checks"]),
         _composition(data),
+        arena_section(data["arena"]) if data.get("arena") else "",
         _layer_plot(data),
         _layer_table(data),
         _stayed_float(data["stayed_float"]),

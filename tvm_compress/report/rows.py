@@ -9,6 +9,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from .arena import Arena
+
 FORMAT = 2
 
 
@@ -208,6 +210,7 @@ class Report:
     checks: tuple[Check, ...]
     steps: tuple[StepTime, ...]
     versions: dict[str, str]
+    arena: Annotated[Arena | None, "of a C project: where everything lies in its memory"] = None
     format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:
