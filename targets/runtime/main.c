@@ -3,19 +3,19 @@
  * A sample is all inputs, one after the other; so is what is written for it. counters.bin receives
  * 32-bit numbers: the ticks of every sample, then the deepest use of the stack in bytes. */
 #include "host.h"
-#include "model-io.h"
+#include "model-io.h" /* its macros are Model_...: those of a model are in capitals */
 
 #define ALIGNMENT 16u
 #define PAINT 0xA5A5A5A5u
 
-static const uint32_t input_bytes[] = MODEL_INPUT_BYTES;
-static const uint32_t output_bytes[] = MODEL_OUTPUT_BYTES;
+static const uint32_t input_bytes[] = Model_INPUT_BYTES;
+static const uint32_t output_bytes[] = Model_OUTPUT_BYTES;
 #define INPUTS (sizeof(input_bytes) / sizeof(input_bytes[0]))
 #define OUTPUTS (sizeof(output_bytes) / sizeof(output_bytes[0]))
 
-static uint8_t arena[MODEL_ARENA_BYTES + 1] __attribute__((aligned(16)));
-static uint8_t input_buffer[MODEL_INPUT_BUFFER_BYTES] __attribute__((aligned(16)));
-static uint8_t output_buffer[MODEL_OUTPUT_BUFFER_BYTES] __attribute__((aligned(16)));
+static uint8_t arena[Model_ARENA_BYTES + 1] __attribute__((aligned(16)));
+static uint8_t input_buffer[Model_INPUT_BUFFER_BYTES] __attribute__((aligned(16)));
+static uint8_t output_buffer[Model_OUTPUT_BUFFER_BYTES] __attribute__((aligned(16)));
 static const void *inputs[INPUTS];
 static void *outputs[OUTPUTS];
 
@@ -97,7 +97,7 @@ int main(void) {
         paint_stack();
         before = host_ticks();
         mark_begin();
-        status = MODEL_RUN(inputs, outputs, arena);
+        status = Model_RUN(inputs, outputs, arena);
         mark_end();
         ticks = host_ticks() - before;
         depth = stack_used((uintptr_t)__builtin_frame_address(0));

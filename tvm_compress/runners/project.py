@@ -66,13 +66,13 @@ def model_io_header(project: Project) -> str:
     }
     lines = [
         f'#include "{project.header}"',
-        f"#define MODEL_RUN {project.run}",
-        f"#define MODEL_ARENA_BYTES {project.arena_bytes}u",
+        f"#define Model_RUN {project.run}",
+        f"#define Model_ARENA_BYTES {project.arena_bytes}u",
     ]
     for kind, listed in sizes.items():
         buffer = sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in listed)
-        lines.append(f"#define MODEL_{kind}_BYTES {{{', '.join(f'{size}u' for size in listed)}}}")
-        lines.append(f"#define MODEL_{kind}_BUFFER_BYTES {buffer}u")
+        lines.append(f"#define Model_{kind}_BYTES {{{', '.join(f'{size}u' for size in listed)}}}")
+        lines.append(f"#define Model_{kind}_BUFFER_BYTES {buffer}u")
     return "\n".join(lines) + "\n"
 
 
