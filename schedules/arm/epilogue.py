@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from tvm import ir, tirx
 
 from ...targets import Target
+from ..emit import Emitter
 from ..epilogue import Epilogue
 from ..fused import FusedFunction, Index, Stage, rewrite
 
@@ -22,6 +25,8 @@ class DspEpilogue(Epilogue):
         self.biased = self._find_bias()
         self.sums: tirx.Buffer | None = None
         """The registers that hold the sums, biased."""
+        self._emitter: Emitter | None = None
+        self._constants: dict[tirx.Buffer, ir.Expr] = {}
 
     def _find_bias(self) -> Stage | None:
         """The stage that adds the bias."""
@@ -70,9 +75,29 @@ class DspEpilogue(Epilogue):
         return rewrite(bias, binding, lambda buffer, where: buffer[where])
 
     def finish(self, value: ir.Expr) -> ir.Expr:
-        if self.biased is None or self.sums is None:
-            return value
-        return _without(value, self.sums, self._is_bias)
+        if self.biased is not None and self.sums is not None:
+            value = _without(value, self.sums, self._is_bias)
+        return _loaded_once(value, self._constant)
+
+    def start_channel(self, e: Emitter) -> None:
+        """Constants loaded from here on are those of one channel, for all its positions."""
+        self._emitter = e
+        self._constants = {}
+
+    def _constant(self, load: ir.TensorLoad) -> ir.Expr:
+        """A load, or the variable that has its value already."""
+        if self._emitter is None or not self._is_of_channel(load.source):
+            return load
+        if load.source not in self._constants:
+            name = f"{load.source.name}_value"
+            self._constants[load.source] = self._emitter.bind(name, load)
+        return self._constants[load.source]
+
+    def _is_of_channel(self, buffer: tirx.Buffer) -> bool:
+        if not any(buffer.same_as(p) for p in self.fused.func.params):
+            return False
+        shape = tuple(int(n) for n in buffer.shape)
+        return math.prod(shape) in (1, self.channels) and math.prod(shape[:-1]) == 1
 
 
 def _widened(e: tirx.Add) -> tirx.Add | None:
@@ -125,6 +150,23 @@ def _without(e: Any, sums: tirx.Buffer, is_bias: Any) -> ir.Expr:
         return ir.Call(e.op, arguments, e.attrs, ty_args=e.ty_args, ret_ty=e.ty)
     if hasattr(e, "a") and hasattr(e, "b"):
         return type(e)(_without(e.a, sums, is_bias), _without(e.b, sums, is_bias))
+    return e
+
+
+def _loaded_once(e: Any, load: Callable[[ir.TensorLoad], ir.Expr]) -> ir.Expr:
+    """`e` with every load replaced."""
+    if isinstance(e, ir.TensorLoad):
+        return load(e)
+    if isinstance(e, tirx.Cast):
+        return tirx.Cast(e.ty, _loaded_once(e.value, load))
+    if isinstance(e, tirx.Select):
+        parts = (e.condition, e.true_value, e.false_value)
+        return tirx.Select(*(_loaded_once(part, load) for part in parts))
+    if isinstance(e, ir.Call):
+        arguments = [_loaded_once(a, load) for a in e.args]
+        return ir.Call(e.op, arguments, e.attrs, ty_args=e.ty_args, ret_ty=e.ty)
+    if hasattr(e, "a") and hasattr(e, "b"):
+        return type(e)(_loaded_once(e.a, load), _loaded_once(e.b, load))
     return e
 
 

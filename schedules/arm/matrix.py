@@ -23,7 +23,7 @@ from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..x86.window import window_of
 from .epilogue import DspEpilogue
 from .microkernel import MOST_COLUMNS, MicroKernel, as_llvm
-from .rounding import finisher
+from .rounding import LLVM_HELPERS, finisher
 from .rows import Widened
 
 CHANNELS = 2
@@ -171,9 +171,8 @@ class _MatrixKernel:
             with e.loop("b", window.batch) as b:
                 self._image(b)
         self.epilogue.emit_rest(e, 1)
-        return e.function(
-            list(self.fused.func.params), {}, as_llvm(self.loops.name, self.loops.assembly(), 5)
-        )
+        code = as_llvm(self.loops.name, self.loops.assembly(), 5) + LLVM_HELPERS
+        return e.function(list(self.fused.func.params), {}, code)
 
     def _tiles(self) -> int:
         return ceil_div(self.extent, self.columns)
@@ -227,6 +226,7 @@ class _MatrixKernel:
         def write(parts: list[tuple[int, int]]) -> None:
             channels = sum(width for _, width in parts)
             for c in range(channels):
+                self.epilogue.start_channel(e)
                 for p in range(self.columns):
                     self._finish(sums, b, y, x, block, c, p)
 

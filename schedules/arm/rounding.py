@@ -22,8 +22,8 @@ from ...targets import Target
 
 HIGH_PRODUCT = "tvmc_smmulr"
 LLVM_HELPERS = f"""
-define internal i32 @{HIGH_PRODUCT}(i32 %a, i32 %b) alwaysinline nounwind {{
-  %r = call i32 asm "smmulr $0, $1, $2", "=r,r,r"(i32 %a, i32 %b)
+define internal i32 @{HIGH_PRODUCT}(i32 %a, i32 %b) alwaysinline nounwind memory(none) {{
+  %r = call i32 asm "smmulr $0, $1, $2", "=r,r,r"(i32 %a, i32 %b) nounwind memory(none)
   ret i32 %r
 }}
 """
@@ -109,10 +109,10 @@ class _Finish:
         """(p + (half + (p >> 31))) >> right with p a rounded high product, as `multiply_small` and
         `tflite_add` of bytes write it, for |x| < 2^30 only: so 2x does not overflow, and one
         instruction multiplies and rounds."""
-        total, right = e.a, e.b
-        if not isinstance(total, tirx.Add) or not isinstance(total.b, tirx.Add):
+        terms, right = _terms(e.a), e.b
+        if len(terms) != 3:
             return None
-        product, half, sign = total.a, total.b.a, total.b.b
+        product, half, sign = terms
         if not isinstance(sign, RShift) or not tvm_ffi.structural_equal(sign.a, product):
             return None
         factors = _factors(product)
@@ -142,6 +142,11 @@ class _Finish:
         if max(abs(bound) for bound in bounds) >= 1 << 24:
             return None
         return self._convert(upper.a.a), *bounds
+
+
+def _terms(e: ir.Expr) -> list[ir.Expr]:
+    """What is added up."""
+    return [*_terms(e.a), *_terms(e.b)] if isinstance(e, tirx.Add) else [e]
 
 
 def _factors(product: ir.Expr) -> tuple[ir.Expr, ir.Expr] | None:
