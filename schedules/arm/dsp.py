@@ -46,3 +46,9 @@ def join_high(low: ir.Expr, high: ir.Expr) -> ir.Expr:
 def multiply_add(acc: ir.Expr, a: ir.Expr, b: ir.Expr) -> ir.Expr:
     """acc + a.low * b.low + a.high * b.high"""
     return tirx.call_llvm_pure_intrin("int32", "llvm.arm.smlad", a, b, acc)
+
+
+def multiply_add_halves(acc: ir.Expr, a: ir.Expr, a_high: int, b: ir.Expr, b_high: int) -> ir.Expr:
+    """acc + one half of a * one half of b."""
+    name = "llvm.arm.smla" + "bt"[a_high] + "bt"[b_high]
+    return tirx.call_llvm_pure_intrin("int32", name, a, b, acc)

@@ -79,10 +79,20 @@ class DspEpilogue(Epilogue):
             value = _without(value, self.sums, self._is_bias)
         return _loaded_once(value, self._constant)
 
-    def start_channel(self, e: Emitter) -> None:
-        """Constants loaded from here on are those of one channel, for all its positions."""
+    def start_channel(self, e: Emitter, indices: Index | None = None) -> None:
+        """Constants loaded from here on are those of one channel, for all its positions; with the
+        indices of one of them loaded now."""
         self._emitter = e
         self._constants = {}
+        if indices is None:
+            return
+
+        def load(buffer: tirx.Buffer, where: Index) -> ir.Expr:
+            value = buffer[where]
+            return self._constant(value) if isinstance(value, ir.TensorLoad) else value
+
+        for stage in self.aligned[1:]:
+            rewrite(stage.value, dict(zip(stage.variables, indices, strict=True)), load)
 
     def _constant(self, load: ir.TensorLoad) -> ir.Expr:
         """A load, or the variable that has its value already."""

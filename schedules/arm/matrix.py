@@ -18,6 +18,7 @@ from ...targets import Target
 from ..choice import Choice, SearchSpace
 from ..emit import Emitter
 from ..fused import FusedFunction, Stage
+from ..layout import PackedLayout
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..x86.window import window_of
@@ -27,6 +28,7 @@ from .rounding import LLVM_HELPERS, finisher
 from .rows import Widened
 
 CHANNELS = 2
+LAYOUT = PackedLayout(CHANNELS, 2, "R", turned=True)
 # Steps written out: a turn of the loop costs four instructions, a step of a full tile fifteen.
 _STEPS = (12, 10, 8, 6, 4)
 _EPILOGUE = 11
@@ -42,6 +44,8 @@ def takes(spec: WeightedSpec) -> bool:
         and not spec.weight_zero_point
         and not spec.group_size
         and spec.groups_of_channels == 1
+        # Columns of a kernel row side by side.
+        and not (isinstance(spec, Conv2dSpec) and spec.dilation[1] != 1 and spec.kernel[1] != 1)
     )
 
 
@@ -65,7 +69,7 @@ def _kernel(fused: FusedFunction, target: Target, choice: Choice | None) -> _Mat
         return None
     spec = anchor.spec
     packed = spec.packed_layout
-    if packed is None or not takes(spec) or (packed.width, packed.group) != (CHANNELS, 2):
+    if packed is None or not takes(spec) or packed.name != LAYOUT.name:
         return None
     operands = find_operands(fused, anchor, spec)
     if operands is None:
@@ -101,7 +105,7 @@ class _MatrixKernel:
         self.extent = self.window.rows if self.flat else self.window.columns
         row, column = packed.pitches(spec.reduction)
         self.pitch = column
-        self.run = (row if packed.axis == "R" else column) // 2
+        self.run = row // 2
         self.unroll = self._unroll()
         self.columns = self._columns()
         if choice is not None:

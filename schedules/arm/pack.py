@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from ...targets import Target
-from ..layout import PackedLayout
 from ..spec import Conv2dSpec, WeightedSpec
 from ..weights import pack_codes, weight_codes
 from ..x86.pack import without_zero_point
@@ -27,6 +26,5 @@ def pack_weight(
         return changed, np.ascontiguousarray(plain)
     if not matrix.takes(changed):
         return None
-    apart = isinstance(spec, Conv2dSpec) and spec.dilation[1] != 1 and spec.kernel[1] != 1
-    layout = PackedLayout(matrix.CHANNELS, 2, "I" if apart else "R", turned=True)
-    return changed.replace(weight_layout=layout.name), pack_codes(changed, codes, layout.name)
+    layout = matrix.LAYOUT.name
+    return changed.replace(weight_layout=layout), pack_codes(changed, codes, layout)
