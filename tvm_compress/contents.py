@@ -26,8 +26,6 @@ def describe_library(built: Built, library: Path) -> LibraryInfo:
 def describe_project(built: BuiltProject) -> LibraryInfo:
     """The same of a C project: the bytes that it takes in flash, without start-up code and C
     library, and the arena.
-
-    Kernels that are C count nothing: their bytes are known when the target's compiler has run.
     """
     code = built.project.kernel_bytes()
     return _describe(built, sum(c.bytes for c in built.constants) + code, code)
@@ -79,6 +77,27 @@ def _tensors(module: tvm.IRModule) -> dict[str, Any]:
         noted = json.loads(str(module[global_var].attrs[TENSORS_ATTR]))
         tensors = noted | tensors
     return tensors
+
+
+def require_project_fits(built: BuiltProject, info: LibraryInfo) -> None:
+    """Raise `TargetError` where a C project is too big for its board, naming the layer at the peak.
+
+    Stack and the program's own memory come on top: the linker knows them.
+    """
+    from .bare.arena import memory_shortage
+
+    target, project = built.target, built.project
+    message = memory_shortage(
+        target.name,
+        project.plan.arena,
+        project.steps,
+        target.ram_bytes,
+        target.flash_bytes,
+        layer_flash_bytes=dict(info.layer_bytes),
+        code_bytes=info.bytes.total - sum(info.layer_bytes.values()),
+    )
+    if message is not None:
+        raise TargetError(message)
 
 
 def require_fits(info: LibraryInfo, target: Target) -> None:

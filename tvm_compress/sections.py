@@ -40,3 +40,33 @@ def sections_of(data: bytes, path: str) -> dict[str, int]:
     except (struct.error, ValueError, IndexError) as error:
         raise ArtefactError(f"{path}: damaged ELF file: {error}") from None
     return sizes
+
+
+def undefined_symbols(data: bytes, path: str) -> tuple[str, ...]:
+    """Names that an ELF object file needs from elsewhere. Raises `ArtefactError` for anything
+    else."""
+    sections_of(data, path)  # refuses what is none
+    wide, order = data[4] == 2, "<" if data[5] == 1 else ">"
+    offset_at, count_at = (0x28, 0x3A) if wide else (0x20, 0x2E)
+    try:
+        (offset,) = struct.unpack_from(order + ("Q" if wide else "I"), data, offset_at)
+        entry_size, count = struct.unpack_from(order + "HH", data, count_at)
+        layout = order + ("IIQQQQIIQQ" if wide else "IIIIIIIIII")
+        headers = [
+            struct.unpack_from(layout, data, offset + index * entry_size) for index in range(count)
+        ]
+        found: dict[str, None] = {}
+        for _, kind, _, _, start, size, link, _, _, symbol_size in headers:
+            if kind != 2:  # SHT_SYMTAB
+                continue
+            names_at = headers[link][4]
+            for at in range(start + symbol_size, start + size, symbol_size):
+                name_at, *_, section = struct.unpack_from(
+                    order + ("IBBH" if wide else "IIIBBH"), data, at
+                )
+                if section == 0 and name_at:
+                    begin = names_at + name_at
+                    found[data[begin : data.index(b"\0", begin)].decode("ascii", "replace")] = None
+    except (struct.error, ValueError, IndexError) as error:
+        raise ArtefactError(f"{path}: damaged ELF file: {error}") from None
+    return tuple(found)

@@ -151,6 +151,7 @@ def test_objects_need_nothing_but_memory_functions(tiny: Tiny, tmp_path: Path, n
     write_project(built, "tiny", tiny.sources, tmp_path)
     allowed = {"memcpy", "memset", "__aeabi_memcpy", "__aeabi_memset", "__aeabi_memclr"}
     assert undefined(tmp_path / "libtiny_kernels.a") <= allowed
+    assert built.library_functions == ()
 
 
 @pytest.mark.parametrize("name", ["cortex-m0plus", "cortex-m3", "riscv32imc"])
@@ -161,6 +162,23 @@ def test_without_fpu_only_the_compiler_runtime_is_needed(
     write_project(built, "tiny", tiny.sources, tmp_path)
     others = undefined(tmp_path / "libtiny_kernels.a") - {"memcpy", "memset"}
     assert all(symbol.startswith("__") for symbol in others), others
+
+
+@pytest.mark.parametrize("form", ["object", "c"])
+def test_floats_that_need_the_mathematical_library_are_named(tmp_path: Path, form: str) -> None:
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType([1, 40], "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = builder.emit(relax.op.tanh(x), "y")
+            result = builder.emit_output(relax.op.cos(y), "z")
+        builder.emit_func_output(result)
+    module = builder.get()
+    built = compile_project(lower(module, get_target("cortex-m4")), form).project
+    assert "cosf" in built.library_functions
+    write_project(built, "waves", (["x"], ["z"]), tmp_path)
+    assert "cosf" in (tmp_path / "waves.h").read_text()
+    assert "PUBLIC m)" in (tmp_path / "CMakeLists.txt").read_text()
 
 
 def test_inputs_are_integers_with_their_scale(tiny: Tiny) -> None:

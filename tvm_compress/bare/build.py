@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from ..sections import sections_of, undefined_symbols
 from .compile import CompiledKernel, alignment, compile_kernels
 from .program import Program, plan_memory, program_of, with_kernels
 
@@ -20,6 +26,12 @@ if TYPE_CHECKING:
     from .order import GraphPlan
 
 FORMS = ("object", "c")
+C_FLAGS = ("-O2", "-std=c11", "-fno-strict-aliasing", "-ffp-contract=off")
+# Of <math.h>, as TVM's C writes them.
+_MATHEMATICAL = re.compile(
+    r"\b((?:exp|exp2|log|log2|log10|log1p|tanh|sinh|cosh|sin|cos|tan|asin|acos|atan|atan2|pow|erf|"
+    r"sqrt|floor|ceil|trunc|fabs|fmod|round|nearbyint|rint)f?)\("
+)
 
 
 @dataclass(frozen=True)
@@ -45,19 +57,62 @@ class BareBuilt:
     def arena_bytes(self) -> int:
         return self.plan.arena.bytes
 
-    def kernel_bytes(self) -> int:
-        """Code and constants of the kernels' object files; 0 where they are C."""
-        from ..sections import sections_of
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The layers of each call, or what it writes where it belongs to none."""
+        return tuple(", ".join(c.layers or c.outputs) for c in self.program.calls)
 
+    @property
+    def library_functions(self) -> tuple[str, ...]:
+        """What the kernels call of the mathematical library: only layers that stayed float do.
+
+        Not counted: `memcpy`, `memset` and the compiler's own helpers (`__aeabi_ldivmod`).
+        """
+        found: dict[str, None] = {}
+        for kernel in self.kernels:
+            if self.form == "c":
+                names = _MATHEMATICAL.findall(kernel.code.decode())
+            else:
+                names = list(undefined_symbols(kernel.code, kernel.symbol))
+            found |= dict.fromkeys(names)
+        own = ("memcpy", "memset", "memmove")
+        return tuple(sorted(n for n in found if n not in own and not n.startswith("__")))
+
+    def kernel_bytes(self) -> int:
+        """Code and constants of the kernels' object files.
+
+        0 for kernels that are C where the target's compiler is not installed.
+        """
         if self.form == "c":
-            return 0
-        sizes = [sections_of(kernel.code, kernel.symbol) for kernel in self.kernels]
+            objects = [self._compiled_c()]
+        else:
+            objects = [kernel.code for kernel in self.kernels]
         return sum(
             size
-            for sections in sizes
-            for name, size in sections.items()
+            for content in objects
+            if content
+            for name, size in sections_of(content, "kernels").items()
             if name.startswith((".text", ".rodata", ".data"))
         )
+
+    def _compiled_c(self) -> bytes:
+        """What the target's compiler makes of the kernels; empty: it is not there."""
+        compiler = shutil.which(self.target.compiler)
+        if compiler is None:
+            return b""
+        with TemporaryDirectory() as folder:
+            source = Path(folder) / "kernels.c"
+            names = ["stdbool", "stdint", *(["math"] if self.library_functions else [])]
+            includes = "".join(f"#include <{name}.h>\n" for name in names)
+            source.write_text(includes + "\n".join(k.code.decode() for k in self.kernels))
+            command = [compiler, *self.target.compiler_flags, *C_FLAGS, "-c", str(source)]
+            done = subprocess.run(
+                [*command, "-o", str(source.with_suffix(".o"))],
+                check=False, capture_output=True, text=True, timeout=300,
+            )  # fmt: skip
+            if done.returncode != 0:
+                return b""  # a C library that is not there; building the program says so
+            return source.with_suffix(".o").read_bytes()
 
 
 def build_program(

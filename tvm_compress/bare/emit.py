@@ -169,6 +169,7 @@ class _Project:
         lines = [
             _NOTE + f"#ifndef {upper}_H\n#define {upper}_H\n\n#include <stdbool.h>\n"
             '#include <stdint.h>\n\n#ifdef __cplusplus\nextern "C" {\n#endif\n',
+            self._needs(),
             "/* Memory that the caller lends for the time of a call. */",
             f"#define {upper}_ARENA_BYTES {max(built.arena_bytes, 1)}",
             "/* Addresses of the arena, of inputs and of outputs are multiples of it. */",
@@ -190,6 +191,13 @@ class _Project:
             f"#ifdef __cplusplus\n}}\n#endif\n\n#endif /* {upper}_H */\n",
         ]
         return "\n".join(lines)
+
+    def _needs(self) -> str:
+        functions = self.built.library_functions
+        if not functions:
+            return "/* Needs memcpy, memset and the compiler's own helpers, and nothing else. */"
+        named = ", ".join(functions)
+        return f"/* Layers that stayed float call {named}: link the mathematical library (-lm). */"
 
     def _port_lines(self, macro: str, port: Port) -> Iterator[str]:
         tensor = port.tensor
@@ -252,6 +260,7 @@ static inline float {self.name}_dequantize_output_{index}({macro}_TYPE code) {{
             "name": self.name,
             "target": built.target.name,
             "form": built.form,
+            "library_functions": list(built.library_functions),
             "arena_bytes": max(built.arena_bytes, 1),
             "alignment": built.alignment,
             "constant_bytes": sum(self.program.tensors[tensor].bytes for tensor in self.constants),
@@ -283,14 +292,14 @@ static inline float {self.name}_dequantize_output_{index}({macro}_TYPE code) {{
 
     def model_io(self) -> str:
         """What `runtime/main.c`, which knows no model, includes."""
-        text = _NOTE + f'#ifndef MODEL_IO_H\n#define MODEL_IO_H\n\n#include "{self.name}_io.h"\n\n'
+        text = _NOTE + f'#ifndef Model_IO_H\n#define Model_IO_H\n\n#include "{self.name}_io.h"\n\n'
         for kind, ports in (("INPUT", self.inputs), ("OUTPUT", self.outputs)):
             sizes = [port.tensor.bytes for port in ports]
-            text += f"#define MODEL_{kind}_BYTES {{{', '.join(f'{size}u' for size in sizes)}}}\n"
+            text += f"#define Model_{kind}_BYTES {{{', '.join(f'{size}u' for size in sizes)}}}\n"
             room = sum(-(-size // 16) * 16 for size in sizes)
-            text += f"#define MODEL_{kind}_BUFFER_BYTES {room}u\n"
-        text += f"#define MODEL_ARENA_BYTES {self.upper}_ARENA_BYTES\n"
-        return text + f"#define MODEL_RUN {self.name}_run_arrays\n\n#endif\n"
+            text += f"#define Model_{kind}_BUFFER_BYTES {room}u\n"
+        text += f"#define Model_ARENA_BYTES {self.upper}_ARENA_BYTES\n"
+        return text + f"#define Model_RUN {self.name}_run_arrays\n\n#endif\n"
 
     # --- the calls ------------------------------------------------------------------------------
 
@@ -363,7 +372,8 @@ static inline float {self.name}_dequantize_output_{index}({macro}_TYPE code) {{
         return text + "\n#endif\n"
 
     def kernel_source(self) -> str:
-        text = _NOTE + f'#include "{self.name}_kernels.h"\n\n#include <string.h>\n\n'
+        math = "#include <math.h>\n\n" if self.built.library_functions else ""
+        text = _NOTE + f'#include "{self.name}_kernels.h"\n\n{math}#include <string.h>\n\n'
         return text + "\n".join(kernel.code.decode() for kernel in self.built.kernels)
 
     # --- constants ------------------------------------------------------------------------------
@@ -486,6 +496,8 @@ int main(void) {{ return {name}_selftest(); }}
                 f"target_link_libraries({name} PUBLIC "
                 f"${{CMAKE_CURRENT_SOURCE_DIR}}/{self.library})\n"
             )
+        if self.built.library_functions:
+            link += f"target_link_libraries({name} PUBLIC m)\n"
         flags = " ".join(self.built.target.compiler_flags)
         text = f"""# Add this folder with add_subdirectory and link `{name}`.
 # Flags for {self.built.target.name}: {flags or "none"}
