@@ -103,9 +103,11 @@ class BareBuilt:
         with TemporaryDirectory() as folder:
             source = Path(folder) / "kernels.c"
             names = ["stdbool", "stdint", *(["math"] if self.library_functions else [])]
+            # So that <stdint.h> is the compiler's own, whatever C library there is.
+            flags = [*C_FLAGS, *([] if self.library_functions else ["-ffreestanding"])]
             includes = "".join(f"#include <{name}.h>\n" for name in names)
             source.write_text(includes + "\n".join(k.code.decode() for k in self.kernels))
-            command = [compiler, *self.target.compiler_flags, *C_FLAGS, "-c", str(source)]
+            command = [compiler, *self.target.compiler_flags, *flags, "-c", str(source)]
             done = subprocess.run(
                 [*command, "-o", str(source.with_suffix(".o"))],
                 check=False, capture_output=True, text=True, timeout=300,

@@ -373,7 +373,7 @@ static inline float {self.name}_dequantize_output_{index}({macro}_TYPE code) {{
 
     def kernel_source(self) -> str:
         math = "#include <math.h>\n\n" if self.built.library_functions else ""
-        text = _NOTE + f'#include "{self.name}_kernels.h"\n\n{math}#include <string.h>\n\n'
+        text = _NOTE + f'#include "{self.name}_kernels.h"\n\n{math}'
         return text + "\n".join(kernel.code.decode() for kernel in self.built.kernels)
 
     # --- constants ------------------------------------------------------------------------------
