@@ -34,7 +34,7 @@ OWN_NOTE = "own: of the layer alone, with the original's values at its inputs."
 PIPE_WIDTH = 120  # columns when the output is not a terminal
 
 
-def _console() -> Console:
+def new_console() -> Console:
     """Names of layers may hold square brackets, so nothing is read as rich markup."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
@@ -47,7 +47,7 @@ def _bold(*parts: str) -> Text:
     return Text.assemble(*((part, "" if index % 2 else "bold") for index, part in enumerate(parts)))
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
+def new_table(*columns: str, title: str | None = None) -> Table:
     """A plain table; a column whose name starts with `>` is right-aligned."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     for column in columns:
@@ -74,14 +74,14 @@ def _bar(fraction: float | None) -> str:
 
 
 def print_profile(profile: Profile) -> None:
-    console = _console()
+    console = new_console()
     console.print(_bold(profile.model, f": {profile.sentence()}"))
     console.print(
         f"{count_text(profile.macs)} MACs, {count_text(profile.parameters)} parameters "
         f"({bytes_text(profile.weight_bytes)}), peak activations "
         f"{bytes_text(profile.peak_activation_bytes)} at {profile.peak_at}"
     )
-    layers = _table("layer", "type", "output", ">MACs", ">share", ">params", ">share", ">weights",
+    layers = new_table("layer", "type", "output", ">MACs", ">share", ">params", ">share", ">weights",
                     ">activations")  # fmt: skip
     for row in profile.layers:
         layers.add_row(
@@ -96,7 +96,9 @@ def print_profile(profile: Profile) -> None:
             bytes_text(row.output_bytes),
         )
     console.print(layers)
-    types = _table("type", ">count", ">MACs", ">share", "", ">params", ">share", "", ">activations")
+    types = new_table(
+        "type", ">count", ">MACs", ">share", "", ">params", ">share", "", ">activations"
+    )
     for kind in profile.types:
         types.add_row(
             kind.type,
@@ -121,7 +123,7 @@ def _share(part: float, total: float) -> str:
 
 def print_summary(report: Mapping[str, Any], path: Path) -> None:
     """What `compress` ends with: totals, checks, and where the rest is."""
-    console = _console()
+    console = new_console()
     _print_totals(console, report)
     _print_checks(console, report["checks"])
     _print_kernels(console, report["steps"])
@@ -142,7 +144,7 @@ def _print_kernels(console: Console, steps: Iterable[Mapping[str, Any]]) -> None
 
 def print_report(report: Mapping[str, Any], path: Path) -> None:
     """Everything but the plots."""
-    console = _console()
+    console = new_console()
     _print_totals(console, report)
     _print_layers(console, report)
     _print_float(console, report["stayed_float"])
@@ -159,7 +161,7 @@ def _print_totals(console: Console, report: Mapping[str, Any]) -> None:
         _bold(report["model"], "  recipe ", report["recipe"], "  target ", report["target"])
     )
     before, after = report["before"], report["after"]
-    table = _table("", f">{report['original']}", ">compressed", ">ratio")
+    table = new_table("", f">{report['original']}", ">compressed", ">ratio")
     names = {
         "weights": "weights",
         "scales": "scales",
@@ -232,7 +234,9 @@ def _interval(low: float, high: float) -> str:
 
 
 def _print_layers(console: Console, report: Mapping[str, Any]) -> None:
-    table = _table("layer", "scheme", ">MACs", ">bytes", "", ">time", "", ">share", ">SQNR", ">own")
+    table = new_table(
+        "layer", "scheme", ">MACs", ">bytes", "", ">time", "", ">share", ">SQNR", ">own"
+    )
     for row in report["layers"]:
         table.add_row(
             short_name(row["name"]),
@@ -270,7 +274,7 @@ def _print_float(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         console.print("Nothing stayed in float.")
         return
-    table = _table("stayed float", "operator", "why")
+    table = new_table("stayed float", "operator", "why")
     for row in rows:
         table.add_row(short_name(row["name"]), row["operator"], row["reason"])
     console.print(table)
@@ -288,9 +292,9 @@ def _print_checks(console: Console, checks: Iterable[Mapping[str, Any]]) -> None
 def print_verification(result: Verification, per_layer: bool) -> None:
     from dataclasses import asdict
 
-    console = _console()
+    console = new_console()
     if per_layer:
-        table = _table("tensor", "layers", ">SQNR dB", ">own dB", ">cosine", ">max error")
+        table = new_table("tensor", "layers", ">SQNR dB", ">own dB", ">cosine", ">max error")
         for row in result.tensors:
             table.add_row(
                 short_name(row.name),
@@ -302,7 +306,7 @@ def print_verification(result: Verification, per_layer: bool) -> None:
             )
         console.print(table)
         console.print(OWN_NOTE, style="dim")
-    table = _table("output", ">inputs", ">SQNR dB", ">cosine", ">max error")
+    table = new_table("output", ">inputs", ">SQNR dB", ">cosine", ">max error")
     for output in result.outputs:
         table.add_row(
             output.name,
@@ -333,10 +337,10 @@ def print_verification(result: Verification, per_layer: bool) -> None:
 
 def print_benchmark(result: Benchmark, original: str) -> None:
     """`original` says what the artefact is timed against: `Artefact.original`."""
-    console = _console()
+    console = new_console()
     labels = {"compressed": "compressed", "original": original}
     base = result.latencies["compressed"].median_us
-    table = _table("", ">median", ">10 %", ">90 %", ">min", ">median / compressed")
+    table = new_table("", ">median", ">10 %", ">90 %", ">min", ">median / compressed")
     for side, latency in result.latencies.items():
         table.add_row(
             labels.get(side, side),
@@ -348,7 +352,7 @@ def print_benchmark(result: Benchmark, original: str) -> None:
         )
     console.print(table)
     if result.accuracies:
-        table = _table("", ">top-1", ">95 %", ">minus compressed, points")
+        table = new_table("", ">top-1", ">95 %", ">minus compressed, points")
         for side, row in result.accuracies.items():
             table.add_row(
                 labels.get(side, side),
@@ -363,7 +367,7 @@ def print_benchmark(result: Benchmark, original: str) -> None:
         console.print(f"the same {count} samples for all; differences are paired", style="dim")
     kernels = result.kernels["compressed"]
     total = sum(kernel.time_us for kernel in kernels) or 1.0
-    table = _table("kernel", "layers", ">time", ">share", "")
+    table = new_table("kernel", "layers", ">time", ">share", "")
     for kernel in sorted(kernels, key=lambda kernel: -kernel.time_us):
         share = kernel.time_us / total
         layers = short_name(", ".join(kernel.layers) or kernel.output)
@@ -385,11 +389,11 @@ def print_benchmark(result: Benchmark, original: str) -> None:
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """A list of alike mappings as a table."""
-    console = _console()
+    console = new_console()
     if not rows:
         console.print("(none)")
         return
-    table = _table(*rows[0])
+    table = new_table(*rows[0])
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     console.print(table)

@@ -90,17 +90,22 @@ def functions(elf: Path) -> list[Function]:
                 name_at, value, size, info, _, index = struct.unpack_from(
                     order + "IIIBBH", data, at
                 )
-            if info & 15 != _FUNC or size == 0 or index == 0:
+            if info & 15 != _FUNC or index == 0:
                 continue
             start = names_at + name_at
             name = data[start : data.index(b"\0", start)].decode("ascii", "replace")
             # Bit 0 of a Thumb function's address is not part of it.
             first = value & ~1 if data[18:20] == b"\x28\0" else value
-            found.setdefault(first, Function(name, first, first + size))
+            if first not in found or size > found[first].end - first:
+                found[first] = Function(name, first, first + size)
     result: list[Function] = []
-    for function in sorted(found.values(), key=lambda f: f.first):
-        if not result or function.first >= result[-1].end:
-            result.append(function)
+    listed = sorted(found.values(), key=lambda f: f.first)
+    for function, after in zip(listed, [*listed[1:], None], strict=True):
+        end = function.end
+        if end == function.first and after is not None:  # assembly that does not say its size
+            end = after.first
+        if end > function.first and (not result or function.first >= result[-1].end):
+            result.append(Function(function.name, function.first, end))
     return result
 
 

@@ -1,0 +1,178 @@
+"""What a C project costs on its machine: instructions, flash, RAM and stack.
+
+Under an emulator instructions are counted, exactly and repeatably; the emulator's wall time is no
+latency and is not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .accuracy import SideAccuracy, beside, scores_output
+from .errors import CheckFailed, DataError, TargetError
+from .progress import Progress
+from .runners import Footprint, footprint
+
+if TYPE_CHECKING:
+    from .artefact import Artefact
+    from .data import Dataset, Run
+    from .runners import RunResult
+    from .targets import Target
+
+COUNTED_INPUTS = 4
+_SAMPLES_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """Of one inference, over the counted inputs."""
+
+    median: int
+    least: int
+    most: int
+    inputs: int
+
+
+@dataclass(frozen=True)
+class FunctionCount:
+    """Median over the counted inputs. `layers` is empty for what is no kernel (copies, glue)."""
+
+    symbol: str
+    layers: tuple[str, ...]
+    instructions: int
+    share: float
+
+
+@dataclass(frozen=True)
+class BoardBenchmark:
+    """`instructions` None: the target's runner cannot count."""
+
+    target: str
+    machine: str
+    """What it ran on."""
+    instructions: Instructions | None
+    functions: tuple[FunctionCount, ...]
+    memory: Footprint
+    """Of the linked program."""
+    arena_bytes: int
+    stack_bytes: int | None
+    """Deepest use below `main`, measured by painting; None: not measured."""
+    accuracies: dict[str, SideAccuracy]
+
+
+def benchmark_board(
+    artefact: Artefact, *, evaluate: Any = None, progress: Progress | None = None
+) -> BoardBenchmark:
+    """Run the C project of `artefact` on its machine, with the inputs kept in the artefact.
+
+    With `evaluate` (labelled data) the accuracy on the board and of the original are measured on
+    the same samples. Raises `TargetError` when the machine is not at hand, `CheckFailed` when the
+    program does not give the same outputs twice.
+    """
+    from .benchmarking import probe_inputs
+
+    artefact.require_can_run()
+    if artefact.target.runner == "serial":
+        raise TargetError(f"target {artefact.target.name!r} is run by hand; nothing can be counted")
+    progress = progress or Progress()
+    dataset = None
+    if evaluate is not None:
+        dataset = artefact.load_data(evaluate)
+        if not dataset.has_labels:
+            raise DataError(f"{dataset.source}: has no labels, so that no accuracy can be measured")
+    project = artefact.project()
+    feeds = [project.codes(feed) for feed in islice(probe_inputs(artefact), COUNTED_INPUTS)]
+    with progress.step("counting instructions"):
+        result = project.run_codes(feeds, count=True)
+        _require_repeatable(result, project.run_codes(feeds, count=True))
+    accuracies = {} if dataset is None else _accuracies(artefact, dataset, progress)
+    program = project.program
+    return BoardBenchmark(
+        target=artefact.target.name,
+        machine=machine_text(artefact.target),
+        instructions=_instructions(result),
+        functions=tuple(_functions(result, _layers(artefact))),
+        memory=footprint(program.elf, program.link_map),
+        arena_bytes=program.project.arena_bytes,
+        stack_bytes=result.stack_bytes,
+        accuracies=accuracies,
+    )
+
+
+def machine_text(target: Target) -> str:
+    """What runs the target's programs here."""
+    from .targets.machines import MACHINES
+
+    machine = MACHINES[target.machine]
+    return " ".join([machine.emulator, *machine.arguments])
+
+
+def _layers(artefact: Artefact) -> dict[str, list[str]]:
+    """By symbol of a kernel."""
+    from .artefact import DEPLOY
+    from .bare.emit import read_interface
+
+    found: dict[str, list[str]] = {}
+    for call in read_interface(artefact.path / DEPLOY)["calls"]:
+        named = found.setdefault(str(call["symbol"]), [])
+        named += [layer for layer in call["layers"] if layer not in named]
+    return found
+
+
+def _require_repeatable(first: RunResult, second: RunResult) -> None:
+    is_equal = all(
+        np.array_equal(a[name], b[name])
+        for a, b in zip(first.outputs, second.outputs, strict=True)
+        for name in a
+    )
+    if not is_equal or first.instructions != second.instructions:
+        raise CheckFailed("two runs of the same inputs differ; the program reads what it never set")
+
+
+def _instructions(result: RunResult) -> Instructions | None:
+    counts = result.instructions
+    if not counts:
+        return None
+    return Instructions(int(np.median(counts)), min(counts), max(counts), len(counts))
+
+
+def _functions(result: RunResult, layers: Mapping[str, Sequence[str]]) -> Iterator[FunctionCount]:
+    """The most expensive first."""
+    names = dict.fromkeys(name for row in result.by_function for name in row)
+    medians = {
+        name: int(np.median([row.get(name, 0) for row in result.by_function])) for name in names
+    }
+    total = sum(medians.values()) or 1
+    for name, count in sorted(medians.items(), key=lambda item: -item[1]):
+        yield FunctionCount(name, tuple(layers.get(name, ())), count, count / total)
+
+
+def _accuracies(
+    artefact: Artefact, dataset: Dataset, progress: Progress
+) -> dict[str, SideAccuracy]:
+    spec = scores_output(artefact.outputs, dataset)
+    original, project = artefact.session("original"), artefact.project()
+    right: dict[str, list[np.ndarray]] = {"compressed": [], "original": []}
+    pieces = -(-len(dataset) // (dataset.batch * _SAMPLES_AT_ONCE))
+    for runs in progress.track(_pieces(dataset), "measuring accuracy", pieces):
+        results = {
+            "compressed": project.run_all([run.feed for run in runs]),
+            "original": [original.run(run.feed) for run in runs],
+        }
+        for side, outputs in results.items():
+            for run, named in zip(runs, outputs, strict=True):
+                scores = named[spec.name]
+                classes = scores.reshape(scores.shape[0], -1)[: run.count].argmax(1)
+                right[side].append(classes == run.labels)
+    return beside({side: np.concatenate(parts) for side, parts in right.items()})
+
+
+def _pieces(dataset: Dataset) -> Iterator[list[Run]]:
+    runs = iter(dataset.runs())
+    while piece := list(islice(runs, _SAMPLES_AT_ONCE)):
+        yield piece
