@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe, Step
     from .relay_passes.numerics.statistics import Statistics
     from .relay_passes.observations import Observations
+    from .report.arena import Arena
     from .report.rows import StepTime
     from .targets import Target
     from .tuning.database import Database, TunedChoices
@@ -483,18 +484,21 @@ def _write_project(lowering: _Lowering, job: Job, reference: Path, folder: Path)
     from .bare.emit import c_identifier, write_project
     from .bare.golden import golden_samples
     from .build import compile_project
-    from .contents import describe_project, require_fits
+    from .contents import describe_project, require_project_fits
+    from .report.arena import arena_of
     from .verification import tap_specs
 
     built = compile_project(lowering.lowered, job.emit, job.kernel_cache)
     info = describe_project(built)
-    require_fits(info, job.target)
+    require_project_fits(built, info)
+    project = built.project
+    arena = arena_of(project.plan, project.steps, job.target.ram_bytes)
     sources = ([s.name for s in job.model.inputs], [s.name for s in job.model.outputs])
     taps = tap_specs(json.loads((reference / "taps.json").read_text(encoding="utf-8")))
     golden = golden_samples(built.project, reference / "library.so", taps, sources, _probes(job))
     (folder / "project").mkdir()
     write_project(built.project, c_identifier(job.model.name), sources, folder / "project", golden)
-    _write_info(folder, built, info, lowering)
+    _write_info(folder, built, info, lowering, arena)
     kernels = built.project.kernels
     compiled = len(kernels) - built.project.cached_kernels
     return f"{len(kernels)} kernels: {built.project.cached_kernels} from cache, {compiled} compiled"
@@ -557,12 +561,19 @@ def _build_side(lowering: _Lowering, job: Job, is_compressed: bool, folder: Path
     return str(built.kernels)
 
 
-def _write_info(folder: Path, built: Lowered, info: LibraryInfo, lowering: _Lowering) -> None:
+def _write_info(
+    folder: Path,
+    built: Lowered,
+    info: LibraryInfo,
+    lowering: _Lowering,
+    arena: Arena | None = None,
+) -> None:
     value: dict[str, Any] = {
         "info": info.to_json(),
         "left_float": list(built.left_float),
         "decoded_per_call": list(built.decoded_per_call),
         "tuned": [record.to_json() for record in lowering.choices.used],
+        "arena": None if arena is None else asdict(arena),
     }
     _write_json(folder / "info.json", value)
 
@@ -612,6 +623,7 @@ def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
             "original": infos["original"]["info"],
             "left_float": infos["compressed"]["left_float"],
             "decoded_per_call": infos["compressed"].get("decoded_per_call", []),
+            "arena": infos["compressed"].get("arena"),
             "taps": taps,
         },
     )

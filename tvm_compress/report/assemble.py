@@ -46,6 +46,7 @@ def assemble(
     latencies = benchmark.latencies if benchmark else {}
     tensors = verification.tensors if verification else ()
     schemes = describe_schemes(compressed)
+    arena = artefact.kernels.get("arena")
     for name in artefact.kernels.get("decoded_per_call", []):
         schemes[name] = f"{schemes.get(name, FLOAT)}, decoded per call"
     layers, others = _rows(profile, before, after, benchmark, tensors, schemes)
@@ -74,7 +75,7 @@ def assemble(
         checks=verification.checks if verification else (),
         steps=tuple(steps),
         versions=dict(artefact.manifest["versions"]),
-        arena=Arena.from_json(artefact.kernels["arena"]) if "arena" in artefact.kernels else None,
+        arena=None if arena is None else Arena.from_json(arena),
     )
 
 
