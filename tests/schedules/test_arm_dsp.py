@@ -1,0 +1,297 @@
+"""Kernels for Cortex-M with DSP instructions: every form compiled, run under QEMU, compared with
+NumPy bit for bit; and instructions counted, which are the same in every run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tvm import te, tirx
+
+from tvm_compress.bare.kernel_code import BareKernel, object_file, to_bare
+from tvm_compress.model import TensorSpec
+from tvm_compress.runners import Project, build_program, run_program
+from tvm_compress.schedules import (
+    SCHEDULE_ATTR,
+    Conv2dSpec,
+    MatmulSpec,
+    WeightedSpec,
+    describe,
+    pack_weight,
+    reference,
+    schedule,
+    search_space,
+)
+from tvm_compress.schedules.requantize import INTEGER_RULES, scale_float32
+from tvm_compress.targets import get_target
+from tvm_compress.targets.toolchains import missing_tools
+
+from .kernels import INT8, UINT8
+
+MATRIX, DEPTHWISE, DEFAULT = "arm.matrix", "arm.depthwise", "default.conv2d"
+
+
+def conv(
+    h: int, w: int, c: int, o: int, kernel: tuple[int, int] = (3, 3), pad: int = 1, **more: Any
+) -> Conv2dSpec:
+    fields = {**INT8, "batch": 1, "padding": (pad,) * 4, "pad_value": 5, **more}
+    return Conv2dSpec(
+        height=h, width=w, in_channels=c, out_channels=o, kernel=kernel, **fields
+    )  # fmt: skip
+
+
+def depthwise(
+    h: int, w: int, c: int, k: int = 3, pad: int = 1, m: int = 1, **more: Any
+) -> Conv2dSpec:
+    return conv(h, w, c, c * m, (k, k), pad, groups=c, **more)
+
+
+def linear(rows: int, k: int, n: int) -> MatmulSpec:
+    return MatmulSpec(**INT8, rows=rows, in_features=k, out_features=n)
+
+
+@dataclass(frozen=True)
+class Requantisation:
+    """sum => code: the rule, its constants by channel, and the clamp."""
+
+    rule: str
+    bias: np.ndarray
+    factors: tuple[np.ndarray, ...]
+    zero_point: int = -3
+    bounds: tuple[int, int] = (-128, 127)
+    fits: bool = True
+
+    def describe(self, acc: te.Tensor, tensors: list[te.Tensor]) -> te.Tensor:
+        bias, *factors = tensors
+        low, high = self.bounds
+        zero_point = self.zero_point
+
+        def clamp(x: Any, below: Any, above: Any) -> Any:
+            return te.max(te.min(x, above), below)
+
+        def compute(*i: Any) -> Any:
+            total = acc[i] + bias[i[-1]]
+            if self.rule != "float32":
+                scale = INTEGER_RULES[self.rule][1]
+                code = scale(total, *(f[i[-1]] for f in factors)) + tirx.const(zero_point, "int32")
+            else:
+                scaled = scale_float32(total, factors[0][i[-1]])
+                if not self.fits:
+                    below, above = (float(bound - zero_point) for bound in (low, high))
+                    scaled = clamp(
+                        scaled, tirx.const(below, "float32"), tirx.const(above, "float32")
+                    )
+                    return (scaled.astype("int32") + zero_point).astype("int8")
+                code = scaled.astype("int32") + zero_point
+            return clamp(code, tirx.const(low, "int32"), tirx.const(high, "int32")).astype("int8")
+
+        return te.compute(acc.shape, compute, name="requantize")
+
+    def expected(self, acc: np.ndarray) -> np.ndarray:
+        total = acc.astype(np.int64) + self.bias
+        if self.rule == "float32":
+            code = np.rint(total.astype(np.float32) * self.factors[0]).astype(np.int64)
+        else:
+            mantissa, exponent = (factor.astype(np.int64) for factor in self.factors)
+            product = (total * mantissa + (1 << 30)) >> 31
+            right = -exponent
+            # Half away from zero.
+            code = np.sign(product) * ((np.abs(product) + (1 << (right - 1))) >> right)
+        return np.clip(code + self.zero_point, *self.bounds).astype(np.int8)
+
+
+def requantisation(
+    acc: np.ndarray, rule: str, rng: np.random.Generator, **more: Any
+) -> Requantisation:
+    """Constants that spread the codes over more than their range."""
+    channels = acc.shape[-1]
+    scale = np.minimum(60 / np.maximum(1, acc.reshape(-1, channels).std(0)), 0.4)
+    bias = rng.integers(-3000, 3000, channels, dtype=np.int32)
+    if rule == "float32":
+        return Requantisation(rule, bias, (scale.astype(np.float32),), **more)
+    exponent = np.floor(np.log2(scale)).astype(np.int32) + 1
+    mantissa = np.rint(scale / 2.0**exponent * 2**31).clip(2**30, 2**31 - 1).astype(np.int32)
+    return Requantisation(rule, bias, (mantissa, exponent), **more)
+
+
+def project(
+    kernel: BareKernel, target: Any, arrays: list[np.ndarray], shape: tuple[int, ...], folder: Path
+) -> Project:
+    """A C project around one kernel: constants behind the data, workspaces in the arena."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "kernel.o").write_bytes(object_file(kernel, target))
+    pointers, size = [], 0
+    for workspace in kernel.workspaces:
+        pointers.append(f"(char *)arena + {size}")
+        size += -(-workspace.bytes // 16) * 16
+    constants, names = [], []
+    for i, array in enumerate(arrays[1:]):
+        kind = {"float32": "float"}.get(str(array.dtype), f"{array.dtype}_t")
+        values = ",".join(float(v).hex() if kind == "float" else str(int(v)) for v in array.ravel())
+        constants.append(f"static const {kind} c{i}[] __attribute__((aligned(8))) = {{{values}}};")
+        names.append(f"c{i}")
+    call = ", ".join(["inputs[0]", *names, "outputs[0]", *pointers])
+    (folder / "one.h").write_text(
+        f"#define ONE_ARENA_BYTES {max(size, 16)}\n"
+        "int one_run(const void *const *inputs, void *const *outputs, void *arena);\n"
+    )
+    (folder / "one.c").write_text(
+        '#include <stdint.h>\n#include "one.h"\nvoid kernel();\n' + "\n".join(constants) + "\n"
+        "int one_run(const void *const *inputs, void *const *outputs, void *arena) {\n"
+        f"    (void)arena;\n    kernel({call});\n    return 0;\n}}\n"
+    )
+    return Project(
+        folder, "one.h", "one_run", max(size, 16),
+        (TensorSpec("data", arrays[0].shape, str(arrays[0].dtype)),),
+        (TensorSpec("out", shape, "int8"),), sources=("one.c",), objects=("kernel.o",),
+    )  # fmt: skip
+
+
+def count(
+    spec: WeightedSpec, folder: Path, form: str, rule: str = "float32", name: str = "cortex-m4",
+    choice: dict[str, int] | None = None, **more: Any,
+) -> float:  # fmt: skip
+    """Pack, schedule, run under QEMU, compare; instructions a multiply-add, everything counted."""
+    target = get_target(name)
+    missing = missing_tools(target)
+    if missing:
+        pytest.skip(f"{name}: {', '.join(missing)} not installed")
+    rng = np.random.default_rng(0)
+    info = np.iinfo(spec.data_dtype)
+    data = rng.integers(info.min, info.max, spec.data_shape, spec.data_dtype, endpoint=True)
+    weight = rng.integers(-128, 127, spec.plain_weight_shape, "int8", endpoint=True)
+    acc = reference(spec, data, weight)
+    macs = acc.size * spec.reduction_size
+    wanted = requantisation(acc, rule, rng, **more)
+    packed = pack_weight(spec, weight, target)
+    if packed is not None:
+        spec, weight = packed
+        np.testing.assert_array_equal(reference(spec, data, weight), acc)
+    inputs, sums = describe(spec)
+    constants = [
+        te.placeholder(array.shape, str(array.dtype), name=f"constant{i}")
+        for i, array in enumerate((wanted.bias, *wanted.factors))
+    ]
+    naive = te.create_prim_func([*inputs, *constants, wanted.describe(sums, constants)])
+    scheduled = schedule(naive.without_attr("global_symbol"), target, choice)
+    assert scheduled.attrs[SCHEDULE_ATTR] == form
+    kernel = to_bare(scheduled, "kernel", target, False)
+    arrays = [data, weight, wanted.bias, *wanted.factors]
+    program = build_program(project(kernel, target, arrays, acc.shape, folder), target, folder)
+    result = run_program(program, [{"data": data}])
+    np.testing.assert_array_equal(result.outputs[0]["out"], wanted.expected(acc))
+    assert result.instructions is not None
+    return result.instructions[0] / macs
+
+
+# The shapes that other libraries were measured with.
+MEASURED = {
+    "32x32x16": conv(32, 32, 16, 16),
+    "16x16x32": conv(16, 16, 32, 32),
+    "pointwise": conv(25, 6, 64, 64, (1, 1), 0),
+}
+
+
+@pytest.mark.parametrize("rule", ["float32", "tflite_small"])
+@pytest.mark.parametrize("name", list(MEASURED))
+def test_instructions_of_a_multiply_add(name: str, rule: str, tmp_path: Path) -> None:
+    assert count(MEASURED[name], tmp_path, MATRIX, rule) <= 1.25
+
+
+def test_instructions_of_depthwise(tmp_path: Path) -> None:
+    assert count(depthwise(25, 5, 64), tmp_path, DEPTHWISE) <= 2.9
+
+
+MATRICES = {
+    "one": linear(1, 1, 1),
+    "odd": linear(3, 7, 5),
+    "long": linear(1, 640, 24),
+    "image": conv(9, 11, 3, 4),
+    "one_channel": conv(13, 10, 1, 6, (10, 4), 2, strides=(2, 2)),
+    "stride": conv(8, 8, 16, 6, strides=(2, 2), padding=(0, 0, 1, 1)),
+    "skipping": conv(9, 9, 8, 4, (1, 1), 0, strides=(2, 2)),
+    "rows_apart": conv(5, 7, 5, 3, dilation=(2, 1)),
+    "batch": conv(4, 4, 6, 7, (2, 3), strides=(3, 2), batch=2),
+    "one_row": conv(6, 5, 8, 4, (1, 3)),
+    "unsigned": conv(6, 5, 8, 4, **UINT8 | {"weight_dtype": "int8"}),
+    "far_columns": conv(3, 3, 256, 3, (1, 1), 0),
+    "farther_columns": conv(2, 5, 600, 2),
+}
+
+
+@pytest.mark.parametrize("name", list(MATRICES))
+def test_matrix(name: str, tmp_path: Path) -> None:
+    count(MATRICES[name], tmp_path, MATRIX)
+
+
+def test_columns_apart_have_no_form(tmp_path: Path) -> None:
+    count(conv(5, 7, 4, 3, pad=0, dilation=(1, 2)), tmp_path, DEFAULT)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        depthwise(7, 6, 6, 5, 2),
+        depthwise(7, 6, 3, 1, 0),
+        depthwise(9, 8, 2, 2, 0, 2),
+        depthwise(11, 9, 4, strides=(2, 2)),
+        depthwise(48, 50, 2),  # bands
+        depthwise(8, 5, 4, dilation=(2, 1), **UINT8 | {"weight_dtype": "int8"}),
+    ],
+    ids=["5x5", "1x1", "2x2_multiplier", "stride", "bands", "rows_apart"],
+)
+@pytest.mark.parametrize("rule", ["float32", "tflite_small"])
+def test_depthwise(spec: Conv2dSpec, rule: str, tmp_path: Path) -> None:
+    count(spec, tmp_path, DEPTHWISE, rule)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"bounds": (-100, 100)},
+        {"bounds": (-3, 127)},
+        {"bounds": (-128, 20), "fits": False},
+        {"bounds": (-128, 127), "fits": False},
+    ],
+    ids=["both", "relu", "above", "saturating"],
+)
+def test_clamps(more: dict[str, Any], tmp_path: Path) -> None:
+    count(conv(5, 5, 4, 4), tmp_path, MATRIX, **more)
+
+
+@pytest.mark.parametrize("rule", ["float32", "tflite"])
+def test_rules_without_a_short_form(rule: str, tmp_path: Path) -> None:
+    count(conv(5, 5, 4, 4), tmp_path, MATRIX, rule, name="cortex-m7")
+
+
+def test_every_choice(tmp_path: Path) -> None:
+    target = get_target("cortex-m4")
+    spec = conv(4, 7, 8, 4)
+    packed = pack_weight(spec, np.zeros(spec.plain_weight_shape, np.int8), target)
+    assert packed is not None
+    inputs, sums = describe(packed[0])
+    naive = te.create_prim_func([*inputs, sums]).without_attr("global_symbol")
+    space = search_space(naive, target)
+    assert space is not None
+    choices = list(space)
+    assert len(choices) > 4 and choices[0] == dict(space.default)
+    for number, choice in enumerate(choices):
+        count(spec, tmp_path / str(number), MATRIX, choice=choice)
+
+
+def test_no_library_is_asked_for(tmp_path: Path) -> None:
+    """Nothing but the loops' own symbol: no runtime, no mathematics, no unwinder."""
+    target = get_target("cortex-m4")
+    spec = conv(4, 7, 8, 4)
+    packed = pack_weight(spec, np.zeros(spec.plain_weight_shape, np.int8), target)
+    assert packed is not None
+    inputs, sums = describe(packed[0])
+    naive = te.create_prim_func([*inputs, sums]).without_attr("global_symbol")
+    kernel = to_bare(schedule(naive, target), "kernel", target, False)
+    content = object_file(kernel, target)
+    assert b"kernel" in content
+    for name in (b"__aeabi_unwind", b"TVMBackend", b"lrint", b"smmulr"):
+        assert name not in content
