@@ -142,14 +142,22 @@ def _instructions(result: RunResult) -> Instructions | None:
 
 
 def _functions(result: RunResult, layers: Mapping[str, Sequence[str]]) -> Iterator[FunctionCount]:
-    """The most expensive first."""
-    names = dict.fromkeys(name for row in result.by_function for name in row)
-    medians = {
-        name: int(np.median([row.get(name, 0) for row in result.by_function])) for name in names
-    }
+    """The most expensive first; a kernel with its own parts."""
+    rows = [_by_kernel(row, layers) for row in result.by_function]
+    names = dict.fromkeys(name for row in rows for name in row)
+    medians = {name: int(np.median([row.get(name, 0) for row in rows])) for name in names}
     total = sum(medians.values()) or 1
     for name, count in sorted(medians.items(), key=lambda item: -item[1]):
         yield FunctionCount(name, tuple(layers.get(name, ())), count, count / total)
+
+
+def _by_kernel(counts: Mapping[str, int], kernels: Mapping[str, Any]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name, count in counts.items():
+        kernel = name.partition("/")[0]
+        key = kernel if kernel in kernels else name
+        found[key] = found.get(key, 0) + count
+    return found
 
 
 def _accuracies(

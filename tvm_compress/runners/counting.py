@@ -84,13 +84,13 @@ def read_counts(folder: Path, listed: list[Function], samples: int) -> Counts:
         raise ArtefactError(f"the emulator passed {len(rows)} marks; {expected} were expected")
     spent = (rows[1::2] - rows[::2])[:, 1:].astype(np.int64)  # [1 + samples, 1 + functions]
     net = spent[1:] - spent[0]
-    ours = (*_MARKS, "main")
-    named = tuple(
-        {
-            f.name: int(n)
-            for f, n in zip(listed, row[1:], strict=True)
-            if n > 0 and f.name not in ours
-        }
-        for row in net
-    )
-    return Counts(tuple(int(n) for n in net[:, 0]), named)
+    names = [function.name for function in listed]
+    return Counts(tuple(int(n) for n in net[:, 0]), tuple(_by_name(names, row[1:]) for row in net))
+
+
+def _by_name(names: list[str], counts: np.ndarray) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name, count in zip(names, counts, strict=True):
+        if count > 0 and name not in (*_MARKS, "main"):
+            found[name] = found.get(name, 0) + int(count)
+    return found

@@ -29,9 +29,13 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Function:
+    """`name` of one that only its own file knows is `before/name`: `before` is the last global
+    function ahead of it, which for a kernel's own part is that kernel."""
+
     name: str
     first: int
     end: int
+    is_local: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,15 +101,18 @@ def functions(elf: Path) -> list[Function]:
             # Bit 0 of a Thumb function's address is not part of it.
             first = value & ~1 if data[18:20] == b"\x28\0" else value
             if first not in found or size > found[first].end - first:
-                found[first] = Function(name, first, first + size)
+                found[first] = Function(name, first, first + size, info >> 4 == 0)
     result: list[Function] = []
+    last = ""
     listed = sorted(found.values(), key=lambda f: f.first)
     for function, after in zip(listed, [*listed[1:], None], strict=True):
         end = function.end
         if end == function.first and after is not None:  # assembly that does not say its size
             end = after.first
         if end > function.first and (not result or function.first >= result[-1].end):
-            result.append(Function(function.name, function.first, end))
+            name = f"{last}/{function.name}" if function.is_local else function.name
+            last = last if function.is_local else function.name
+            result.append(Function(name, function.first, end, function.is_local))
     return result
 
 
