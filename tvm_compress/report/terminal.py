@@ -81,8 +81,8 @@ def print_profile(profile: Profile) -> None:
         f"({bytes_text(profile.weight_bytes)}), peak activations "
         f"{bytes_text(profile.peak_activation_bytes)} at {profile.peak_at}"
     )
-    layers = new_table("layer", "type", "output", ">MACs", ">share", ">params", ">share", ">weights",
-                    ">activations")  # fmt: skip
+    layers = new_table("layer", "type", "output", ">MACs", ">share", ">params", ">share",
+                       ">weights", ">activations")  # fmt: skip
     for row in profile.layers:
         layers.add_row(
             row.name,
