@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .artefact import Artefact
     from .data import Dataset
 
+_RUNS_AT_ONCE = 64
 Scorer = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 """A model's inputs => one score for each class, the first axis being samples."""
 
@@ -40,7 +42,10 @@ class SideAccuracy:
 def measure_accuracy(artefact: Artefact, dataset: Dataset, progress: Progress) -> Accuracy:
     """Top-1 accuracy of both programs of `artefact` on every sample of `dataset`."""
     spec = scores_output(artefact.outputs, dataset)
-    right = right_answers(sides_of(artefact, spec), dataset, spec, progress)
+    if artefact.is_project:
+        right = right_answers_of_project(artefact, dataset, spec, progress)
+    else:
+        right = right_answers(sides_of(artefact, spec), dataset, spec, progress)
     before, after = right["original"], right["compressed"]
     count = len(before)
     only_before, only_after = int(np.sum(before & ~after)), int(np.sum(~before & after))
@@ -90,6 +95,31 @@ def right_answers(
             scores = scorer(run.feed)
             classes = scores.reshape(scores.shape[0], -1)[: run.count].argmax(1)
             found[side].append(classes == run.labels)
+    return {side: np.concatenate(parts) for side, parts in found.items()}
+
+
+def right_answers_of_project(
+    artefact: Artefact, dataset: Dataset, spec: TensorSpec, progress: Progress
+) -> dict[str, np.ndarray]:
+    """`right_answers` of a C project and its original: many samples for each start of its
+    emulator."""
+    original, project = artefact.session("original"), artefact.project()
+    found: dict[str, list[np.ndarray]] = {"compressed": [], "original": []}
+    runs = iter(dataset.runs())
+    pieces = -(-len(dataset) // (dataset.batch * _RUNS_AT_ONCE))
+    pieces_of_runs = (list(islice(runs, _RUNS_AT_ONCE)) for _ in range(pieces))
+    for piece in progress.track(pieces_of_runs, "measuring accuracy", pieces):
+        results = {
+            "compressed": project.run_all([run.feed for run in piece]),
+            "original": [original.run(run.feed) for run in piece],
+        }
+        for side, outputs in results.items():
+            for run, named in zip(piece, outputs, strict=True):
+                assert run.labels is not None
+                _check_labels(int(run.labels.min()), int(run.labels.max()), spec, dataset.source)
+                scores = named[spec.name]
+                classes = scores.reshape(scores.shape[0], -1)[: run.count].argmax(1)
+                found[side].append(classes == run.labels)
     return {side: np.concatenate(parts) for side, parts in found.items()}
 
 

@@ -13,19 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .accuracy import SideAccuracy, beside, scores_output
+from .accuracy import SideAccuracy, beside, right_answers_of_project, scores_output
 from .errors import CheckFailed, DataError, TargetError
 from .progress import Progress
 from .runners import Footprint, footprint
 
 if TYPE_CHECKING:
     from .artefact import Artefact
-    from .data import Dataset, Run
     from .runners import RunResult
     from .targets import Target
 
 COUNTED_INPUTS = 4
-_SAMPLES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,10 @@ def benchmark_board(
     with progress.step("counting instructions"):
         result = project.run_codes(feeds, count=True)
         _require_repeatable(result, project.run_codes(feeds, count=True))
-    accuracies = {} if dataset is None else _accuracies(artefact, dataset, progress)
+    accuracies = {}
+    if dataset is not None:
+        spec = scores_output(artefact.outputs, dataset)
+        accuracies = beside(right_answers_of_project(artefact, dataset, spec, progress))
     program = project.program
     return BoardBenchmark(
         target=artefact.target.name,
@@ -158,29 +159,3 @@ def _by_kernel(counts: Mapping[str, int], kernels: Mapping[str, Any]) -> dict[st
         key = kernel if kernel in kernels else name
         found[key] = found.get(key, 0) + count
     return found
-
-
-def _accuracies(
-    artefact: Artefact, dataset: Dataset, progress: Progress
-) -> dict[str, SideAccuracy]:
-    spec = scores_output(artefact.outputs, dataset)
-    original, project = artefact.session("original"), artefact.project()
-    right: dict[str, list[np.ndarray]] = {"compressed": [], "original": []}
-    pieces = -(-len(dataset) // (dataset.batch * _SAMPLES_AT_ONCE))
-    for runs in progress.track(_pieces(dataset), "measuring accuracy", pieces):
-        results = {
-            "compressed": project.run_all([run.feed for run in runs]),
-            "original": [original.run(run.feed) for run in runs],
-        }
-        for side, outputs in results.items():
-            for run, named in zip(runs, outputs, strict=True):
-                scores = named[spec.name]
-                classes = scores.reshape(scores.shape[0], -1)[: run.count].argmax(1)
-                right[side].append(classes == run.labels)
-    return beside({side: np.concatenate(parts) for side, parts in right.items()})
-
-
-def _pieces(dataset: Dataset) -> Iterator[list[Run]]:
-    runs = iter(dataset.runs())
-    while piece := list(islice(runs, _SAMPLES_AT_ONCE)):
-        yield piece
