@@ -10,6 +10,7 @@ one to one with those of all it reads runs over flat memory.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from tvm import ir, tirx
@@ -47,9 +48,13 @@ def schedule_default(
     e = Emitter()
     buffers: dict[tirx.Buffer, tirx.Buffer] = {}
     kept = _kept_stages(fused)
+    tail = [] if target.is_x86 else _tail(fused, kept)
+    # Computed with the reduction before it, and its results never stored.
+    kept = kept[: len(kept) - len(tail)]
     params = list(fused.func.params)
     for stage in kept:
-        if not any(stage.buffer.same_as(p) for p in params):
+        is_ended = bool(tail) and stage is kept[-1]
+        if not is_ended and not any(stage.buffer.same_as(p) for p in params):
             size = 1
             for extent in stage.buffer.shape:
                 size *= int(extent)
@@ -58,7 +63,8 @@ def schedule_default(
     for param in params:
         views[param] = e.flat(param)
     for stage in kept:
-        _Nest(e, fused, stage, kept, buffers, views, target).write()
+        ends = tail if stage is kept[-1] else []
+        _Nest(e, fused, stage, kept, buffers, views, target, ends).write()
     return e.function(params, {}), _form(fused)
 
 
@@ -122,6 +128,41 @@ def _kept_stages(fused: FusedFunction) -> list[Stage]:
     return kept
 
 
+def _tail(fused: FusedFunction, kept: list[Stage]) -> list[Stage]:
+    """The elementwise stages at the end, where each of their elements needs one result of the
+    reduction before them, its own: then no sum is stored. All sums take four times the memory of an
+    output of bytes, and on a small machine that is the most that a network needs."""
+    count = 0
+    while count < len(kept) and kept[-1 - count].is_map:
+        count += 1
+    if count == 0 or count == len(kept):
+        return []
+    reduction, *tail = kept[-1 - count :]
+    chain = [reduction, *tail]
+    shape = [int(n) for n in reduction.buffer.shape]
+    if any([int(n) for n in stage.buffer.shape] != shape for stage in tail):
+        return []
+    if any(output.same_as(s.buffer) for output in fused.outputs for s in chain[:-1]):
+        return []
+    in_place = True
+    for stage in tail:
+
+        def leaf(buffer: tirx.Buffer, where: Index, stage: Stage = stage) -> ir.Expr | None:
+            nonlocal in_place
+            if buffer.same_as(stage.buffer):
+                return None
+            if any(buffer.same_as(s.buffer) for s in chain):
+                # On an axis of extent 1, whatever is written there is 0.
+                in_place &= all(
+                    index.same_as(variable) or extent == 1
+                    for index, variable, extent in zip(where, stage.variables, shape, strict=True)
+                )
+            return buffer[where] if any(buffer.same_as(s.buffer) for s in kept) else None
+
+        fused.inline(stage.buffer, stage.variables, leaf)
+    return tail if in_place else []
+
+
 def _terms(stage: Stage) -> int:
     """Terms of one element's reduction."""
     count = 1
@@ -171,8 +212,12 @@ class _Nest:
         buffers: dict[tirx.Buffer, tirx.Buffer],
         views: dict[tirx.Buffer, tirx.Buffer],
         target: Target,
+        ends: Sequence[Stage] = (),
     ) -> None:
+        """`ends`: elementwise stages to be computed from each result of this one, which is not
+        stored then."""
         self.e, self.fused, self.stage, self.kept = e, fused, stage, kept
+        self.ends = ends
         self.buffers, self.views, self.target = buffers, views, target
         self.shape = tuple(int(n) for n in stage.buffer.shape)
         bits = max(
@@ -298,7 +343,7 @@ class _Nest:
         def initial(lane: Any) -> ir.Expr:
             return rewrite(init, bind(lane), lambda b, i: b[i])
 
-        if _terms(stage) <= _UNROLLED_TERMS:
+        if _terms(stage) <= _UNROLLED_TERMS and not self.ends:
             with e.loop("lane", width, "vectorized") as lane:
                 value = initial(lane)
                 for term in itertools.product(*(range(stage.extents[a]) for a in axes)):
@@ -323,8 +368,37 @@ class _Nest:
                 e.store(acc, self._term({**bind(lane), **reduced}, acc[lane]), lane)
 
         walk(0, {})
+        self._finish(prefix, start, width, acc)
+
+    def _finish(self, prefix: Index, start: Any, width: int, acc: tirx.Buffer) -> None:
+        """Store the results in `acc`, or what the stages at the end make of them."""
+        e = self.e
+        results = [(self.stage.buffer, acc)]
+        for end in self.ends[:-1]:
+            values = e.alloc(width, str(end.buffer.dtype), end.name, registers=True)
+            with e.loop("lane", width, "vectorized") as lane:
+                e.store(values, self._ended(end, (*prefix, start + lane), lane, results), lane)
+            results.append((end.buffer, values))
         with e.loop("lane", width, "vectorized") as lane:
-            self._store((*prefix, start + lane), acc[lane])
+            where = (*prefix, start + lane)
+            if not self.ends:
+                self._store(where, acc[lane])
+            else:
+                last = self.ends[-1]
+                e.store(last.buffer, self._ended(last, where, lane, results), *where)
+
+    def _ended(
+        self, end: Stage, where: Index, lane: Any, results: list[tuple[tirx.Buffer, tirx.Buffer]]
+    ) -> ir.Expr:
+        """An element of a stage at the end; `results` holds what the ones before it gave."""
+
+        def leaf(buffer: tirx.Buffer, indices: Index) -> ir.Expr | None:
+            for computed, values in results:
+                if buffer.same_as(computed):
+                    return values[lane]
+            return self._leaf(buffer, indices)
+
+        return self._written_out(self.fused.inline(end.buffer, where, leaf))
 
     def _term(self, binding: dict[tirx.Var, Any], acc: ir.Expr) -> ir.Expr:
         def load(buffer: tirx.Buffer, where: Index) -> ir.Expr:
