@@ -134,5 +134,12 @@ def _sources() -> str:
     from ..workspace import hash_sources
 
     here = Path(__file__).parent
-    files = ["kernel_code.py", "rewrite_body.py", "rounding.py", "compile.py", "in_place.py"]
+    files = [
+        "kernel_code.py",
+        "rewrite_body.py",
+        "rounding.py",
+        "compile.py",
+        "in_place.py",
+        "float_calls.py",
+    ]
     return hash_sources([here / name for name in files], compiler_version())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .archive import archive
+from .float_calls import definitions
 from .kernel_code import c_type
 from .program import COPY, KernelCall, Program, Tensor
 
@@ -326,7 +327,13 @@ static inline float {self.name}_dequantize_output_{index}({macro}_TYPE code) {{
             _NOTE + f'#include "{name}.h"\n\n#include <string.h>\n\n'
             f'#include "{name}_constants.h"\n#include "{name}_kernels.h"\n\n'
             f"int {name}_run({self._parameters}) {{\n{body}    return 0;\n}}\n"
+            + self._float_calls()
         )
+
+    def _float_calls(self) -> str:
+        if self.built.form == "c":
+            return ""
+        return definitions((kernel.code for kernel in self.built.kernels), self.built.target)
 
     def _call(self, call: KernelCall, step: str) -> str:
         if call.symbol == COPY:

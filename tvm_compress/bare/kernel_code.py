@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .float_calls import with_own_names
+
 if TYPE_CHECKING:
     import tvm
     from tvm import ir, tirx
@@ -224,7 +226,7 @@ def object_file(kernel: BareKernel, target: Target) -> bytes:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.o"
         library.write_to_file(str(path), "o")
-        return path.read_bytes()
+        return with_own_names(path.read_bytes(), target)
 
 
 def c_source(kernel: BareKernel) -> str:
