@@ -44,7 +44,9 @@ def _core(
         description=description,
         tvm_options={
             "kind": "llvm",
-            "mtriple": f"{triple}-none-eabi{'hf' if is_hard else ''}",
+            # With all four parts, or LLVM takes eabi for an operating system, and calls arithmetic in
+            # software by the wrong convention. gnu: copies are memcpy, which every C library has.
+            "mtriple": f"{triple}-unknown-none-gnueabi{'hf' if is_hard else ''}",
             "mcpu": mcpu or name,
             "mfloat-abi": float_abi,
             # The most that is taken for granted of a pointer's alignment.

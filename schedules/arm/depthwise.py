@@ -22,7 +22,7 @@ from ..spec import Conv2dSpec, ceil_div
 from ..x86.window import window_of
 from .dsp import join_low, multiply_add, multiply_add_halves, word
 from .epilogue import DspEpilogue
-from .rounding import LLVM_HELPERS, finisher
+from .rounding import finisher, llvm_helpers
 
 _PLANE_BYTES = 4096
 """A larger plane goes in bands of rows."""
@@ -132,7 +132,7 @@ class _DepthwiseKernel:
                 with e.loop("m", spec.columns) as m:
                     self._channel(b, y, e.bind("o", c * spec.columns + m))
         self.epilogue.emit_rest(e, 1)
-        return e.function(list(self.fused.func.params), {}, LLVM_HELPERS)
+        return e.function(list(self.fused.func.params), {}, llvm_helpers())
 
     def _fill(self, b: Any, y: Any, c: Any) -> None:
         """The input rows of one channel for output rows y.., with their border."""

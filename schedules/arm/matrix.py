@@ -24,7 +24,7 @@ from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..x86.window import window_of
 from .epilogue import DspEpilogue
 from .microkernel import MOST_COLUMNS, MicroKernel, as_llvm
-from .rounding import LLVM_HELPERS, finisher
+from .rounding import finisher, llvm_helpers
 from .rows import Widened
 
 CHANNELS = 2
@@ -175,7 +175,7 @@ class _MatrixKernel:
             with e.loop("b", window.batch) as b:
                 self._image(b)
         self.epilogue.emit_rest(e, 1)
-        code = as_llvm(self.loops.name, self.loops.assembly(), 5) + LLVM_HELPERS
+        code = as_llvm(self.loops.name, self.loops.assembly(), 5) + llvm_helpers()
         return e.function(list(self.fused.func.params), {}, code)
 
     def _tiles(self) -> int:

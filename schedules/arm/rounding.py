@@ -21,7 +21,11 @@ from tvm.ir.prim.expr import RShift
 from ...targets import Target
 
 HIGH_PRODUCT = "tvmc_smmulr"
-LLVM_HELPERS = f"""
+
+
+def llvm_helpers() -> str:
+    """LLVM's form of what `finisher` calls."""
+    return f"""
 define internal i32 @{HIGH_PRODUCT}(i32 %a, i32 %b) alwaysinline nounwind memory(none) {{
   %r = call i32 asm "smmulr $0, $1, $2", "=r,r,r"(i32 %a, i32 %b) nounwind memory(none)
   ret i32 %r
