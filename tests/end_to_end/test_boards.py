@@ -11,6 +11,7 @@ from tvm_compress.bare.emit import write_project
 from tvm_compress.bare.session import ProjectSession
 from tvm_compress.build import build, compile_project, lower
 from tvm_compress.flow import compress_job, load_job
+from tvm_compress.importers import load_model
 from tvm_compress.progress import Progress
 from tvm_compress.runtime import Session
 from tvm_compress.targets import get_target
@@ -67,6 +68,27 @@ def test_the_same_integers_as_x86(name: str, world: World, tmp_path: Path) -> No
     for wanted, outputs in zip(world.expected, found, strict=True):
         for key, array in wanted.items():
             np.testing.assert_array_equal(outputs[key], array)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cortex-m4", "cortex-m55", "armv7-neon"])
+def test_float64_without_an_fpu_for_it(name: str, assets: Path, tmp_path: Path) -> None:
+    """TFLite's linear layers are requantised in float64, which a Cortex-M4 calls a library for."""
+    require(name)
+    model = load_model(assets / "tflite" / "pretrainedResnet_quant.tflite")
+    target = get_target(name)
+    project = compile_project(lower(model.module, target)).project
+    sources = ([spec.name for spec in model.inputs], [spec.name for spec in model.outputs])
+    write_project(project, "resnet", sources, tmp_path)
+    random = np.random.default_rng(2)
+    (taken,) = model.inputs
+    feeds = [{taken.name: random.integers(-128, 128, taken.shape, np.int8)} for _ in range(4)]
+    host = build(model.module, get_target("x86-64-v2"))
+    session = Session(host.executable, model.inputs, model.outputs)
+    for feed, found in zip(feeds, ProjectSession(tmp_path, target).run_all(feeds), strict=True):
+        for key, wanted in session.run(feed).items():
+            assert len(set(wanted.ravel())) > 2
+            np.testing.assert_array_equal(found[key], wanted)
 
 
 def test_benchmark_of_a_board(tmp_path: Path) -> None:
