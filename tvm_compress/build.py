@@ -112,6 +112,7 @@ def lower(module: tvm.IRModule, target: Target, choose: TunedChoices | None = No
     """
     from .pipeline import (
         destination_pipeline,
+        edges_pipeline,
         fusion_pipeline,
         memory_pipeline,
         packing_pipeline,
@@ -120,13 +121,12 @@ def lower(module: tvm.IRModule, target: Target, choose: TunedChoices | None = No
         storage_pipeline,
     )
     from .relay_passes.branches import functions_in_order
-    from .relay_passes.integer_edges import IntegerEdges
     from .relay_passes.lower import LEFT_FLOAT_ATTR
     from .relay_passes.pack_weights import DECODED_ATTR
 
     with target.tvm_target():
         if target.is_cross:
-            module = IntegerEdges()(module)
+            module = edges_pipeline()(module)
         reference = reference_pipeline()(storage_pipeline(target)(module))
         packed = packing_pipeline(target)(reference)
         fused = fusion_pipeline()(packed)

@@ -17,6 +17,7 @@ from tvm.relax.pipeline import register_pipeline
 
 from .relay_passes.branches import OnEachFunction
 from .relay_passes.fuse_epilogues import FuseEpilogues
+from .relay_passes.integer_edges import IntegerEdges
 from .relay_passes.lower import LowerToKernels
 from .relay_passes.narrow_indices import NarrowIndices
 from .relay_passes.pack_weights import PackWeights
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .schedules import Choice
     from .targets import Target
+
+
+def edges_pipeline() -> tvm.transform.Pass:
+    """Graph form => inputs and outputs as codes, for C projects; before all the others."""
+    return tvm.transform.Sequential([IntegerEdges()], name="edges")
 
 
 def storage_pipeline(target: Target) -> tvm.transform.Pass:
