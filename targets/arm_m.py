@@ -44,8 +44,8 @@ def _core(
         description=description,
         tvm_options={
             "kind": "llvm",
-            # With all four parts, or LLVM takes eabi for an operating system, and calls arithmetic in
-            # software by the wrong convention. gnu: copies are memcpy, which every C library has.
+            # With all four parts, or LLVM takes eabi for an operating system and calls arithmetic
+            # in software by the wrong convention. gnu: copies are memcpy, as every C library's.
             "mtriple": f"{triple}-unknown-none-gnueabi{'hf' if is_hard else ''}",
             "mcpu": mcpu or name,
             "mfloat-abi": float_abi,
