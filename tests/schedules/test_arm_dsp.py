@@ -92,7 +92,10 @@ class Requantisation:
 
     def expected(self, acc: np.ndarray) -> np.ndarray:
         total = acc.astype(np.int64) + self.bias
-        if self.rule == "float32":
+        if self.rule == "float64":
+            scaled = total.astype(np.float64) * self.factors[0]
+            code = np.sign(scaled) * np.floor(np.abs(scaled) + 0.5)
+        elif self.rule == "float32":
             code = np.rint(total.astype(np.float32) * self.factors[0]).astype(np.int64)
         else:
             mantissa, exponent = (factor.astype(np.int64) for factor in self.factors)
@@ -112,6 +115,8 @@ def requantisation(
     bias = rng.integers(-3000, 3000, channels, dtype=np.int32)
     if rule == "float32":
         return Requantisation(rule, bias, (scale.astype(np.float32),), **more)
+    if rule == "float64":
+        return Requantisation(rule, bias, (scale,), **more)
     exponent = np.floor(np.log2(scale)).astype(np.int32) + 1
     mantissa = np.rint(scale / 2.0**exponent * 2**31).clip(2**30, 2**31 - 1).astype(np.int32)
     return Requantisation(rule, bias, (mantissa, exponent), **more)
@@ -129,8 +134,10 @@ def project(
         size += -(-workspace.bytes // 16) * 16
     constants, names = [], []
     for i, array in enumerate(arrays[1:]):
-        kind = {"float32": "float"}.get(str(array.dtype), f"{array.dtype}_t")
-        values = ",".join(float(v).hex() if kind == "float" else str(int(v)) for v in array.ravel())
+        kind = {"float32": "float", "float64": "double"}.get(str(array.dtype), f"{array.dtype}_t")
+        values = ",".join(
+            float(v).hex() if kind in ("float", "double") else str(int(v)) for v in array.ravel()
+        )
         constants.append(f"static const {kind} c{i}[] __attribute__((aligned(8))) = {{{values}}};")
         names.append(f"c{i}")
     call = ", ".join(["inputs[0]", *names, "outputs[0]", *pointers])
@@ -262,9 +269,10 @@ def test_clamps(more: dict[str, Any], tmp_path: Path) -> None:
     count(conv(5, 5, 4, 4), tmp_path, MATRIX, **more)
 
 
-@pytest.mark.parametrize("rule", ["float32", "tflite"])
-def test_rules_without_a_short_form(rule: str, tmp_path: Path) -> None:
-    count(conv(5, 5, 4, 4), tmp_path, MATRIX, rule, name="cortex-m7")
+@pytest.mark.parametrize("rule", ["float32", "float64", "tflite"])
+@pytest.mark.parametrize("name", ["cortex-m4", "cortex-m7"])
+def test_rules_without_a_short_form(rule: str, name: str, tmp_path: Path) -> None:
+    count(conv(5, 5, 4, 4), tmp_path, MATRIX, rule, name=name)
 
 
 def test_every_choice(tmp_path: Path) -> None:
