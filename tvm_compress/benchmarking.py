@@ -98,6 +98,7 @@ def benchmark(
     threads = set_threads(threads)
     progress = progress or Progress()
     labelled = None if evaluate is None else _labelled(artefact, evaluate)
+    files = peer_files(against, models)
     samples = [] if calibration is None else peer_samples(artefact, calibration, progress)
     feed = probe_inputs(artefact)[0]
     sessions = {side: artefact.session(side) for side in ("compressed", "original")}
@@ -106,7 +107,7 @@ def benchmark(
     peers = {}
     if against:
         expected = list(sessions["original"].run(feed).values())
-        for name, peer in load_peers(against, models, samples, threads):
+        for name, peer in load_peers(files, samples, threads):
             agreement[name] = _agreement_db(name, expected, peer.run(feed))
             programs[name] = peer.bind(feed)
             peers[name] = peer
@@ -117,9 +118,24 @@ def benchmark(
     return Benchmark(this_device(threads), latencies, kernels, agreement, accuracies)
 
 
+def peer_files(against: tuple[str, ...], models: tuple[Path, ...]) -> dict[str, Path]:
+    """Runtime => the first of `models` that it reads. Raises `ModelError` when there is none."""
+    from . import peers
+
+    files = {}
+    for name in against:
+        path = next((model for model in models if model.suffix in peers.READS[name]), None)
+        if path is None:
+            suffixes = " or ".join(peers.READS[name])
+            raise ModelError(
+                f"--against {name}: reads {suffixes} files; give one with --model, or leave it out"
+            )
+        files[name] = path
+    return files
+
+
 def load_peers(
-    against: tuple[str, ...],
-    models: tuple[Path, ...],
+    files: dict[str, Path],
     samples: list[dict[str, np.ndarray]],
     threads: int,
 ) -> Iterator[tuple[str, Peer]]:
@@ -128,11 +144,7 @@ def load_peers(
     from .targets import get_target
 
     has_vnni = bool(get_target("host").capabilities & {"avx512vnni", "avxvnni"})
-    for name in against:
-        path = next((model for model in models if model.suffix in peers.READS[name]), None)
-        if path is None:
-            suffixes = " or ".join(peers.READS[name])
-            raise ModelError(f"--against {name}: reads {suffixes} files; give one with --model")
+    for name, path in files.items():
         yield name, peers.LOADERS[name](path, threads)
         if not samples or path.suffix != ".onnx":
             continue

@@ -163,8 +163,8 @@ def _budget_options(command: Command) -> Command:
     )(command)
     return click.option(
         "--trials",
-        type=click.IntRange(1, 10_000_000),
-        help="Tune with at most this many measured candidates, earlier runs included.",
+        type=click.IntRange(0, 10_000_000),
+        help="Tune with at most this many measured candidates, earlier runs included; 0: none.",
     )(command)
 
 
@@ -393,7 +393,8 @@ def compress(
     "--export",
     "export",
     type=click.Path(path_type=Path),
-    help="Write the best records to one file, at the end; of MODEL only, if given.",
+    help="Write the best records to one file, at the end; of MODEL only, if given (with "
+    "--trials 0 without measuring).",
 )
 @click.option("--list", "is_list", is_flag=True, help="Show the best records that are known.")
 @_threads_option

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from tvm_compress.targets import Target
     from tvm_compress.tuning.database import Database
+    from tvm_compress.tuning.record import Record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = REPOSITORY / "tvm_compress" / "databases"
@@ -128,22 +129,30 @@ def tune(
 def write(
     folder: Path, target: Target, database: Database, defaults: dict[str, dict[str, int]]
 ) -> None:
-    """The winners of the workloads in `defaults` that still beat today's default."""
+    """The winners of the workloads in `defaults` over today's default, or the default where nothing
+    beats it: that is known as well."""
     from tvm_compress.tuning.database import write_export
     from tvm_compress.tuning.record import Conditions
     from tvm_compress.tuning.tune import this_cpu
 
     conditions = Conditions.of(target, this_cpu())
     records = [
-        record
+        record if record.speedup >= LEAST_SPEEDUP else default_of(record)
         for record in database.winners()
         if dict(record.default or {}) == defaults.get(record.workload)
         and record.conditions == conditions
-        and record.speedup >= LEAST_SPEEDUP
     ]
     out = folder / f"{target.name}-{target.threads}t.json"
     write_export(out, records)
     print(f"{out.name}: {len(records)} records of {len(defaults)} workloads", flush=True)
+
+
+def default_of(record: Record) -> Record:
+    """The default that the record was measured beside."""
+    assert record.default is not None
+    return dataclasses.replace(
+        record, choice=dict(record.default), seconds=record.default_seconds
+    )
 
 
 def show(label: str, target: Target, result: Any) -> None:
