@@ -7,8 +7,8 @@ input channels of every tap, `R` every kernel row (its columns and channels lie 
 data), `K` the whole reduction axis. The array is [groups, blocks, K / group, width, group],
 zero-filled; int4 codes lie two in a byte, K-step 2j in the low nibble and 2j + 1 in the high one.
 
-A `T` behind the name turns the last two axes: [groups, blocks, K / group, group, width]. The outputs
-of a position lie side by side, where an instruction takes every other byte of a word.
+A `T` behind the name turns the last two axes: [groups, blocks, K / group, group, width]. The
+outputs of a position lie side by side, where an instruction takes every other byte of a word.
 """
 
 from __future__ import annotations

@@ -86,9 +86,7 @@ class Rewriter:
             for name, value in (function.attrs.items() if function.attrs else ())
             if name != "global_symbol"
         }
-        with builder.function(
-            "main", self.params(), attrs=attributes, pure=bool(function.is_pure)
-        ):
+        with builder.function("main", self.params(), attrs=attributes, pure=bool(function.is_pure)):
             emit_seq(builder, body)
         return builder.get()["main"]
 

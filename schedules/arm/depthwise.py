@@ -163,7 +163,7 @@ class _DepthwiseKernel:
                 e.branch(
                     tirx.all(iy >= 0, iy < window.in_rows),
                     copy,
-                    lambda start=start: fill(start, self.pitch),
+                    partial(fill, start, self.pitch),
                 )
             else:
                 copy()

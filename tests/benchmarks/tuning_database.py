@@ -150,9 +150,7 @@ def write(
 def default_of(record: Record) -> Record:
     """The default that the record was measured beside."""
     assert record.default is not None
-    return dataclasses.replace(
-        record, choice=dict(record.default), seconds=record.default_seconds
-    )
+    return dataclasses.replace(record, choice=dict(record.default), seconds=record.default_seconds)
 
 
 def show(label: str, target: Target, result: Any) -> None:
