@@ -51,6 +51,10 @@ _TILE = 30  # what a register tile costs outside its reduction loop
 _FETCHED_BYTES = 16  # a cycle from the second-level cache between multiply-adds
 _SHARED_BYTES = 10  # a cycle from the third-level cache
 _UNHIDDEN = 0.5  # of the time for that, what multiply-adds do not hide
+# Every thread transforms weights or reads what another one has transformed: below this many
+# multiply-adds of the direct form two threads take up to twice as long as one (8x8x64: 58, 24 us).
+_PARALLEL_MACS = 12_000_000
+_LAUNCH = 7_000  # cycles of handing work to threads, which the direct form needs
 # What the direct kernel has to lose by.
 _MARGIN = 0.9
 # Positions of a register tile; more read too many rows at once.
@@ -159,7 +163,7 @@ class _WinogradKernel:
         self.blocks = ceil_div(self.window.out_channels, self.lanes)
         # Places of the transformed data lie at such distances (in values).
         self.place_pitch = _unaliased(self.window.channels)
-        self.parallel = target.threads > 1 and spec.macs >= PARALLEL_MACS
+        self.parallel = target.threads > 1 and spec.macs >= _PARALLEL_MACS
         self.threads = target.threads if self.parallel else 1
         self.blocking = self._choose_blocking() if choice is None else _Blocking.of(choice)
         direct = not any(self.window.padding) and operands.data not in fused.producers
@@ -180,8 +184,10 @@ class _WinogradKernel:
     def pays(self) -> bool:
         """Whether the direct kernel is estimated to be slower by more than a margin."""
         window, width = self.window, self.lanes / _LANES
-        products = window.positions * 9 * window.channels * self.blocks * width / self.threads
-        return self._cycles(self.blocking) < _MARGIN * products
+        threads = self.target.threads if self.spec.macs >= PARALLEL_MACS else 1
+        products = window.positions * 9 * window.channels * self.blocks * width / threads
+        launch = _LAUNCH if threads > self.threads else 0
+        return self._cycles(self.blocking) < _MARGIN * (products + launch)
 
     def _tile_rows(self, outputs: int) -> int:
         return ceil_div(self.window.rows, outputs)

@@ -203,8 +203,12 @@ def form_of(spec: Conv2dSpec, target: Target) -> str:
 
 def test_where_it_pays(main_target: Target) -> None:
     """Not where few positions share the transform of a weight, or few channels that of the data."""
+    main_target = dataclasses.replace(main_target, threads=1)
     for side, channels in ((56, 64), (28, 128), (14, 256), (32, 16)):
         assert form_of(square(side, channels), main_target) == FORM
+    shared = dataclasses.replace(main_target, threads=2)
+    assert form_of(square(56, 64), shared) == FORM
+    assert form_of(square(32, 16), shared) == "x86.matrix"  # too small for two threads
     assert form_of(square(2, 512), main_target) == "x86.matrix"
     assert form_of(conv(1, 4, padding=(1, 1, 1, 1)), main_target) == "x86.matrix"
 
