@@ -156,7 +156,7 @@ def test_compress_tunes_and_says_so(tmp_path: Path) -> None:
         (["--list", "--rpc-key", "x"], "belong together"),
         (["--import", "nothing.json"], "nothing.json: cannot be read: No such file"),
         (["nothing.onnx"], "nothing.onnx"),
-        (["--list", "--trials", "0"], "--trials"),
+        (["--list", "--trials", "-1"], "--trials"),
         (["model.onnx", "--target", "nowhere"], "no target 'nowhere'"),
         (["model.onnx", "--threads", "1000"], "give --threads"),
         (["model.onnx", "--rpc-tracker", "x", "--rpc-key", "y"], "host:port"),
