@@ -143,7 +143,7 @@ class _Project:
             yield f"{name}_kernels.c", self.kernel_source()
         else:
             yield (
-                self.library,
+                self.archive_name,
                 archive([(f"{k.symbol}.o", k.code, [k.symbol]) for k in self.built.kernels]),
             )
         yield f"{name}_io.h", self.io_header()
@@ -156,7 +156,7 @@ class _Project:
         yield INTERFACE, json.dumps(self.interface(golden), indent=1) + "\n"
 
     @property
-    def library(self) -> str:
+    def archive_name(self) -> str:
         return f"lib{self.name}_kernels.a"
 
     @property
@@ -501,7 +501,7 @@ int main(void) {{ return {name}_selftest(); }}
         else:
             link = (
                 f"target_link_libraries({name} PUBLIC "
-                f"${{CMAKE_CURRENT_SOURCE_DIR}}/{self.library})\n"
+                f"${{CMAKE_CURRENT_SOURCE_DIR}}/{self.archive_name})\n"
             )
         if self.built.library_functions:
             link += f"target_link_libraries({name} PUBLIC m)\n"
