@@ -3,8 +3,7 @@ for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,14 +16,7 @@ if TYPE_CHECKING:
 
     from .decode_weight import DecodedWeight
     from .fused import FusedFunction
-
-
-class Template(NamedTuple):
-    """One way to schedule an anchor. Both callables answer None for functions they cannot take."""
-
-    name: str
-    schedule: Callable[[FusedFunction, Target, Choice | None], tirx.PrimFunc | None]
-    space: Callable[[FusedFunction, Target], SearchSpace | None]
+    from .template import Template, WrittenKernel
 
 
 def pack_weight(
@@ -71,29 +63,38 @@ def decode_weight(
     return None if decoded is None else split(spec, parts, decoded)
 
 
-def templates(target: Target) -> list[Template]:
-    """Templates for anchors on this target, tried in order; None from one means: not
-    applicable."""
+def templates(target: Target) -> tuple[Template, ...]:
+    """Templates for anchors on this target, tried in order."""
     if target.is_x86:
         from .x86 import TEMPLATES
 
-        return [Template(*template) for template in TEMPLATES]
+        return TEMPLATES
     if target.has("dsp") and not target.has("mve"):
         from .arm import DSP_TEMPLATES
 
-        return [Template(*template) for template in DSP_TEMPLATES]
-    return []
+        return DSP_TEMPLATES
+    return ()
+
+
+def _kernel_of(
+    fused: FusedFunction | None, target: Target, choice: Choice | None
+) -> tuple[str, WrittenKernel] | None:
+    """(template's name, kernel) of the first template that takes the function."""
+    if fused is None or fused.anchor is None:
+        return None
+    for name, kernel_of in templates(target):
+        kernel = kernel_of(fused, target, choice)
+        if kernel is not None:
+            return name, kernel
+    return None
 
 
 def search_space(func: tirx.PrimFunc, target: Target) -> SearchSpace | None:
     """What the schedule of a naive, fused function leaves open; None: nothing to choose."""
     from .fused import analyse
 
-    fused = analyse(func)
-    if fused is None or fused.anchor is None:
-        return None
-    spaces = (template.space(fused, target) for template in templates(target))
-    return next((space for space in spaces if space is not None), None)
+    found = _kernel_of(analyse(func), target, None)
+    return None if found is None else found[1].space()
 
 
 def schedule(func: tirx.PrimFunc, target: Target, choice: Choice | None = None) -> tirx.PrimFunc:
@@ -107,14 +108,13 @@ def schedule(func: tirx.PrimFunc, target: Target, choice: Choice | None = None) 
     from .fused import analyse
 
     fused = analyse(func)
-    if fused is not None and fused.anchor is not None:
-        for template in templates(target):
-            scheduled = template.schedule(fused, target, choice)
-            if scheduled is not None:
-                scheduled = _finish(scheduled, func, template.name)
-                if choice is not None:
-                    scheduled = scheduled.with_attr(CHOICE_ATTR, choice_to_json(choice))
-                return scheduled
+    found = _kernel_of(fused, target, choice)
+    if found is not None:
+        name, kernel = found
+        scheduled = _finish(kernel.build(), func, name)
+        if choice is not None:
+            scheduled = scheduled.with_attr(CHOICE_ATTR, choice_to_json(choice))
+        return scheduled
     scheduled, name = schedule_default(func, fused, target)
     return _finish(scheduled, func, name)
 

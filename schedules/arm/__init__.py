@@ -1,9 +1,10 @@
 """Kernels for Arm cores, selected by capability. See README.md of this folder."""
 
-from .depthwise import depthwise_space, schedule_depthwise
-from .matrix import matrix_space, schedule_matrix
+from ..template import Template
+from .depthwise import depthwise_kernel
+from .matrix import matrix_kernel
 
 DSP_TEMPLATES = (
-    ("arm.depthwise", schedule_depthwise, depthwise_space),
-    ("arm.matrix", schedule_matrix, matrix_space),
+    Template("arm.depthwise", depthwise_kernel),
+    Template("arm.matrix", matrix_kernel),
 )

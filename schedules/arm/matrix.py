@@ -49,21 +49,10 @@ def takes(spec: WeightedSpec) -> bool:
     )
 
 
-def schedule_matrix(
-    fused: FusedFunction, target: Target, choice: Choice | None = None
-) -> tirx.PrimFunc | None:
-    """The whole fused function around its convolution or linear layer; None: no form for it."""
-    kernel = _kernel(fused, target, choice)
-    return None if kernel is None else kernel.build()
-
-
-def matrix_space(fused: FusedFunction, target: Target) -> SearchSpace | None:
-    """What the kernel leaves open; None: no form for the function."""
-    kernel = _kernel(fused, target, None)
-    return None if kernel is None else kernel.space()
-
-
-def _kernel(fused: FusedFunction, target: Target, choice: Choice | None) -> _MatrixKernel | None:
+def matrix_kernel(
+    fused: FusedFunction, target: Target, choice: Choice | None
+) -> _MatrixKernel | None:
+    """The convolution or linear layer with what follows it; None: no form for it."""
     anchor = fused.anchor
     if anchor is None or not isinstance(anchor.spec, (Conv2dSpec, MatmulSpec)):
         return None

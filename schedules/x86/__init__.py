@@ -1,16 +1,17 @@
 """Kernels for x86-64, selected by capability. See the README of `schedules/`."""
 
-from .batch_matmul import batch_matmul_space, schedule_batch_matmul
-from .depthwise import depthwise_space, schedule_depthwise
-from .matrix import matrix_space, schedule_matrix
+from ..template import Template
+from .batch_matmul import batch_matmul_kernel
+from .depthwise import depthwise_kernel
+from .matrix import matrix_kernel
 from .nibbles import NAME as NIBBLES
-from .nibbles import nibble_space, schedule_nibbles
-from .winograd import schedule_winograd, winograd_space
+from .nibbles import nibble_kernel
+from .winograd import winograd_kernel
 
 TEMPLATES = (
-    ("x86.depthwise", schedule_depthwise, depthwise_space),
-    (NIBBLES, schedule_nibbles, nibble_space),
-    ("x86.winograd", schedule_winograd, winograd_space),
-    ("x86.matrix", schedule_matrix, matrix_space),
-    ("x86.batch_matmul", schedule_batch_matmul, batch_matmul_space),
+    Template("x86.depthwise", depthwise_kernel),
+    Template(NIBBLES, nibble_kernel),
+    Template("x86.winograd", winograd_kernel),
+    Template("x86.matrix", matrix_kernel),
+    Template("x86.batch_matmul", batch_matmul_kernel),
 )

@@ -18,7 +18,7 @@ from typing import Any
 from tvm import ir, tirx
 
 from ...targets import Target
-from ..choice import Choice, SearchSpace
+from ..choice import Choice
 from ..emit import Emitter, vector, vector_parts
 from ..epilogue import Epilogue
 from ..fused import FusedFunction, Stage
@@ -39,10 +39,10 @@ _ROW_BYTES = 16
 _ALIASED_BYTES = 1024
 
 
-def schedule_batch_matmul(
-    fused: FusedFunction, target: Target, choice: Choice | None = None
-) -> tirx.PrimFunc | None:
-    """The whole fused function; None: no form for it. Nothing is left open to choose."""
+def batch_matmul_kernel(
+    fused: FusedFunction, target: Target, _choice: Choice | None
+) -> _BatchMatmulKernel | None:
+    """The product of two computed matrices; None: no form for it."""
     anchor = fused.anchor
     if anchor is None or not isinstance(anchor.spec, BatchMatmulSpec):
         return None
@@ -54,12 +54,7 @@ def schedule_batch_matmul(
     epilogue = Epilogue(fused, anchor)
     if any(not stage.is_map for stage in epilogue.rest):
         return None
-    return _BatchMatmulKernel(fused, spec, sides, dot, target, epilogue).build()
-
-
-def batch_matmul_space(_fused: FusedFunction, _target: Target) -> SearchSpace | None:
-    """Nothing is left open."""
-    return None
+    return _BatchMatmulKernel(fused, spec, sides, dot, target, epilogue)
 
 
 def _sides(anchor: Stage, spec: BatchMatmulSpec) -> tuple[tirx.Buffer, tirx.Buffer] | None:
@@ -131,6 +126,9 @@ class _BatchMatmulKernel:
         self.rows = even_rows(spec.rows, spec.rows, spec.batch, threads, self.tile.rows)
         self.bands = ceil_div(spec.rows, self.rows)
         self.e = Emitter()
+
+    def space(self) -> None:
+        """Nothing is left open."""
 
     def build(self) -> tirx.PrimFunc:
         e, spec = self.e, self.spec

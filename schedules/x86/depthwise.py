@@ -39,22 +39,10 @@ _SMALL_TAPS = 9
 _MOST_OUTPUTS = 14  # tried by tuning
 
 
-def schedule_depthwise(
-    fused: FusedFunction, target: Target, choice: Choice | None = None
-) -> tirx.PrimFunc | None:
-    """The whole fused function with its depthwise anchor vectorised over channels; None: no form
-    for it."""
-    kernel = _kernel(fused, target, choice)
-    return None if kernel is None else kernel.build()
-
-
-def depthwise_space(fused: FusedFunction, target: Target) -> SearchSpace | None:
-    """What the kernel leaves open; None: no form for the function."""
-    kernel = _kernel(fused, target, None)
-    return None if kernel is None else kernel.space()
-
-
-def _kernel(fused: FusedFunction, target: Target, choice: Choice | None) -> _DepthwiseKernel | None:
+def depthwise_kernel(
+    fused: FusedFunction, target: Target, choice: Choice | None
+) -> _DepthwiseKernel | None:
+    """The depthwise anchor vectorised over channels; None: no form for it."""
     anchor = fused.anchor
     if anchor is None or not isinstance(anchor.spec, Conv2dSpec):
         return None

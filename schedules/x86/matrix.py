@@ -55,29 +55,22 @@ _LARGEST_SIDE = 14
 MatrixSpec = Conv2dSpec | Conv2dTransposeSpec | MatmulSpec
 
 
-def schedule_matrix(
-    fused: FusedFunction, target: Target, choice: Choice | None = None
-) -> tirx.PrimFunc | None:
-    """The whole fused function with its anchor as a register-tiled kernel; None: no form for it."""
-    kernel = kernel_of(fused, target, choice, takes_weight)
-    return None if kernel is None else kernel.build()
+def matrix_kernel(
+    fused: FusedFunction, target: Target, choice: Choice | None
+) -> MatrixKernel | None:
+    """The anchor as a register-tiled kernel; None: no form for it."""
+    return matrix_kernel_as(MatrixKernel, takes_weight, fused, target, choice)
 
 
-def matrix_space(fused: FusedFunction, target: Target) -> SearchSpace | None:
-    """What the kernel leaves open; None: no form for the function."""
-    kernel = kernel_of(fused, target, None, takes_weight)
-    return None if kernel is None else kernel.space()
-
-
-def kernel_of(
+def matrix_kernel_as(
+    kernel: type[MatrixKernel],
+    takes: Callable[[MatrixSpec, Dot, Target], bool],
     fused: FusedFunction,
     target: Target,
     choice: Choice | None,
-    takes: Callable[[MatrixSpec, Dot, Target], bool],
-    kernel: type[MatrixKernel] | None = None,
 ) -> MatrixKernel | None:
-    """The function as a kernel of a class, where it is an anchor whose weight that class `takes`;
-    else None."""
+    """The function as a `kernel`, where it is an anchor whose weight that class `takes`; else
+    None."""
     anchor = fused.anchor
     if anchor is None or not isinstance(anchor.spec, (Conv2dSpec, Conv2dTransposeSpec, MatmulSpec)):
         return None
@@ -99,8 +92,7 @@ def kernel_of(
     epilogue = Epilogue(fused, anchor)
     if any(not stage.is_map for stage in epilogue.rest):
         return None
-    written = kernel or MatrixKernel
-    return written(fused, anchor, spec, operands, window, dot, target, epilogue, choice)
+    return kernel(fused, anchor, spec, operands, window, dot, target, epilogue, choice)
 
 
 def takes_weight(spec: MatrixSpec, dot: Dot, _target: Target) -> bool:

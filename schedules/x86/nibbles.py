@@ -27,7 +27,7 @@ from ..operands import Operands
 from ..spec import TABLE_SIZE, Conv2dSpec, MatmulSpec, WeightedSpec
 from .band import Source
 from .dot import ByteDot, ChainDot, Dot, has_pairs
-from .matrix import MatrixKernel, MatrixSpec, kernel_of
+from .matrix import MatrixKernel, MatrixSpec, matrix_kernel_as
 from .tile import Tile, choose_tile
 from .window import Window
 
@@ -49,18 +49,11 @@ _OPENING = 3
 _SPARE = 3
 
 
-def schedule_nibbles(
-    fused: FusedFunction, target: Target, choice: Choice | None = None
-) -> tirx.PrimFunc | None:
-    """The whole fused function around a layer with 4-bit weights; None: no form for it."""
-    kernel = kernel_of(fused, target, choice, takes_weight, NibbleKernel)
-    return None if kernel is None else kernel.build()
-
-
-def nibble_space(fused: FusedFunction, target: Target) -> SearchSpace | None:
-    """What the kernel leaves open; None: no form for the function."""
-    kernel = kernel_of(fused, target, None, takes_weight, NibbleKernel)
-    return None if kernel is None else kernel.space()
+def nibble_kernel(
+    fused: FusedFunction, target: Target, choice: Choice | None
+) -> MatrixKernel | None:
+    """A layer with 4-bit weights; None: no form for it."""
+    return matrix_kernel_as(NibbleKernel, takes_weight, fused, target, choice)
 
 
 def takes_weight(spec: WeightedSpec, dot: Dot, target: Target) -> bool:

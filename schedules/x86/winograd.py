@@ -62,24 +62,12 @@ _LARGEST_SIDE = 14
 _LARGEST_DEFAULT = 8
 
 
-def schedule_winograd(
-    fused: FusedFunction, target: Target, choice: Choice | None = None
-) -> tirx.PrimFunc | None:
-    """The whole fused function around a 3x3 convolution; None: not applicable, or it would be
-    slower than the direct kernel."""
+def winograd_kernel(
+    fused: FusedFunction, target: Target, choice: Choice | None
+) -> _WinogradKernel | None:
+    """A 3x3 convolution; None: not applicable, or it would be slower than the direct kernel."""
     if choice is not None and "outputs" not in choice:
         return None  # one of the direct kernel
-    kernel = _kernel(fused, target, choice)
-    return None if kernel is None else kernel.build()
-
-
-def winograd_space(fused: FusedFunction, target: Target) -> SearchSpace | None:
-    """What the kernel leaves open; None: no form for the function."""
-    kernel = _kernel(fused, target, None)
-    return None if kernel is None else kernel.space()
-
-
-def _kernel(fused: FusedFunction, target: Target, choice: Choice | None) -> _WinogradKernel | None:
     anchor = fused.anchor
     if anchor is None or not isinstance(anchor.spec, Conv2dSpec):
         return None
