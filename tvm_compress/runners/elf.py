@@ -56,13 +56,21 @@ def footprint(elf: Path, link_map: Path) -> Footprint:
             ram += section.size if section.flags & _WRITE or section.kind == _NOBITS else 0
     model_flash = model_ram = 0
     for section_name, size, file in _placed(link_map.read_text(errors="replace")):
-        if Path(file).name.startswith("harness_") or ".a(" in file:
+        if not _is_of_model(file):
             continue
         is_zero = section_name.startswith((".bss", ".sbss"))
         is_data = section_name.startswith((".data", ".sdata"))
         model_flash += 0 if is_zero else size
         model_ram += size if is_zero or is_data else 0
     return Footprint(flash, ram, model_flash, model_ram)
+
+
+def _is_of_model(file: str) -> bool:
+    """Whether a file that was linked is of the C project: its objects, or a member of its archive
+    of kernels. Other archives are the compiler's and the C library."""
+    archive, is_member, _ = file.partition(".a(")
+    name = Path(archive).name
+    return name.endswith("_kernels") if is_member else name.startswith("model_")
 
 
 def _placed(link_map: str) -> Iterator[tuple[str, int, str]]:
