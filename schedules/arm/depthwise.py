@@ -19,7 +19,7 @@ from ..emit import Emitter
 from ..fused import FusedFunction, Stage
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, ceil_div
-from ..x86.window import window_of
+from ..window import window_of
 from .dsp import join_low, multiply_add, multiply_add_halves, word
 from .epilogue import DspEpilogue
 from .rounding import finisher, llvm_helpers

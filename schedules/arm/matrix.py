@@ -21,7 +21,7 @@ from ..fused import FusedFunction, Stage
 from ..layout import PackedLayout
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
-from ..x86.window import window_of
+from ..window import window_of
 from .epilogue import DspEpilogue
 from .microkernel import MOST_COLUMNS, MicroKernel, as_llvm
 from .rounding import finisher, llvm_helpers

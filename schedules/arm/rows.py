@@ -14,7 +14,7 @@ from ..emit import Emitter
 from ..fused import FusedFunction
 from ..operands import Operands
 from ..spec import ceil_div
-from ..x86.window import Window
+from ..window import Window
 from .dsp import extend_even, extend_odd, join_high, join_low, word
 
 

@@ -18,13 +18,14 @@ from typing import Any
 from tvm import ir, tirx
 
 from ...targets import Target
+from ..band import even_rows
 from ..choice import Choice
+from ..dot import Dot, FloatDot
 from ..emit import Emitter, vector, vector_parts
 from ..epilogue import Epilogue
 from ..fused import FusedFunction, Stage
 from ..spec import BatchMatmulSpec, ceil_div
-from .band import even_rows
-from .dot import ByteDot, Dot, FloatDot, WordDot, has_byte_dot
+from .dot import ByteDot, WordDot, has_byte_dot
 from .tile import choose_tile
 
 _PARALLEL_MACS = 200_000

@@ -16,15 +16,15 @@ from typing import Any
 from tvm import ir, tirx
 
 from ...targets import Target
+from ..band import Band, BandReader, Source, even_rows
 from ..choice import Choice, SearchSpace
 from ..emit import Emitter, dtype_bits, vector
 from ..epilogue import Epilogue
 from ..fused import FusedFunction, Stage
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, ceil_div
-from .band import Band, BandReader, Source, even_rows
+from ..window import window_of
 from .taps import TapWords, tap_words
-from .window import window_of
 
 _PARALLEL_MACS = 200_000  # about 10 us
 # Larger kernels are not written out as a whole but row by row.

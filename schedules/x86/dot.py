@@ -1,7 +1,6 @@
 """The inner instruction of a matrix kernel, per capability: what one step of the reduction does.
 
-A step multiplies `group` consecutive reduction positions of one data value, broadcast, with as many
-of `lanes` outputs and adds to their accumulators. Four forms:
+Four forms of a `Dot`:
 
 - FloatDot: fused multiply-add, group 1; integer codes of weight-only layers are converted on load.
 - WordDot: both sides 16 bits wide, pairs multiplied and added to 32 bits (vpmaddwd), group 2.
@@ -17,86 +16,14 @@ of `lanes` outputs and adds to their accumulators. Four forms:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ...targets import Target
+from ..dot import Dot, FloatDot, as_dtype, element, flip_sign
 from ..spec import WeightedSpec
 
 if TYPE_CHECKING:
     from tvm import ir
-
-
-@dataclass(frozen=True)
-class Dot:
-    """Base: `lanes` 32-bit accumulators a register."""
-
-    lanes: int
-    weight_dtype: str
-    """dtype of the codes in the packed weight."""
-    fused: bool
-    """Whether multiplication and addition are one instruction."""
-    zero_point: int = 0
-    """Subtracted from a code when it is widened."""
-    chain: int = 1
-    """Steps that are added before their sum goes to the accumulators."""
-
-    name: ClassVar[str] = ""
-    speed: ClassVar[int] = 1
-    """Multiply-adds a cycle, compared with float32."""
-    group: ClassVar[int] = 1
-    acc_dtype: ClassVar[str] = "int32"
-    data_dtype: ClassVar[str] = "float32"
-
-    def convert(self, value: ir.Expr) -> ir.Expr:
-        """A value of the layer's input (any lanes) as the kernel reads it."""
-        raise NotImplementedError
-
-    def convert_constant(self, value: int, dtype: str) -> int:
-        """The same for a number."""
-        return value
-
-    def broadcast(self, value: ir.Expr) -> ir.Expr:
-        """`group` converted values in every lane."""
-        raise NotImplementedError
-
-    def widen(self, weight: ir.Expr) -> ir.Expr:
-        """lanes * group packed codes as an operand."""
-        raise NotImplementedError
-
-    def accumulate(self, acc: ir.Expr, data: ir.Expr, weight: ir.Expr) -> ir.Expr:
-        """acc + data * weight."""
-        raise NotImplementedError
-
-
-class FloatDot(Dot):
-    """acc[l] += x * w[l]"""
-
-    name = "fma"
-    acc_dtype = "float32"
-
-    def convert(self, value: ir.Expr) -> ir.Expr:
-        return value
-
-    def broadcast(self, value: ir.Expr) -> ir.Expr:
-        from tvm import tirx
-
-        return tirx.Broadcast(value, self.lanes)
-
-    def widen(self, weight: ir.Expr) -> ir.Expr:
-        if self.weight_dtype == "float32":
-            return weight
-        # Through int32: AVX2 and AVX-512F have no conversion from bytes to float.
-        return weight.astype(f"int32x{self.lanes}").astype(f"float32x{self.lanes}")
-
-    def accumulate(self, acc: ir.Expr, data: ir.Expr, weight: ir.Expr) -> ir.Expr:
-        from tvm import tirx
-
-        if not self.fused:
-            return acc + data * weight
-        return tirx.call_llvm_pure_intrin(
-            f"float32x{self.lanes}", f"llvm.fma.v{self.lanes}f32", data, weight, acc
-        )
 
 
 class WordDot(Dot):
@@ -114,7 +41,7 @@ class WordDot(Dot):
     }
 
     def convert(self, value: ir.Expr) -> ir.Expr:
-        return value.astype(str(value.ty.dtype).replace(_element(value), "int16"))
+        return as_dtype(value, "int16")
 
     def broadcast(self, value: ir.Expr) -> ir.Expr:
         from tvm import tirx
@@ -149,18 +76,10 @@ class ByteDot(Dot):
     data_dtype = "uint8"
 
     def convert(self, value: ir.Expr) -> ir.Expr:
-        from tvm import tirx
+        return value if element(value) == "uint8" else flip_sign(value)
 
-        if _element(value) == "uint8":
-            return value
-        dtype = str(value.ty.dtype)
-        lanes = int(dtype.partition("x")[2] or 1)
-        flip = tirx.const(-128, "int8")
-        flipped = tirx.bitwise_xor(value, flip if lanes == 1 else tirx.Broadcast(flip, lanes))
-        return tirx.reinterpret(dtype.replace("int8", "uint8"), flipped)
-
-    def convert_constant(self, value: int, dtype: str) -> int:
-        return value + 128 if dtype == "int8" else value
+    def offset(self, dtype: str) -> int:
+        return 128 if dtype == "int8" else 0
 
     def broadcast(self, value: ir.Expr) -> ir.Expr:
         from tvm import tirx
@@ -183,6 +102,7 @@ class ChainDot(ByteDot):
     chain"""
 
     name = "pmaddubsw"
+    is_chained = True
     speed = 2
 
     _PAIRS: ClassVar[dict[int, str]] = {
@@ -214,10 +134,6 @@ class ChainDot(ByteDot):
 
     def accumulate(self, acc: ir.Expr, data: ir.Expr, weight: ir.Expr) -> ir.Expr:
         return self.add_pairs(acc, self.pairs(data, weight))
-
-
-def _element(value: ir.Expr) -> str:
-    return str(value.ty.dtype).partition("x")[0]
 
 
 def has_byte_dot(target: Target, lanes: int) -> bool:

@@ -12,24 +12,26 @@ and added; without, the scale takes the place of the ones in the vpmaddwd that w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from tvm import ir, tirx
 
 from ...targets import Target
-from ..choice import Choice, SearchSpace
+from ..band import Source
+from ..choice import Choice
+from ..dot import Dot
 from ..emit import vector
 from ..epilogue import Epilogue
 from ..fused import FusedFunction, Stage
+from ..matrix import MatrixSpec, matrix_kernel_as
 from ..operands import Operands
 from ..spec import TABLE_SIZE, Conv2dSpec, MatmulSpec, WeightedSpec
-from .band import Source
-from .dot import ByteDot, ChainDot, Dot, has_pairs
-from .matrix import MatrixKernel, MatrixSpec, matrix_kernel_as
-from .tile import Tile, choose_tile
-from .window import Window
+from ..tile import Tile
+from ..window import Window
+from .dot import ByteDot, ChainDot, has_pairs
+from .matrix import X86MatrixKernel
+from .tile import choose_tile
 
 NAME = "x86.nibbles"
 
@@ -51,7 +53,7 @@ _SPARE = 3
 
 def nibble_kernel(
     fused: FusedFunction, target: Target, choice: Choice | None
-) -> MatrixKernel | None:
+) -> NibbleKernel | None:
     """A layer with 4-bit weights; None: no form for it."""
     return matrix_kernel_as(NibbleKernel, takes_weight, fused, target, choice)
 
@@ -80,8 +82,10 @@ def takes_weight(spec: WeightedSpec, dot: Dot, target: Target) -> bool:
     return spec.group_size % pair == 0 and (rows == 1 or row_terms % spec.group_size == 0)
 
 
-class NibbleKernel(MatrixKernel):
+class NibbleKernel(X86MatrixKernel):
     """One function being written."""
+
+    name = NAME
 
     def __init__(
         self,
@@ -114,9 +118,6 @@ class NibbleKernel(MatrixKernel):
     def size(self) -> int:
         """Bytes of a register."""
         return self.lanes * self.dot.group
-
-    def space(self) -> SearchSpace:
-        return replace(super().space(), template=NAME)
 
     def _fastest_tile(self, rows: int, blocks: int) -> tuple[Tile, float]:
         window, registers = self.window, self.target.vector_registers

@@ -6,12 +6,13 @@ import numpy as np
 
 from ...targets import Target
 from ..layout import PackedLayout
+from ..matrix import takes_weight
 from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..weights import pack_codes, weight_codes
-from . import depthwise, matrix, nibbles
+from ..window import window_of
+from . import depthwise, nibbles
 from .dot import ChainDot, select_dot
 from .saturation import LONGEST_CHAIN, longest_chain
-from .window import window_of
 
 # A wider block is worth at most this much more memory for padded channels...
 _PADDING_LIMIT = 1.07
@@ -142,7 +143,7 @@ def decoded_spec(spec: WeightedSpec, target: Target) -> WeightedSpec | None:
     dot = select_dot(spec, target, choose_lanes(spec, target))
     if not isinstance(spec, (Conv2dSpec, Conv2dTransposeSpec, MatmulSpec)):
         return None
-    if dot is not None and matrix.takes_weight(spec, dot, target):
+    if dot is not None and takes_weight(spec, dot, target):
         return None
     layout = choose_layout(plain, target)
     return None if layout is None else plain.replace(weight_layout=layout.name)

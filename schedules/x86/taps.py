@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...targets import Target
+from ..dot import Dot
 from ..emit import Emitter, vector
 from ..spec import Conv2dSpec, ceil_div
-from .dot import ByteDot, Dot, WordDot, has_byte_dot
+from .dot import ByteDot, WordDot, has_byte_dot
 
 if TYPE_CHECKING:
     from tvm import ir, tirx

@@ -1,10 +1,10 @@
-"""How many outputs one pass over the reduction computes: the register tile, chosen by a small cost
-model."""
+"""The register tile, chosen by a small cost model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
+
+from ..tile import Tile
 
 # A register tile's body is unrolled; beyond this many output positions code size buys nothing.
 _MAX_POSITIONS = 14
@@ -21,20 +21,6 @@ _LATENCY = 4
 _LOADS = 2
 _EPILOGUE = 6
 _OVERHEAD = 20
-
-
-@dataclass(frozen=True)
-class Tile:
-    """`rows` x `columns` output positions times `vectors` registers of output channels."""
-
-    rows: int
-    columns: int
-    vectors: int
-
-    @property
-    def positions(self) -> int:
-        """Output positions."""
-        return self.rows * self.columns
 
 
 @lru_cache(maxsize=4096)

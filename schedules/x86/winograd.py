@@ -23,18 +23,19 @@ import numpy as np
 from tvm import ir, tirx
 
 from ...targets import Target
+from ..band import ALIASED_BYTES, Band, BandReader, Source
 from ..choice import Choice, SearchSpace
+from ..dot import Dot
 from ..emit import Emitter, vector, vector_parts
 from ..epilogue import Epilogue
 from ..fused import FusedFunction
 from ..layout import PackedLayout
+from ..matrix import PARALLEL_MACS
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, ceil_div
+from ..window import window_of
 from ..winograd import POINTS, data_matrix, output_matrix, side, weight_matrix
-from .band import ALIASED_BYTES, Band, BandReader, Source
-from .dot import Dot, select_dot
-from .matrix import PARALLEL_MACS
-from .window import window_of
+from .dot import select_dot
 
 _LINE = 16  # float32 values of a cache line
 # Operations of a tile's epilogue up to which it is written out for every position.

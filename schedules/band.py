@@ -9,11 +9,11 @@ from typing import Any
 
 from tvm import ir, tirx
 
-from ...targets import Target
-from ..emit import Emitter, dtype_bits, splat, vector
-from ..fused import FusedFunction
-from ..operands import Operands
-from ..spec import ceil_div
+from ..targets import Target
+from .emit import Emitter, dtype_bits, splat, vector
+from .fused import FusedFunction
+from .operands import Operands
+from .spec import ceil_div
 from .window import Window
 
 _LINE_BYTES = 64

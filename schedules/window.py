@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..conv2d_transpose import spread_shape
-from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec
+from .conv2d_transpose import spread_shape
+from .spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec
 
 
 @dataclass(frozen=True)
