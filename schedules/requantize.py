@@ -86,6 +86,17 @@ def multiply_wide(
     return ((x * mantissa.astype("int64") + half) >> shift).astype("int32")
 
 
+def multiply_small(
+    x: tirx.PrimExpr, mantissa: tirx.PrimExpr, exponent: tirx.PrimExpr
+) -> tirx.PrimExpr:
+    """The same for |x| < 2^30 and exponents below 0, where nothing overflows: what rounds half away
+    from zero is an addition."""
+    product = rounding_doubling_high_mul(x, mantissa)
+    right = _const(0, "int32") - exponent
+    half = (_const(1, "int32") << (right - _const(1, "int32"))) + (product >> _const(31, "int32"))
+    return (product + half) >> right
+
+
 def multiply_float64(x: tirx.PrimExpr, multiplier: tirx.PrimExpr) -> tirx.PrimExpr:
     """round(float64(x) * multiplier), half away from zero.
 
@@ -99,15 +110,25 @@ def multiply_float64(x: tirx.PrimExpr, multiplier: tirx.PrimExpr) -> tirx.PrimEx
     return (whole + positive) >> _const(1, "int32")
 
 
-def multiply_small(
-    x: tirx.PrimExpr, mantissa: tirx.PrimExpr, exponent: tirx.PrimExpr
+def multiply_high(x: tirx.PrimExpr, mantissa: tirx.PrimExpr, shift: tirx.PrimExpr) -> tirx.PrimExpr:
+    """x * mantissa / 2^(32 + shift), one rounding, half up; shift is at least 1.
+
+    The low 32 bits of the product decide nothing, as half a unit has none of them.
+    """
+    product = x.astype("int64") * mantissa.astype("int64")
+    high = (product >> _const(32, "int64")).astype("int32")
+    half = _const(1, "int32") << (shift - _const(1, "int32"))
+    return (high + half) >> shift
+
+
+def rounded_once(
+    x: tirx.PrimExpr,
+    mantissa: tirx.PrimExpr,
+    addend: tirx.PrimExpr,
+    shift: tirx.PrimExpr,
 ) -> tirx.PrimExpr:
-    """The same for |x| < 2^30 and exponents below 0, where nothing overflows: what rounds half away
-    from zero is an addition."""
-    product = rounding_doubling_high_mul(x, mantissa)
-    right = _const(0, "int32") - exponent
-    half = (_const(1, "int32") << (right - _const(1, "int32"))) + (product >> _const(31, "int32"))
-    return (product + half) >> right
+    """Scaled, plus the zero point, which is in the addend: `scale_once` of numerics/tflite.py."""
+    return (rounding_doubling_high_mul(x, mantissa) + addend) >> shift
 
 
 # Rules that scale to an integer: the constants that they multiply by, and how.
@@ -116,6 +137,10 @@ INTEGER_RULES: dict[str, tuple[tuple[tuple[str, str], ...], Callable[..., tirx.P
     "tflite": (_Q31, lambda x, *q31: multiply_by_quantized_multiplier(x.astype("int32"), *q31)),
     "tflite_small": (_Q31, lambda x, *q31: multiply_small(x.astype("int32"), *q31)),
     "tflite_wide": (_Q31, lambda x, *q15: multiply_wide(x.astype("int64"), *q15)),
+    "high": (
+        (("mantissa", "int32"), ("shift", "int32")),
+        lambda x, *q31: multiply_high(x.astype("int32"), *q31),
+    ),
     "float64": ((("multiplier", "float64"),), multiply_float64),
 }
 
@@ -130,6 +155,7 @@ def requantize(
     rule: str,
     wide: str | None = None,
     fits_int32: bool = False,
+    factor_shape: Sequence[int] | None = None,
 ) -> tirx.PrimFunc:
     """(acc, bias, multiplier[, exponent]) -> clamp(scale(acc + bias) + zero_point).
 
@@ -137,14 +163,16 @@ def requantize(
 
     bias and sum are int32 (int64 when acc_dtype is, or when `wide` says so). The multiplier is
     float32 (rule float32), float64 (rule float64) or an int32 mantissa with an int32 exponent
-    (rules tflite, tflite_small and tflite_wide); all constants are of `constant_shape`.
+    (rules tflite, tflite_small and tflite_wide) or shift (rule high). The bias is of
+    `constant_shape`, and so are the others unless `factor_shape` says otherwise.
     """
     wide = wide or _wide(acc_dtype)
+    factor_shape = constant_shape if factor_shape is None else factor_shape
     acc = te.placeholder(shape, acc_dtype, name="acc")
     bias = te.placeholder(constant_shape, wide, name="bias")
     low, high = bounds
     if rule == "float32":
-        factors = [te.placeholder(constant_shape, "float32", name="multiplier")]
+        factors = [te.placeholder(factor_shape, "float32", name="multiplier")]
 
         def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
             scaled = scale_float32(acc[i].astype(wide) + at(bias, i), at(factors[0], i))
@@ -156,9 +184,18 @@ def requantize(
             )
             return (scaled.astype("int32") + _const(zero_point, "int32")).astype(dtype)
 
+    elif rule == "rounded_once":
+        names = ("mantissa", "addend", "shift")
+        factors = [te.placeholder(factor_shape, "int32", name=name) for name in names]
+
+        def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
+            total = (acc[i].astype(wide) + at(bias, i)).astype("int32")
+            code = rounded_once(total, *(at(factor, i) for factor in factors))
+            return _clamp(code, _const(low, "int32"), _const(high, "int32")).astype(dtype)
+
     elif rule in INTEGER_RULES:
         constants, scale = INTEGER_RULES[rule]
-        factors = [te.placeholder(constant_shape, kind, name=name) for name, kind in constants]
+        factors = [te.placeholder(factor_shape, kind, name=name) for name, kind in constants]
 
         def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
             total = acc[i].astype(wide) + at(bias, i)
@@ -167,7 +204,7 @@ def requantize(
             return _clamp(scaled, _const(low, "int32"), _const(high, "int32")).astype(dtype)
 
     else:
-        known = ", ".join(["float32", *INTEGER_RULES])
+        known = ", ".join(["float32", "rounded_once", *INTEGER_RULES])
         raise ValueError(f"unknown requantisation rule {rule!r}; known: {known}")
     out = te.compute(shape, compute, name="requantize")
     roles = ["data", "bias", *["scales"] * len(factors)]

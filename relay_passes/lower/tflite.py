@@ -4,8 +4,9 @@ Graph form of an imported `.tflite` has one quantise behind every operator, so e
 TFLite operator, whose own way of forming multipliers and of rounding applies, bit for bit:
 
     conv       Q31 multiplier from float64 scales, double rounding; 16 bits: Q15, one rounding
-    matmul     float64 multiplication, half away from zero; BATCH_MATMUL: Q31 multiplier from the
-               float32 product of the scales
+    matmul     float64 multiplication, half away from zero, as one high product of integers where
+               that is proven to be the same; BATCH_MATMUL: Q31 multiplier from the float32 product
+               of the scales
     add, sub   both terms with 20 (16 bits: 15) more fraction bits, three Q31 multiplications
     mul        Q31 multiplier from float32 scales
     avg_pool   raw codes, integer division, half away from zero
@@ -273,15 +274,16 @@ def _rescaled_sums(
     rule: str,
     constants: list[np.ndarray],
 ) -> Tensor:
-    """clamp(scale(sums + bias) + zero_point) with the constants of `rule`, each broadcastable."""
+    """clamp(scale(sums + bias) + zero_point) with the constants of `rule`, all of one shape that
+    broadcasts."""
     sums = value.sums
     physical = ir.shape_of(sums.expr)
     assert physical is not None
     wide = "int64" if sums.dtype == "int64" or rule == "tflite_wide" else "int32"
-    bias, *scales = ctx.constants_for(sums, np.asarray(value.bias), *constants)
+    bias, *scales = (ctx.constant_for(sums, each) for each in (value.bias, *constants))
     func = kernels.requantize(
         physical, sums.dtype, bias.shape, params.zero_point, _bounds(value.clamp, params),
-        params.dtype, rule, wide,
+        params.dtype, rule, wide, factor_shape=scales[0].shape,
     )  # fmt: skip
     arguments = [sums.expr, bias.astype(wide), *scales]
     expr = ctx.kernel(func, arguments, physical, params.dtype, name, "requantize")
@@ -305,8 +307,13 @@ def _fixed_point(
     if params.dtype == "int32":
         return ctx.exact(value, params, name)
     mantissa, exponent = rules.quantize_multipliers(np.asarray(real))
-    rule = "tflite_small" if _is_small(value, exponent) else "tflite"
-    return _rescaled_sums(ctx, value, params, name, rule, [mantissa, exponent])
+    if not _is_small(value, exponent):
+        return _rescaled_sums(ctx, value, params, name, "tflite", [mantissa, exponent])
+    if _bounds(value.clamp, params)[0] >= params.zero_point:
+        constants = numerics.rounded_once(mantissa, exponent, params.zero_point)
+        if constants is not None:
+            return _rescaled_sums(ctx, value, params, name, "rounded_once", constants)
+    return _rescaled_sums(ctx, value, params, name, "tflite_small", [mantissa, exponent])
 
 
 def _is_small(value: Accumulator, exponent: np.ndarray) -> bool:
@@ -342,11 +349,30 @@ def _wide(
 def fully_connected(
     ctx: Lowering, value: Accumulator, params: QuantParams, name: str
 ) -> Tensor | None:
-    """FULLY_CONNECTED: in float64."""
+    """FULLY_CONNECTED: what float64 arithmetic gives, in integers where they give the same."""
     if params.dtype == "int32":
         return ctx.exact(value, params, name)
     real = numerics.convolution_multiplier(value.scale, params.scale)
+    constants = _high_multipliers(value, params, real)
+    if constants is not None:
+        return _rescaled_sums(ctx, value, params, name, "high", constants)
     return _rescaled_sums(ctx, value, params, name, "float64", [real])
+
+
+def _high_multipliers(
+    value: Accumulator, params: QuantParams, real: np.ndarray
+) -> list[np.ndarray] | None:
+    """Mantissas and shifts, one for each multiplier, for sums that stay in 32 bits."""
+    if value.limit is None or value.sums.dtype != "int32" or np.iinfo(params.dtype).bits != 8:
+        return None
+    bias = np.abs(np.asarray(value.bias, np.int64))
+    limit = int((np.asarray(value.limit, np.int64) + bias).max())
+    low, high = (bound - params.zero_point for bound in _bounds(value.clamp, params))
+    pairs = [numerics.high_multiplier(float(m), limit, (low, high)) for m in np.ravel(real)]
+    found = [pair for pair in pairs if pair is not None]
+    if len(found) < len(pairs):
+        return None
+    return [np.array(part, np.int32).reshape(np.shape(real)) for part in zip(*found, strict=True)]
 
 
 def batch_product(

@@ -5,6 +5,7 @@
     clamp(v)             =>  ssat(v), usat(v)           bounds of a byte; a compiler that sees
                                                         comparisons moves the addition behind them
     (p + half) >> n      =>  smmulr for p                TFLite's multiplication of small sums
+    (p + a) >> n         =>  smmlar for p + a            the same where nothing is below the zero point
 
 The integers are the same for every input.
 """
@@ -21,6 +22,7 @@ from tvm.ir.prim.expr import RShift
 from ...targets import Target
 
 HIGH_PRODUCT = "tvmc_smmulr"
+HIGH_PRODUCT_ADDED = "tvmc_smmlar"
 
 
 def llvm_helpers() -> str:
@@ -28,6 +30,10 @@ def llvm_helpers() -> str:
     return f"""
 define internal i32 @{HIGH_PRODUCT}(i32 %a, i32 %b) alwaysinline nounwind memory(none) {{
   %r = call i32 asm "smmulr $0, $1, $2", "=r,r,r"(i32 %a, i32 %b) nounwind memory(none)
+  ret i32 %r
+}}
+define internal i32 @{HIGH_PRODUCT_ADDED}(i32 %a, i32 %b, i32 %c) alwaysinline nounwind memory(none) {{
+  %r = call i32 asm "smmlar $0, $1, $2, $3", "=r,r,r,r"(i32 %a, i32 %b, i32 %c) nounwind memory(none)
   ret i32 %r
 }}
 """
@@ -114,6 +120,8 @@ class _Finish:
         `tflite_add` of bytes write it, for |x| < 2^30 only: so 2x does not overflow, and one
         instruction multiplies and rounds."""
         terms, right = _terms(e.a), e.b
+        if len(terms) == 2:
+            return self._rounded_once(*terms, right)
         if len(terms) != 3:
             return None
         product, half, sign = terms
@@ -126,6 +134,18 @@ class _Finish:
         twice = tirx.shift_left(x, _int(1))
         high = tirx.call_pure_extern("int32", HIGH_PRODUCT, twice, mantissa)
         return (high + (self.visit(half) + (high >> _int(31)))) >> self.visit(right)
+
+    def _rounded_once(self, product: ir.Expr, addend: ir.Expr, right: ir.Expr) -> ir.Expr | None:
+        """(p + addend) >> right, as `rounded_once` writes it: for |x| < 2^30 as well."""
+        factors = _factors(product)
+        if factors is None:
+            return None
+        x, mantissa = (self.visit(factor) for factor in factors)
+        twice = tirx.shift_left(x, _int(1))
+        total = tirx.call_pure_extern(
+            "int32", HIGH_PRODUCT_ADDED, twice, mantissa, self.visit(addend)
+        )
+        return total >> self.visit(right)
 
     def _convert(self, x: ir.Expr) -> ir.Expr:
         """float32 => int32, half to even, saturating."""

@@ -86,6 +86,44 @@ def test_float64_multiplication(real: float) -> None:
     np.testing.assert_array_equal(run(kernel, *arrays, shape=x.shape, dtype="int8"), expected)
 
 
+def layers(count: int) -> list[tuple[float, int, int]]:
+    """(multiplier, largest sum, zero point) as linear layers have them."""
+    rng = np.random.default_rng(6)
+    found = []
+    for _ in range(count):
+        scales = np.float32([rng.uniform(0.01, 0.5), rng.uniform(5e-4, 0.02), rng.uniform(0.05, 1)])
+        wide = scales.astype(np.float64)
+        limit, zero_point = int(2 ** rng.uniform(14, 30.9)), int(rng.integers(-128, 128))
+        found.append((float(wide[0] * wide[1] / wide[2]), limit, zero_point))
+    return found
+
+
+def test_high_product_is_the_float64_product() -> None:
+    """Around every step of the result, at the largest sums, and for ties of both signs."""
+    ties = [(0.125, 2**20, 3), (2.0**-9, 2**30, -7), (3 * 2.0**-8, 2**24, 0)]
+    for real, limit, zero in [*layers(40), *ties]:
+        low, high = -128 - zero, 127 - zero
+        constants = numerics.high_multiplier(real, limit, (low, high))
+        assert constants is not None
+        middles = np.rint((np.arange(low - 2, high + 3) - 0.5) / real).astype(np.int64)
+        x = np.unique(np.add.outer(middles, np.arange(-3, 4)))
+        x = np.concatenate([x, [limit, -limit, limit - 1, 0]])
+        x = x[np.abs(x) <= limit]
+        wanted = np.clip(numerics.scale_float64(x, np.array(real)), low, high)
+        found = np.clip(numerics.scale_high(x, *constants), low, high)
+        np.testing.assert_array_equal(found, wanted)
+    arrays = (x.astype(np.int32), np.zeros(1, np.int32), *(np.int32([c]) for c in constants))
+    kernel = requantize(x.shape, "int32", (1,), zero, (-128, 127), "int8", "high")
+    np.testing.assert_array_equal(run(kernel, *arrays, shape=x.shape, dtype="int8"), wanted + zero)
+
+
+def test_high_product_is_refused_where_it_cannot_be_exact() -> None:
+    assert numerics.high_multiplier(0.25, 1000, (-128, 127)) is None  # no room for the mantissa
+    assert numerics.high_multiplier(0.01, 2**31, (-128, 127)) is None  # sums leave 32 bits
+    # 16-bit results of large sums: more steps than 31 bits can place.
+    assert numerics.high_multiplier(1.2345678e-5, 2**31 - 1, (-32768, 32767)) is None
+
+
 @pytest.mark.parametrize("real", [0.99, 3.1e-3, 2.2e-6, 1.5])
 def test_wide_multiplication(real: float) -> None:
     rng = np.random.default_rng(2)
@@ -218,3 +256,25 @@ def test_mean_multiplier_is_close_and_fits(count: int) -> None:
     assert 0 < mantissa < 2**31
     exact = 0.05 / 0.021 / count
     assert mantissa * 2.0 ** (exponent - 31) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("zero_point", [-128, -3, 0])
+@pytest.mark.parametrize("real", [0.4999999, 0.5, 0.25, 3.7e-3, 0.0123, 1.1e-5])
+def test_one_rounding_of_codes_above_the_zero_point(real: float, zero_point: int) -> None:
+    """Every sum around every step, where double rounding and one could part."""
+    mantissa, exponent = (
+        np.atleast_1d(part) for part in rules.quantize_multipliers(np.array(real))
+    )
+    steps = ((np.arange(130) + 0.5) / real).astype(np.int64)
+    x = np.unique(np.concatenate([np.arange(-40, 41), *(steps + d for d in range(-3, 4)), -steps]))
+    x = x[np.abs(x) < 2**30]
+    scaled = [q31(int(v), int(mantissa[0]), int(exponent[0])) for v in x]
+    wanted = np.clip(scaled, 0, 127 - zero_point)
+    constants = numerics.rounded_once(mantissa, exponent, zero_point)
+    assert constants is not None
+    found = np.clip(numerics.scale_once(x, *constants), zero_point, 127)
+    np.testing.assert_array_equal(found - zero_point, wanted)
+    bounds = (zero_point, 127)
+    kernel = requantize(x.shape, "int32", (1,), zero_point, bounds, "int8", "rounded_once")
+    arrays = (x.astype(np.int32), np.zeros(1, np.int32), *constants)
+    np.testing.assert_array_equal(run(kernel, *arrays, shape=x.shape, dtype="int8"), found)
