@@ -116,6 +116,11 @@ class Target:
         return bool(self.compiler)
 
     @property
+    def is_emulated(self) -> bool:
+        """Whether its programs run under an emulator here, which counts instructions."""
+        return self.runner in ("qemu_user", "qemu_system")
+
+    @property
     def is_x86(self) -> bool:
         """Whether the target is a 64-bit x86 (its baseline is SSE2)."""
         return "sse2" in self.capabilities

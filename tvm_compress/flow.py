@@ -406,11 +406,13 @@ def _tune(
     minutes: float | None,
     clock: _Clock,
 ) -> None:
-    from .tuning.driver import Budget
+    from .tuning.ledger import Budget
     from .tuning.tune import tune_modules
 
-    # The original as well: a speed-up over kernels that nobody tuned would be no honest figure.
-    sides = {"compressed": compressed, "original": job.model.module}
+    sides = {"compressed": compressed}
+    if not job.target.is_cross:
+        # The original as well: a speed-up over kernels that nobody tuned would be no honest figure.
+        sides["original"] = job.model.module
     with clock.step("tune", shown=False):
         tune_modules(sides, job.target, Budget(trials, minutes), records, clock.progress)
 
@@ -454,12 +456,12 @@ def _build_project(
     job: Job, compressed: tvm.IRModule, records: Database, workspace: Workspace, clock: _Clock
 ) -> dict[str, Path]:
     """The same for a C project: what it is compared with is built for the machine at hand."""
-    from .tuning.tune import this_cpu
+    from .tuning.tune import device_of
 
     target, host = job.target, job.float_target
     parts = ["project", _key_of(job, compressed), target.fingerprint(), job.emit, job.model.name]
     lowering = _Lowering(compressed, target, records)
-    asked = [*parts, records.fingerprint(), this_cpu()]
+    asked = [*parts, records.fingerprint(), device_of(target)]
     with clock.cached(workspace, "lower compressed", asked, lowering.save_choices) as folder:
         choices = (folder / "choices.json").read_text(encoding="utf-8")
     folders: dict[str, Path] = {}
@@ -513,9 +515,9 @@ class _Lowering:
     @cached_property
     def choices(self) -> TunedChoices:
         from .tuning.database import TunedChoices
-        from .tuning.tune import this_cpu
+        from .tuning.tune import device_of
 
-        return TunedChoices(self._records, self._target, this_cpu())
+        return TunedChoices(self._records, self._target, device_of(self._target))
 
     @cached_property
     def lowered(self) -> Lowered:

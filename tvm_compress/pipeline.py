@@ -147,6 +147,21 @@ def planning_pipeline(target: Target) -> tvm.transform.Pass:
     )
 
 
+def project_pipeline(target: Target) -> tvm.transform.Pass:
+    """The same for a C project: inputs and outputs become integers, memory is planned later."""
+    return tvm.transform.Sequential(
+        [
+            edges_pipeline(),
+            storage_pipeline(target),
+            reference_pipeline(),
+            packing_pipeline(target),
+            fusion_pipeline(),
+            destination_pipeline(),
+        ],
+        name="project",
+    )
+
+
 def kernel_pipeline(
     target: Target, choose: Callable[[tirx.PrimFunc], Choice | None] | None = None
 ) -> tvm.transform.Pass:

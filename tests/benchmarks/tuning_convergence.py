@@ -110,7 +110,8 @@ def tune_layer(
 ) -> None:
     """Go on with one layer, and add to its trials and seconds."""
     from tvm_compress.progress import TerminalProgress
-    from tvm_compress.tuning.driver import Budget, tune_tasks
+    from tvm_compress.tuning.driver import tune_tasks
+    from tvm_compress.tuning.ledger import Budget
     from tvm_compress.tuning.tune import this_cpu
 
     budget = Budget(trials=arguments.trials, minutes=minutes, is_exhaustive=True)
@@ -170,12 +171,12 @@ def print_table(
 
 
 def fastest(records: list[Record]) -> Record | None:
-    succeeded = [record for record in records if record.seconds is not None]
-    return min(succeeded, key=lambda record: record.seconds or 0.0, default=None)
+    succeeded = [record for record in records if record.cost is not None]
+    return min(succeeded, key=lambda record: record.cost or 0.0, default=None)
 
 
 def micros(record: Record | None) -> str:
-    return "" if record is None or record.seconds is None else f"{record.seconds * 1e6:.1f}"
+    return "" if record is None or record.cost is None else f"{record.cost * 1e6:.1f}"
 
 
 def ratio_in_turns(task: Task, target: Target, first: Record, best: Record) -> float:

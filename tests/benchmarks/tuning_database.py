@@ -114,7 +114,8 @@ def tune(
 ) -> dict[str, dict[str, int]]:
     """Go on with one network for at most `minutes`. Returns workload => today's default."""
     from tvm_compress.progress import TerminalProgress
-    from tvm_compress.tuning.driver import Budget, tune_tasks
+    from tvm_compress.tuning.driver import tune_tasks
+    from tvm_compress.tuning.ledger import Budget
     from tvm_compress.tuning.tasks import extract_tasks
     from tvm_compress.tuning.tune import this_cpu
 
@@ -150,15 +151,15 @@ def write(
 def default_of(record: Record) -> Record:
     """The default that the record was measured beside."""
     assert record.default is not None
-    return dataclasses.replace(record, choice=dict(record.default), seconds=record.default_seconds)
+    return dataclasses.replace(record, choice=dict(record.default), cost=record.default_cost)
 
 
 def show(label: str, target: Target, result: Any) -> None:
     """One line for one network."""
     print(
         f"{target.name} {target.threads}t  {label:20s} {len(result.tasks):3d} kernels  "
-        f"{result.trials:5d} trials  {result.default_us / 1e3:8.3f} -> "
-        f"{result.best_us / 1e3:8.3f} ms  {result.trials_per_minute:4.0f} a minute  "
+        f"{result.trials:5d} trials  {result.default_cost * 1e3:8.3f} -> "
+        f"{result.best_cost * 1e3:8.3f} ms  {result.trials_per_minute:4.0f} a minute  "
         f"({result.stopped})",
         flush=True,
     )

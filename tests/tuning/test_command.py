@@ -125,8 +125,8 @@ def test_compress_tunes_and_says_so(tmp_path: Path) -> None:
         template=task.space.template,
         choice=next(choice for choice in task.space if choice not in known),
         conditions=Conditions.of(job.target, this_cpu()),
-        seconds=1e-9,
-        default_seconds=1e-7,
+        cost=1e-9,
+        default_cost=1e-7,
         default=dict(task.space.default),
     )
     write_export(tmp_path / "records.json", [faster])

@@ -38,8 +38,8 @@ def record(choice: Any = OTHER, target: Target = TARGET, **changes: Any) -> Reco
         "template": TASK.space.template,
         "choice": dict(choice),
         "conditions": Conditions.of(target, CPU),
-        "seconds": 1e-5,
-        "default_seconds": 2e-5,
+        "cost": 1e-5,
+        "default_cost": 2e-5,
         "default": dict(TASK.space.default),
     }
     return Record(**{**fields, **changes})
@@ -54,8 +54,8 @@ def add(database: Database, found: Record, task: Task = TASK) -> None:
 def test_round_trip(tmp_path: Path) -> None:
     database = Database(tmp_path / "db", shipped=False)
     records = [
-        record(default_seconds=None),
-        record(TASK.space.default, seconds=None, default_seconds=None, error="crashed: SIGSEGV"),
+        record(default_cost=None),
+        record(TASK.space.default, cost=None, default_cost=None, error="crashed: SIGSEGV"),
         record(),
     ]
     for each in records:
@@ -70,7 +70,7 @@ def test_metaschedule_reads_and_replays_the_records(tmp_path: Path) -> None:
     import tvm.s_tir.meta_schedule as ms
 
     database = Database(tmp_path, shipped=False)
-    add(database, record(seconds=None, default_seconds=None, error="timeout"))
+    add(database, record(cost=None, default_cost=None, error="timeout"))
     add(database, record())
     theirs = ms.database.JSONDatabase(work_dir=str(tmp_path))
     (best,) = theirs.get_top_k(theirs.get_all_tuning_records()[0].workload, 1)
@@ -88,7 +88,7 @@ def test_metaschedule_reads_and_replays_the_records(tmp_path: Path) -> None:
 
 
 def test_a_torn_line_is_cut_off(tmp_path: Path) -> None:
-    add(Database(tmp_path, shipped=False), record(seconds=1.5e-5))
+    add(Database(tmp_path, shipped=False), record(cost=1.5e-5))
     with (tmp_path / RECORDS).open("a") as file:
         file.write('[0,[[[["GetSB')
     database = Database(tmp_path, shipped=False)
@@ -101,7 +101,7 @@ def test_two_writers_share_the_files(tmp_path: Path) -> None:
     second = conv_task(strides=(2, 2))
     add(one, record())
     add(other, record(workload=second.key), second)
-    add(one, record(workload=second.key, seconds=None, default_seconds=None), second)
+    add(one, record(workload=second.key, cost=None, default_cost=None), second)
     lines = (tmp_path / WORKLOADS).read_text().splitlines()
     assert len(lines) == 2
     indices = [json.loads(line)[0] for line in (tmp_path / RECORDS).read_text().splitlines()]
@@ -135,13 +135,13 @@ def test_records_of_other_schedule_rules_are_left_alone(tmp_path: Path) -> None:
 
 def test_export_and_import(tmp_path: Path) -> None:
     database = Database(tmp_path / "one", shipped=False)
-    add(database, record(default_seconds=None))
+    add(database, record(default_cost=None))
     add(database, record())
     exported = tmp_path / "records.json"
     assert database.export(exported) == 1
     assert database.export(tmp_path / "none.json", workloads=["other"]) == 0
     other = Database(tmp_path / "two", shipped=False)
-    add(other, record(TASK.space.default, default_seconds=1.1e-5))
+    add(other, record(TASK.space.default, default_cost=1.1e-5))
     assert other.merge(exported) == 1
     assert other.merge(exported) == 0
     assert Database(tmp_path / "two", shipped=False).winners() == [record()]
@@ -175,7 +175,7 @@ def test_times_are_times(seconds: Any) -> None:
 
 def test_lookup_by_capabilities_threads_and_cpu(tmp_path: Path) -> None:
     database = Database(tmp_path, shipped=False)
-    mine, foreign = record(), record(conditions=Conditions.of(TARGET, "Z"), seconds=1e-6)
+    mine, foreign = record(), record(conditions=Conditions.of(TARGET, "Z"), cost=1e-6)
     add(database, mine)
     add(database, foreign)
 
@@ -217,7 +217,7 @@ def test_builds_use_the_choice(tmp_path: Path) -> None:
 def test_a_change_of_the_default_starts_anew(tmp_path: Path) -> None:
     database = Database(tmp_path, shipped=False)
     third = next(c for c in TASK.space if c not in (OTHER, TASK.space.default))
-    add(database, record(third, default=OTHER, default_seconds=9e-5))
+    add(database, record(third, default=OTHER, default_cost=9e-5))
     add(database, record())
     assert choice_from_json(str(scheduled(database)[0][CHOICE_ATTR])) == OTHER
 
@@ -228,8 +228,8 @@ def test_a_change_of_the_default_starts_anew(tmp_path: Path) -> None:
         {"choice": {**OTHER, "new": 1}},
         {"choice": {**OTHER, "rows": 1000}},
         {"template": "x86.other"},
-        {"default_seconds": None},
-        {"seconds": None},
+        {"default_cost": None},
+        {"cost": None},
         {"default": OTHER},
     ],
 )

@@ -16,7 +16,8 @@ from tvm_compress.progress import Progress
 from tvm_compress.schedules.choice import choice_to_json
 from tvm_compress.tuning import driver, pool
 from tvm_compress.tuning.database import Database
-from tvm_compress.tuning.driver import Budget, Limits, TuningResult, tune_tasks
+from tvm_compress.tuning.driver import Limits, tune_tasks
+from tvm_compress.tuning.ledger import Budget, TuningResult
 from tvm_compress.tuning.record import Conditions
 from tvm_compress.tuning.tasks import Task, merge_tasks
 
@@ -129,8 +130,8 @@ def test_interrupted_then_resumed(tmp_path: Path) -> None:
     assert "/min" in listener.shown[-1] and "to win" in listener.shown[-1]
     assert (result.trials_before, result.trials, result.stopped) == (before, 12 - before, "trials")
     assert sum(len(measured(tmp_path, task)) for task in tasks) == 12
-    assert all(task.default_us for task in result.tasks)
-    assert result.best_us <= result.default_us
+    assert all(task.default_cost for task in result.tasks)
+    assert result.best_cost <= result.default_cost
     again = run(tasks, tmp_path, Budget(trials=12))
     assert (again.trials_before, again.trials) == (12, 0)
 
@@ -147,11 +148,11 @@ def test_models_tuned_together_share_their_kernels_and_their_chances(tmp_path: P
         waiting = driver._Run(tasks, TARGET, database, Budget(), CPU, None, LIMITS, folder)
         small, large = waiting.states
         # Both have their default; the larger had eight trials more, which brought nothing.
-        waiting._take(small, one.space.default, 1e-6)
+        small.take(one.space.default, 1e-6)
         for _, choice in zip(range(9), other.space, strict=False):
-            waiting._take(large, choice, 1e-3)
-        waiting._take(large, other.space.default, 1e-3)
-        chosen = waiting._next_task()
+            large.take(choice, 1e-3)
+        large.take(other.space.default, 1e-3)
+        chosen = waiting.next_task()
         assert chosen is not None and chosen.task.key == expected.key
 
 

@@ -112,6 +112,13 @@ def _compile(kernel: BareKernel, symbol: str, target: Target, is_c: bool) -> Com
     )
 
 
+def compile_kernel(
+    function: tirx.PrimFunc, symbol: str, target: Target, choice: Choice
+) -> CompiledKernel:
+    """The machine code of one choice of a kernel, for tuning."""
+    return _compile(_bare(function, symbol, target, choice, False), symbol, target, False)
+
+
 def alignment(target: Target) -> int:
     """Of every buffer in bytes: what the widest load of a kernel may take for granted."""
     return max(8, target.vector_bits // 8)

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .database import Database
-from .record import Record
+from .record import INSTRUCTIONS, SECONDS, Record
 
 if TYPE_CHECKING:
     from ..progress import Progress
-    from .driver import TuningResult
+    from .ledger import TuningResult
+
+_UNITS = {SECONDS: "us", INSTRUCTIONS: "instructions"}
 
 
 def tune_command(
@@ -66,8 +68,10 @@ def print_result(result: TuningResult) -> None:
     import click
 
     from ..report.terminal import print_rows
+    from .ledger import cost_text
 
-    tasks = sorted(result.tasks, key=lambda task: -(task.best_us or 0) * task.calls)
+    tasks = sorted(result.tasks, key=lambda task: -(task.best_cost or 0) * task.calls)
+    unit = _UNITS[result.measure]
     print_rows(
         [
             {
@@ -75,8 +79,8 @@ def print_result(result: TuningResult) -> None:
                 "calls": task.calls,
                 "trials": task.trials,
                 "failed": task.failures,
-                "default us": _number(task.default_us),
-                "best us": _number(task.best_us),
+                f"default {unit}": _number(task.default_cost, result.measure),
+                f"best {unit}": _number(task.best_cost, result.measure),
                 "speed-up": f"{task.speedup:.2f}x",
                 "state": task.state + (f": {task.note}" if task.note else ""),
             }
@@ -89,11 +93,12 @@ def print_result(result: TuningResult) -> None:
         "minutes": "the time is over",
     }[result.stopped]
     before = f" ({result.trials_before} from earlier runs)" if result.trials_before else ""
-    speedup = result.default_us / result.best_us if result.best_us else 1.0
+    speedup = result.default_cost / result.best_cost if result.best_cost else 1.0
     click.echo(
         f"{result.trials + result.trials_before} trials{before} in {result.seconds:.0f} s, "
         f"{result.trials_per_minute:.0f} a minute; {why}\n"
-        f"tuned kernels {result.default_us / 1e3:.3f} ms -> {result.best_us / 1e3:.3f} ms, "
+        f"tuned kernels {cost_text(result.default_cost, result.measure)} -> "
+        f"{cost_text(result.best_cost, result.measure)}, "
         f"{speedup:.2f}x; {result.expected_gain:.1%} more to be expected"
     )
 
@@ -106,11 +111,13 @@ def _row(record: Record) -> dict[str, Any]:
         "bits": conditions.vector_bits,
         "threads": conditions.threads,
         "cpu": conditions.cpu,
-        "us": _number(None if record.seconds is None else record.seconds * 1e6),
+        "cost": f"{_number(record.cost, conditions.measure)} {_UNITS[conditions.measure]}",
         "speed-up": f"{record.speedup:.2f}x",
         "choice": " ".join(f"{name}={value}" for name, value in record.choice.items()),
     }
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def _number(cost: float | None, measure: str) -> str:
+    if cost is None:
+        return "-"
+    return f"{cost * 1e6:.1f}" if measure == SECONDS else f"{cost:,.0f}"

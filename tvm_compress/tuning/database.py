@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ..errors import DatabaseError
 from ..schedules.choice import Choice, SearchSpace, choice_to_json, digest
 from ..user_cache import user_cache
-from .record import Record, from_metaschedule, to_metaschedule
+from .record import SECONDS, Record, from_metaschedule, to_metaschedule
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -83,9 +83,10 @@ class Database:
         """Verified records that may serve `target`, the best first.
 
         They use no capability that the target lacks, its vector width, and as many threads or, for
-        a target of several, more: work shared out for two may be too little for eight. Best is:
-        made on the same CPU, for the same capabilities, for the same number of threads, with the
-        largest speed-up.
+        a target of several, more: work shared out for two may be too little for eight. Instructions
+        count for targets that an emulator stands for, and for no other. Best is: made on the same
+        CPU, for the same capabilities, by time, for the same number of threads, with the largest
+        speed-up.
         """
 
         def rank(record: Record) -> tuple[Any, ...]:
@@ -93,6 +94,7 @@ class Database:
             return (
                 conditions.cpu == cpu,
                 len(conditions.capabilities),
+                conditions.measure == SECONDS,
                 conditions.threads == target.threads,
                 record.speedup,
             )
@@ -102,6 +104,7 @@ class Database:
             for record in self._best.get(workload, {}).values()
             if record.conditions.vector_bits == target.vector_bits
             and target.has(*record.conditions.capabilities)
+            and (target.is_cross or record.conditions.measure == SECONDS)
             and (
                 record.conditions.threads == target.threads
                 or record.conditions.threads > target.threads > 1

@@ -21,48 +21,54 @@ if TYPE_CHECKING:
 PARAMETER_ATTR = "tvm_compress.choice."
 RECORD_ATTR = "tvm_compress.record"
 # What MetaSchedule takes for a candidate that did not run.
-FAILED_SECONDS = 1e10
+FAILED_COST = 1e10
+SECONDS, INSTRUCTIONS = "seconds", "instructions"
+MEASURES = (SECONDS, INSTRUCTIONS)
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a measurement holds for: instruction sets, vector width, threads; and where it was
-    made."""
+    """What a measurement holds for: instruction sets, vector width, threads; where it was made,
+    and what was measured."""
 
     capabilities: tuple[str, ...]
     vector_bits: int
     threads: int
     cpu: str
+    """The machine that measured: a CPU, a device behind a tracker, what an emulator emulates."""
+    measure: str = SECONDS
+    """One of `MEASURES`."""
 
     @classmethod
-    def of(cls, target: Target, cpu: str) -> Conditions:
+    def of(cls, target: Target, cpu: str, measure: str = SECONDS) -> Conditions:
         """Conditions of measuring for `target` on the machine called `cpu`."""
-        return cls(tuple(sorted(target.capabilities)), target.vector_bits, target.threads, cpu)
+        capabilities = tuple(sorted(target.capabilities))
+        return cls(capabilities, target.vector_bits, target.threads, cpu, measure)
 
 
 @dataclass(frozen=True)
 class Record:
     """One choice of one workload as it was measured.
 
-    `seconds` is None for a candidate that failed; `error` says how. `default` and
-    `default_seconds` are set on winners only: their results were checked against the naive function
-    on fresh data, and both times were taken in turns. A winner over a choice that is the default no
-    longer has won nothing.
+    `cost` is of one call, in what `conditions.measure` says; None for a candidate that failed, and
+    `error` says how. `default` and `default_cost` are set on winners only: their results were
+    checked against the naive function on more data than a candidate's, and times of both were taken
+    in turns. A winner over a choice that is the default no longer has won nothing.
     """
 
     workload: str
     template: str
     choice: Mapping[str, int]
     conditions: Conditions
-    seconds: float | None
+    cost: float | None
     error: str = ""
-    default_seconds: float | None = None
+    default_cost: float | None = None
     default: Mapping[str, int] | None = None
 
     @property
     def is_verified(self) -> bool:
         """Whether builds may use the choice."""
-        return None not in (self.default_seconds, self.default, self.seconds)
+        return None not in (self.default_cost, self.default, self.cost)
 
     def fits(self, space: SearchSpace) -> bool:
         """Whether what was measured still holds: same template, default and values."""
@@ -75,12 +81,15 @@ class Record:
     @property
     def speedup(self) -> float:
         """Over the default choice, of a verified record."""
-        if self.seconds is None or self.default_seconds is None:
+        if self.cost is None or self.default_cost is None:
             return 0.0
-        return self.default_seconds / self.seconds
+        return self.default_cost / self.cost
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; fields that say nothing are left out."""
+        """Plain data; fields that say nothing are left out. The costs are called `seconds` and
+        `default_seconds`, or the same with `instructions`."""
+        measure = self.conditions.measure
+        number = int if measure == INSTRUCTIONS else float
         fields: dict[str, Any] = {
             "workload": self.workload,
             "template": self.template,
@@ -89,12 +98,12 @@ class Record:
             "vector_bits": self.conditions.vector_bits,
             "threads": self.conditions.threads,
             "cpu": self.conditions.cpu,
-            "seconds": self.seconds,
+            measure: None if self.cost is None else number(self.cost),
         }
         if self.error:
             fields["error"] = self.error
-        if self.default_seconds is not None:
-            fields["default_seconds"] = self.default_seconds
+        if self.default_cost is not None:
+            fields[f"default_{measure}"] = number(self.default_cost)
         if self.default is not None:
             fields["default"] = dict(self.default)
         return fields
@@ -103,6 +112,7 @@ class Record:
     def from_json(cls, value: Any) -> Record:
         """Inverse of `to_json`. Raises `ValueError` for anything else."""
         try:
+            measure = INSTRUCTIONS if INSTRUCTIONS in value else SECONDS
             record = cls(
                 workload=_typed(value["workload"], str),
                 template=_typed(value["template"], str),
@@ -112,10 +122,11 @@ class Record:
                     _typed(value["vector_bits"], int),
                     _typed(value["threads"], int),
                     _typed(value["cpu"], str),
+                    measure,
                 ),
-                seconds=_seconds(value["seconds"]),
+                cost=_cost(value[measure]),
                 error=_typed(value.get("error", ""), str),
-                default_seconds=_seconds(value.get("default_seconds")),
+                default_cost=_cost(value.get(f"default_{measure}")),
                 default=None if value.get("default") is None else _choice(value["default"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -133,11 +144,11 @@ def _choice(value: Any) -> dict[str, int]:
     return {_typed(name, str): _typed(chosen, int) for name, chosen in value.items()}
 
 
-def _seconds(value: Any) -> float | None:
+def _cost(value: Any) -> float | None:
     if value is None:
         return None
     if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-        raise TypeError(f"{value!r:.40} is no time in seconds")
+        raise TypeError(f"{value!r:.40} is neither a time nor a number of instructions")
     return float(value)
 
 
@@ -147,7 +158,10 @@ def to_metaschedule(
     block: str,
     tvm_options: Mapping[str, Any],
 ) -> list[Any]:
-    """`[trace, run_secs, target, args_info]`: what MetaSchedule's `TuningRecord.as_json` gives."""
+    """`[trace, run_secs, target, args_info]`: what MetaSchedule's `TuningRecord.as_json` gives.
+
+    Instructions stand where it has seconds: it compares them, and no more.
+    """
     instructions: list[Any] = [["GetSBlock", [], [block, "main"], ["b0"]]]
     decisions: list[Any] = []
     for number, (name, value) in enumerate(record.choice.items()):
@@ -156,13 +170,16 @@ def to_metaschedule(
         chances = [1 / len(values)] * len(values)
         instructions.append(["SampleCategorical", [], [values, chances], [f"v{number + 1}"]])
         instructions.append(["Annotate", ["b0", f"v{number + 1}"], [PARAMETER_ATTR + name], []])
-    rest = {k: v for k, v in record.to_json().items() if k not in ("choice", "seconds")}
+    measure = record.conditions.measure
+    rest = {k: v for k, v in record.to_json().items() if k not in ("choice", measure)}
+    if measure != SECONDS:
+        rest["measure"] = measure
     text = json.dumps(json.dumps(rest, sort_keys=True))  # a string literal in the trace's language
     instructions.append(["Annotate", ["b0", text], [RECORD_ATTR], []])
-    seconds = FAILED_SECONDS if record.seconds is None else record.seconds
+    cost = FAILED_COST if record.cost is None else record.cost
     target = {key: _plain(value) for key, value in tvm_options.items()}
     target["num-cores"] = record.conditions.threads
-    return [[instructions, decisions], [seconds], target, None]
+    return [[instructions, decisions], [cost], target, None]
 
 
 def from_metaschedule(value: Any) -> Record | None:
@@ -185,10 +202,13 @@ def from_metaschedule(value: Any) -> Record | None:
                 rest = json.loads(json.loads(inputs[1]))
         if rest is None:
             return None
-        seconds = run_secs[0] if run_secs and run_secs[0] < FAILED_SECONDS else None
+        cost = run_secs[0] if run_secs and run_secs[0] < FAILED_COST else None
+        measure = rest.pop("measure", SECONDS)
+        if measure not in MEASURES:
+            raise ValueError(f"measure {measure!r:.40} is none of {', '.join(MEASURES)}")
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise ValueError(f"not a tuning record: {error}") from None
-    return Record.from_json({**rest, "choice": choice, "seconds": seconds})
+    return Record.from_json({**rest, "choice": choice, measure: cost})
 
 
 def _plain(value: Any) -> Any:

@@ -40,10 +40,11 @@ class Task:
 
 def extract_tasks(module: tvm.IRModule, target: Target) -> list[Task]:
     """Tasks of a model in graph form, for `target`, in the order of their first call."""
-    from ..pipeline import planning_pipeline
+    from ..pipeline import planning_pipeline, project_pipeline
 
     with target.tvm_target():
-        module = planning_pipeline(target)(module)
+        pipeline = project_pipeline(target) if target.is_cross else planning_pipeline(target)
+        module = pipeline(module)
     return tasks_of(module, target)
 
 
@@ -57,7 +58,7 @@ def merge_tasks(sides: Mapping[str, list[Task]]) -> list[Task]:
 
 
 def tasks_of(planned: tvm.IRModule, target: Target) -> list[Task]:
-    """Tasks of a module as `schedule_pipeline` takes it: fused kernels, planned memory."""
+    """Tasks of a module as `schedule_pipeline` takes it: fused kernels that write into memory."""
     import tvm
     from tvm import tirx
 

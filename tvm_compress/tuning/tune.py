@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, TargetError
 from ..progress import Progress
+from .counted import count_tasks
 from .database import Database
-from .driver import Budget, TuningResult, tune_tasks
+from .driver import tune_tasks
+from .ledger import Budget, TuningResult
 from .rpc import Rpc
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from ..model import Model
     from ..recipe import Recipe
     from ..targets import Target
+    from .tasks import Task
 
 FLOAT_RECIPE = "none"  # the model as it is
 _RANDOM_SAMPLES = 4
@@ -54,18 +57,13 @@ def tune(
     opened = Database(database)
     with progress.step("import"):
         job = job_of(model, recipe, target, calibration, shapes, input_values, threads)
-    if rpc is None:
-        require_device(job.target)
-    else:
-        rpc.require()
+    require_device(job.target, rpc)
     module = flow.compress_job(job, progress)
     with progress.step("find kernels"):
         from .tasks import extract_tasks
 
         tasks = extract_tasks(module, job.target)
-    budget = Budget(trials, minutes)
-    cpu = _name_of_device(rpc)
-    return tune_tasks(tasks, job.target, opened, budget, cpu=cpu, rpc=rpc, progress=progress)
+    return measure_tasks(tasks, job.target, opened, Budget(trials, minutes), rpc, progress)
 
 
 def job_of(
@@ -111,7 +109,7 @@ def tune_modules(
     database: Database,
     progress: Progress | None = None,
 ) -> TuningResult:
-    """Tune what `build.build` compiles of several modules, on this machine.
+    """Tune what `build.build` compiles of several modules, on this machine or its emulators.
 
     A percent of one module's time counts as much as a percent of another's, so that the modules can
     be compared afterwards.
@@ -120,11 +118,41 @@ def tune_modules(
 
     require_device(target)
     tasks = merge_tasks({side: extract_tasks(module, target) for side, module in sides.items()})
-    return tune_tasks(tasks, target, database, budget, cpu=_name_of_device(None), progress=progress)
+    return measure_tasks(tasks, target, database, budget, None, progress)
 
 
-def require_device(target: Target) -> None:
-    """Raise `TargetError` where this machine cannot measure for the target."""
+def measure_tasks(
+    tasks: Sequence[Task],
+    target: Target,
+    database: Database,
+    budget: Budget,
+    rpc: Rpc | None,
+    progress: Progress | None,
+) -> TuningResult:
+    """By time on this machine or behind the tracker, by instructions for a target that has an
+    emulator."""
+    if rpc is None and target.is_emulated:
+        return count_tasks(tasks, target, database, budget, progress=progress)
+    cpu = device_of(target, rpc)
+    return tune_tasks(tasks, target, database, budget, cpu=cpu, rpc=rpc, progress=progress)
+
+
+def require_device(target: Target, rpc: Rpc | None = None) -> None:
+    """Raise `TargetError` where nothing can measure for the target."""
+    from ..targets.toolchains import require_tools
+
+    if rpc is not None:
+        rpc.require()
+        return
+    if target.is_emulated:
+        require_tools(target)
+        return
+    if target.is_cross:
+        raise TargetError(
+            f"target {target.name!r} is run by hand (runner {target.runner}), so that nothing can "
+            "be measured; tune for its CPU under the emulator (leave the line `runner` out of the "
+            "board's file): records are found by instruction set, not by board"
+        )
     if not target.runs_here():
         missing = ", ".join(sorted(target.missing_here()))
         raise TargetError(
@@ -140,16 +168,18 @@ def require_device(target: Target) -> None:
             )
 
 
-def _name_of_device(rpc: Rpc | None) -> str:
-    """What records call the machine that measured."""
-    from ..benchmarking import this_device
-
-    return f"rpc {rpc.key}" if rpc is not None else this_device(1).cpu
+def device_of(target: Target, rpc: Rpc | None = None) -> str:
+    """What records call the machine that measures for the target."""
+    if rpc is not None:
+        return f"rpc {rpc.key}"
+    return target.machine if target.is_emulated else this_cpu()
 
 
 def this_cpu() -> str:
     """What records of this machine call it."""
-    return _name_of_device(None)
+    from ..benchmarking import this_device
+
+    return this_device(1).cpu
 
 
 def _random_samples(model: Model) -> list[dict[str, Any]]:

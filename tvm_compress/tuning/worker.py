@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-FUNCTION, ARGUMENTS, REFERENCE, DETAILS = (
+FUNCTION, ARGUMENTS, REFERENCE, DETAILS, SAMPLES = (
     "function.json",
     "arguments.npz",
     "reference.so",
     "task.json",
+    "samples.npz",
 )
 KERNEL = "kernel"
 
@@ -104,6 +105,17 @@ def build(
     return {}
 
 
+def build_bare(
+    task: str, choice: Mapping[str, int], symbol: str, output: str, target: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Schedule and compile one candidate as a C project has it: a `CompiledKernel`."""
+    from ..bare.compile import compile_kernel
+
+    kernel = compile_kernel(_function(task), symbol, _target(json.dumps(target)), choice)
+    Path(output).write_bytes(kernel.to_bytes())
+    return {}
+
+
 @lru_cache(maxsize=64)
 def _function(task: str) -> Any:
     import tvm
@@ -116,8 +128,9 @@ def _target(text: str) -> Any:
     from ..targets import Target
 
     fields = json.loads(text)
-    for name in ("capabilities", "toolchain"):
-        fields[name] = frozenset(fields[name]) if name == "capabilities" else tuple(fields[name])
+    fields["capabilities"] = frozenset(fields["capabilities"])
+    for name in ("toolchain", "compiler_flags"):
+        fields[name] = tuple(fields[name])
     return Target(**fields)
 
 
@@ -240,17 +253,23 @@ class _Arguments:
     def difference(self, arguments: list[Any]) -> str:
         """How the results of a candidate differ from the naive function's; empty: they do not."""
         for index, expected in self.expected.items():
-            found = arguments[index].numpy()
-            if self.is_integer and expected.dtype.kind != "f":
-                wrong = found != expected
-            elif expected.dtype.kind == "f":
-                limit = _FLOAT_TOLERANCE * max(float(np.abs(expected).max(initial=0.0)), 1e-30)
-                wrong = ~(np.abs(found - expected) <= limit)
-            else:  # codes of sums in floats: a step, where the order of the sum decides
-                wrong = np.abs(found.astype(np.int64) - expected) > 1
-            if wrong.any():
-                return f"wrong result: {int(wrong.sum())} of {wrong.size} values differ"
+            wrong = difference(arguments[index].numpy(), expected, self.is_integer)
+            if wrong:
+                return wrong
         return ""
+
+
+def difference(found: np.ndarray, expected: np.ndarray, is_integer: bool) -> str:
+    """How a result differs from the naive function's; empty: it does not. `is_integer`: the sums
+    are."""
+    if is_integer and expected.dtype.kind != "f":
+        wrong = found != expected
+    elif expected.dtype.kind == "f":
+        limit = _FLOAT_TOLERANCE * max(float(np.abs(expected).max(initial=0.0)), 1e-30)
+        wrong = ~(np.abs(found - expected) <= limit)
+    else:  # codes of sums in floats: a step, where the order of the sum decides
+        wrong = np.abs(found.astype(np.int64) - expected) > 1
+    return f"wrong result: {int(wrong.sum())} of {wrong.size} values differ" if wrong.any() else ""
 
 
 def random_array(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -268,6 +287,18 @@ def prepare(task: str) -> dict[str, Any]:
     arguments = _Arguments(task, seed=0)
     _prepared.clear()  # of one task at a time: large layers have large arguments
     _prepared[task] = (arguments, arguments.sets(_runner()))
+    return {}
+
+
+def samples(task: str, count: int) -> dict[str, Any]:
+    """Write arguments and the naive function's results to a file, for others to run."""
+    arrays: dict[str, np.ndarray] = {}
+    for seed in range(count):
+        made = _Arguments(task, seed)
+        arrays |= {f"argument_{seed}_{index}": array for index, array in enumerate(made.arrays)}
+        arrays |= {f"expected_{seed}_{index}": array for index, array in made.expected.items()}
+    with (Path(task) / SAMPLES).open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
     return {}
 
 
@@ -331,8 +362,10 @@ def _time(
 _OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "start": start,
     "build": build,
+    "build_bare": build_bare,
     "connect": connect,
     "prepare": prepare,
+    "samples": samples,
     "measure": measure,
     "compare": compare,
 }
