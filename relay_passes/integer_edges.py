@@ -10,7 +10,7 @@ inputs and outputs.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import tvm
@@ -20,6 +20,7 @@ from tvm.ir import Expr
 from .canonicalize.rewrite import Rewriter, Var
 from .graph import Graph
 from .ir import constant, dtype_of, op_name
+from .lower import REQUANTIZE_ATTR
 
 EDGES_ATTR = "tvm_compress.edges"
 
@@ -29,12 +30,14 @@ class Edge:
     """An input or output as the kernels see it: real value = scale * (code - zero_point).
 
     `scale` None: the numbers are what they are. `converted`: the model itself has floats there.
+    `ties_away`: its quantisers round halves away from zero, as TensorFlow Lite's do, not to even.
     """
 
     dtype: str
     scale: float | None = None
     zero_point: int = 0
     converted: bool = False
+    ties_away: bool = False
 
 
 @tvm.transform.module_pass(opt_level=0, name="IntegerEdges")
@@ -46,7 +49,12 @@ class IntegerEdges:
     ) -> tvm.IRModule:
         rewriter = _Edges(module["main"])
         function = rewriter.run()
-        noted = [[asdict(edge) for edge in side] for side in (rewriter.inputs, rewriter.outputs)]
+        attributes = dict(module["main"].attrs or {})
+        away = attributes.get(REQUANTIZE_ATTR) == "tflite"
+        noted = [
+            [asdict(replace(edge, ties_away=away)) for edge in side]
+            for side in (rewriter.inputs, rewriter.outputs)
+        ]
         function = function.with_attr("global_symbol", "main")
         result = module.clone()
         result["main"] = function.with_attr(EDGES_ATTR, json.dumps(noted))

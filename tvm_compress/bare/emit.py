@@ -39,6 +39,7 @@ class Port:
     scale: float | None
     zero_point: int
     converted: bool
+    ties_away: bool
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -50,6 +51,7 @@ class Port:
             "scale": self.scale,
             "zero_point": self.zero_point,
             "converted": self.converted,
+            "ties_away": self.ties_away,
         }
 
 
@@ -128,6 +130,7 @@ class _Project:
                     edge.scale,
                     edge.zero_point,
                     edge.converted,
+                    edge.ties_away,
                 )
             )
         return tuple(found)
@@ -232,14 +235,18 @@ class _Project:
         limits = np.iinfo(port.tensor.dtype)
         macro = f"{self.upper}_INPUT_{index}"
         low, high = limits.min - port.zero_point, limits.max - port.zero_point
-        return f"""/* A real number as a code of input {index}: nearest, ties to even, clamped. */
+        ties, reaches = "to even", "size > middle || (size == middle && (whole & 1))"
+        if port.ties_away:
+            ties, reaches = "away from zero", "size >= middle"
+        return f"""/* A real number as a code of input {index}: nearest, ties {ties}, clamped. */
 static inline {macro}_TYPE {self.name}_quantize_input_{index}(float value) {{
     volatile float steps = value / {macro}_SCALE; /* rounded to float before it is compared */
-    float size = steps < 0.0f ? -steps : steps;
+    float size = steps < 0.0f ? -steps : steps, middle;
     int32_t whole, sum;
     if (!(size < 4194304.0f)) size = 4194304.0f;
     whole = (int32_t)size;
-    if (size > (float)whole + 0.5f || (size == (float)whole + 0.5f && (whole & 1))) ++whole;
+    middle = (float)whole + 0.5f;
+    if ({reaches}) ++whole;
     sum = steps < 0.0f ? -whole : whole;
     if (sum < {low}) sum = {low};
     if (sum > {high}) sum = {high};

@@ -51,7 +51,7 @@ def _ports(
     for name, source, edge in zip(tensors, sources, edges, strict=True):
         tensor = built.program.tensors[name]
         spec = TensorSpec(source, tensor.shape, tensor.dtype)
-        found.append(PortSpec(spec, edge.scale, edge.zero_point, edge.converted))
+        found.append(PortSpec(spec, edge.scale, edge.zero_point, edge.converted, edge.ties_away))
     return found
 
 

@@ -48,19 +48,25 @@ class PortSpec:
     scale: float | None
     zero_point: int
     converted: bool
+    ties_away: bool
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> PortSpec:
         """Of an entry under `inputs` or `outputs`."""
         spec = TensorSpec(entry["name"], tuple(entry["shape"]), entry["dtype"])
-        return cls(spec, entry["scale"], entry["zero_point"], entry["converted"])
+        return cls(
+            spec, entry["scale"], entry["zero_point"], entry["converted"], entry["ties_away"]
+        )
 
     def codes(self, values: np.ndarray) -> np.ndarray:
         """What the model's input is for the C function."""
         if not self.converted or self.scale is None:
             return values
+        from ..relay_passes.numerics.tflite import round_half_away
+
         limits = np.iinfo(self.spec.dtype)
-        steps = np.rint(values.astype(np.float32) / np.float32(self.scale))
+        steps = values.astype(np.float32) / np.float32(self.scale)
+        steps = round_half_away(steps) if self.ties_away else np.rint(steps)
         low, high = limits.min - self.zero_point, limits.max - self.zero_point
         codes = np.clip(steps, low, high).astype(np.int32) + self.zero_point
         return codes.astype(self.spec.dtype)
