@@ -3,9 +3,11 @@ choice as text => what happens."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +17,13 @@ from tvm_compress.startup import start_without_torch
 
 start_without_torch()
 
+from tvm_compress.bare.compile import CompiledKernel  # noqa: E402 - imports TVM
 from tvm_compress.schedules.choice import choice_to_json  # noqa: E402 - imports TVM
 from tvm_compress.tuning import worker  # noqa: E402
 
 FAULTS: dict[str, str] = json.loads(os.environ["FAULTS"])
 real_build, real_measure = worker.build, worker.measure
+real_build_bare = worker.build_bare
 
 
 def build(
@@ -35,6 +39,24 @@ def build(
     if fault in ("wrong", "lucky"):
         return _build_zeros(task, output)
     return real_build(task, choice, output, target)
+
+
+def build_bare(
+    task: str, choice: Mapping[str, int], symbol: str, output: str, target: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The real one, but for kernels that crash or do nothing."""
+    bodies = {"crashes": "__builtin_trap();", "does nothing": ""}
+    fault = FAULTS.get(choice_to_json(choice), "")
+    answer = real_build_bare(task, choice, symbol, output, target)
+    if fault:
+        source = Path(output + ".c")
+        source.write_text(f"void {symbol}(void) {{ {bodies[fault]} }}\n")
+        command = [target["compiler"], *target["compiler_flags"], "-c", source, "-o", output + ".o"]
+        subprocess.run(command, check=True)
+        kernel = CompiledKernel.from_bytes(Path(output).read_bytes())
+        replaced = dataclasses.replace(kernel, code=Path(output + ".o").read_bytes())
+        Path(output).write_bytes(replaced.to_bytes())
+    return answer
 
 
 def _build_zeros(task: str, output: str) -> dict[str, Any]:
@@ -61,7 +83,7 @@ def measure(task: str, library: str, best: float | None) -> dict[str, Any]:
     return real_measure(task, library, best)
 
 
-worker._OPERATIONS.update(build=build, measure=measure)
+worker._OPERATIONS.update(build=build, build_bare=build_bare, measure=measure)
 
 if __name__ == "__main__":
     worker.main()

@@ -22,7 +22,7 @@ from tvm_compress.tuning.database import (
     TunedChoices,
     read_export,
 )
-from tvm_compress.tuning.record import Conditions, Record
+from tvm_compress.tuning.record import INSTRUCTIONS, Conditions, Record
 from tvm_compress.tuning.tasks import Task
 
 from .tuning_tasks import CPU, TARGET, conv_task
@@ -241,6 +241,23 @@ def test_what_does_not_fit_is_passed_over(tmp_path: Path, outdated: dict[str, An
     assert CHOICE_ATTR not in attrs
     assert (choices.tuned, choices.tunable) == (0, 1)
     assert database.export(exported) == int(dataclasses.replace(record(), **outdated).is_verified)
+
+
+def test_instructions_and_times_do_not_mix(tmp_path: Path) -> None:
+    database = Database(tmp_path / "db", shipped=False)
+    counted = Conditions.of(TARGET, CPU, INSTRUCTIONS)
+    found = record(conditions=counted, cost=1000, default_cost=1200)
+    add(database, found)
+    add(database, record(conditions=counted, cost=900, default_cost=None))
+    again = Database(tmp_path / "db", shipped=False)
+    assert again.winners() == [found]  # both files know what was measured
+    assert again.measured(TASK.key, Conditions.of(TARGET, CPU)) == []
+    assert again.lookup(TASK.key, TARGET, CPU) == []
+    emulated = dataclasses.replace(TARGET, compiler="gcc", runner="qemu_user")
+    assert again.lookup(TASK.key, emulated, CPU) == [found]
+    add(again, record())  # what was measured on a real machine comes first
+    best = [r.conditions.measure for r in again.lookup(TASK.key, emulated, CPU)]
+    assert best == ["seconds", INSTRUCTIONS]
 
 
 def test_shipped_files_hold_winners_only() -> None:

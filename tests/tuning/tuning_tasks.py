@@ -62,9 +62,9 @@ def conv_task(target: Target = TARGET, **changes: Any) -> Task:
     return task
 
 
-def small_task(choices: int) -> Task:
+def small_task(choices: int, target: Target = TARGET) -> Task:
     """A task with a space of exactly so many choices."""
-    task = conv_task()
+    task = conv_task(target)
     texts = [choice for _, choice in zip(range(choices), task.space, strict=False)]
     assert len(texts) == choices
     parameters = {
