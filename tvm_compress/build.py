@@ -118,6 +118,7 @@ def lower(module: tvm.IRModule, target: Target, choose: TunedChoices | None = No
         packing_pipeline,
         reference_pipeline,
         runtime_pipeline,
+        shrinking_pipeline,
         storage_pipeline,
     )
     from .relay_passes.branches import functions_in_order
@@ -127,8 +128,12 @@ def lower(module: tvm.IRModule, target: Target, choose: TunedChoices | None = No
     with target.tvm_target():
         if target.is_cross:
             module = edges_pipeline()(module)
-        reference = reference_pipeline()(storage_pipeline(target)(module))
-        packed = packing_pipeline(target)(reference)
+        reference = shipped = reference_pipeline()(storage_pipeline(target)(module))
+        smaller = shrinking_pipeline(target)(module)
+        if not smaller.same_as(module):
+            # Not so the reference, which what ships is compared with.
+            shipped = reference_pipeline()(storage_pipeline(target)(smaller))
+        packed = packing_pipeline(target)(shipped)
         fused = fusion_pipeline()(packed)
         with _as_model_error(target.name):
             if target.is_cross:

@@ -16,6 +16,7 @@ from tvm import relax
 from tvm.relax.pipeline import register_pipeline
 
 from .relay_passes.branches import OnEachFunction
+from .relay_passes.dead_channels import RemoveDeadChannels
 from .relay_passes.fuse_epilogues import FuseEpilogues
 from .relay_passes.integer_edges import IntegerEdges
 from .relay_passes.lower import LowerToKernels
@@ -35,6 +36,15 @@ if TYPE_CHECKING:
 def edges_pipeline() -> tvm.transform.Pass:
     """Graph form => inputs and outputs as codes, for C projects; before all the others."""
     return tvm.transform.Sequential([IntegerEdges()], name="edges")
+
+
+def shrinking_pipeline(target: Target) -> tvm.transform.Pass:
+    """Graph form => the same outputs with less to compute; tensors inside may be smaller.
+
+    Only of C projects: libraries are compared with the reference tensor by tensor.
+    """
+    passes = [RemoveDeadChannels()] if target.is_cross else []
+    return tvm.transform.Sequential(passes, name="shrinking")
 
 
 def storage_pipeline(target: Target) -> tvm.transform.Pass:
@@ -152,6 +162,7 @@ def project_pipeline(target: Target) -> tvm.transform.Pass:
     return tvm.transform.Sequential(
         [
             edges_pipeline(),
+            shrinking_pipeline(target),
             storage_pipeline(target),
             reference_pipeline(),
             packing_pipeline(target),
