@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import batch_matmul, conv2d, conv2d_transpose, depthwise, matmul
+from . import batch_matmul, conv2d, conv2d_transpose, depthwise, matmul, sparse_conv2d
 from .spec import (
     KERNEL_ATTR,
     BatchMatmulSpec,
@@ -15,6 +15,7 @@ from .spec import (
     Conv2dTransposeSpec,
     KernelSpec,
     MatmulSpec,
+    SparseConv2dSpec,
     SpecError,
 )
 
@@ -34,6 +35,8 @@ def _kernel(spec: KernelSpec) -> ModuleType:
         return matmul
     if isinstance(spec, BatchMatmulSpec):
         return batch_matmul
+    if isinstance(spec, SparseConv2dSpec):
+        return sparse_conv2d
     raise SpecError(f"{type(spec).__name__} is not an anchor kernel")
 
 

@@ -13,13 +13,9 @@ from ..targets import Target
 from .emit import Emitter, dtype_bits, splat, vector
 from .fused import FusedFunction
 from .operands import Operands
+from .pitch import unaliased_row
 from .spec import ceil_div
 from .window import Window
-
-_LINE_BYTES = 64
-# Rows at such a distance share a few sets of the first-level cache (64 sets of 64 bytes, 8 ways):
-# the rows of one tile would throw each other out.
-ALIASED_BYTES = 1024
 
 
 def even_rows(rows: int, most: int, outer: int, threads: int, tile_rows: int = 1) -> int:
@@ -95,8 +91,7 @@ class Band:
     def row_pitch(self) -> int:
         """Elements from one row of the copy to the next: never a multiple of many cache lines."""
         width = dtype_bits(self.dtype) // 8
-        row = self.columns * self.pitch
-        return row + (_LINE_BYTES // width if row * width % ALIASED_BYTES == 0 else 0)
+        return unaliased_row(self.columns * self.pitch, width)
 
     def rows(self, band: int) -> int:
         """Rows of the copy for `band` output rows."""

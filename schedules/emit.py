@@ -58,9 +58,9 @@ class Emitter:
         return stmts[0] if len(stmts) == 1 else tirx.SeqStmt(stmts)
 
     @contextmanager
-    def loop(self, name: str, extent: int, kind: str = "serial") -> Iterator[Any]:
+    def loop(self, name: str, extent: Any, kind: str = "serial") -> Iterator[Any]:
         """A loop from 0; of extent 1 just its body, with the constant 0 as variable."""
-        if extent == 1:
+        if isinstance(extent, int) and extent == 1:
             yield tirx.const(0, "int32")
             return
         variable = tirx.Var(name, "int32")

@@ -17,13 +17,15 @@ from typing import Any, ClassVar, TypeVar
 from tvm import ir, tirx
 
 from ..targets import Target
-from .band import ALIASED_BYTES, Band, BandReader, Source
+from .band import Band, BandReader, Source
 from .choice import Choice, SearchSpace
 from .dot import Dot, FloatDot
-from .emit import Emitter, dtype_bits, vector
+from .emit import Emitter, dtype_bits, vector, vector_parts
 from .epilogue import Epilogue
 from .fused import FusedFunction, Stage
+from .layout import PackedLayout
 from .operands import Operands, find_operands
+from .pitch import ALIASED_BYTES
 from .spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
 from .tile import Tile
 from .window import Window, window_of
@@ -72,7 +74,7 @@ def matrix_kernel_as(
     packed = spec.packed_layout
     if packed is None:
         return None
-    dot = kernel.select_dot(spec, target, packed.width)
+    dot = kernel.select_dot(spec, target, packed)
     if dot is None or dot.group != packed.group or packed.axis == "K":
         return None
     operands = find_operands(fused, anchor, spec)
@@ -114,8 +116,8 @@ class MatrixKernel:
     name: ClassVar[str] = ""
 
     @staticmethod
-    def select_dot(spec: WeightedSpec, target: Target, lanes: int) -> Dot | None:
-        """The dot for a layer with `lanes` outputs a block; None: no form is exact for it."""
+    def select_dot(spec: WeightedSpec, target: Target, packed: PackedLayout) -> Dot | None:
+        """The dot for a layer whose weight is packed so; None: no form is exact for it."""
         raise NotImplementedError
 
     def __init__(
@@ -175,6 +177,10 @@ class MatrixKernel:
         """Steps written out in a turn of the innermost loop."""
         raise NotImplementedError
 
+    def _chains(self) -> tuple[int, ...]:
+        """Lengths of a chain that tuning tries."""
+        return tuple(range(1, self.dot.chain + 1))
+
     def _fastest_tile(self, rows: int, blocks: int) -> tuple[Tile, float]:
         """For that many output rows and registers of channels; and its cycles."""
         raise NotImplementedError
@@ -225,7 +231,7 @@ class MatrixKernel:
         parameters: dict[str, tuple[int, ...]] = {}
         if self.dot.is_chained:
             default["chain"] = self.chain
-            parameters["chain"] = tuple(range(1, self.dot.chain + 1))
+            parameters["chain"] = self._chains()
 
         def is_valid(choice: Choice) -> bool:
             tile = _tile_of(choice)
@@ -300,7 +306,7 @@ class MatrixKernel:
         bands = ceil_div(window.rows, self.rows)
         channel_groups = ceil_div(self.blocks, tile.vectors)
         tiles_per_weight = ceil_div(window.rows, tile.rows) * ceil_div(window.columns, tile.columns)
-        self.correct_inside = self.corrected and window.batch * tiles_per_weight == 1
+        self.correct_inside = self._corrects_inside(window.batch * tiles_per_weight)
         if self.corrected and not self.correct_inside:
             self.correction = self._correction()
         tasks = window.batch * bands * window.groups
@@ -318,6 +324,10 @@ class MatrixKernel:
             self._tiles(e.bind("first_group", first_group), share, source, b, y, group)
         self.epilogue.emit_rest(e, self.lanes)
         return e.function(list(self.fused.func.params), {})
+
+    def _corrects_inside(self, tiles: int) -> bool:
+        """Whether the correction is summed beside the products of the `tiles` of each weight."""
+        return self.corrected and tiles == 1
 
     def _correction(self) -> tirx.Buffer:
         """-offset * sum(w) for every output channel."""
@@ -397,7 +407,7 @@ class MatrixKernel:
         """result[position, vector, lane] = sum over the reduction."""
         e, tile, lanes, dot = self.e, self.tile, self.lanes, self.dot
         count = tile.positions * tile.vectors
-        acc = e.alloc(count * lanes, dot.acc_dtype, "acc", registers=True)
+        acc = e.alloc(self._sums(), dot.acc_dtype, "acc", registers=True)
         inside = None
         if self.correct_inside:
             inside = e.alloc(tile.vectors * lanes, "int32", "correction", registers=True)
@@ -450,12 +460,20 @@ class MatrixKernel:
         if flushes:
             return
         for i in range(count):
-            value = vector(acc, i * lanes, lanes)
+            value = self._sum(acc, i, block)
             if inside is not None:
                 value = value - vector(inside, i % tile.vectors * lanes, lanes)
             if self.acc_dtype != dot.acc_dtype:
                 value = value.astype(f"{self.acc_dtype}x{lanes}")
             e.store_vector(result, value, i * lanes, lanes)
+
+    def _sums(self) -> int:
+        """Numbers that the tile's accumulators hold during the reduction."""
+        return self.tile.positions * self.tile.vectors * self.lanes
+
+    def _sum(self, acc: tirx.Buffer, i: int, _block: Any) -> ir.Expr:
+        """What the accumulators hold for position and vector `i` of the tile, in channels' order."""
+        return vector(acc, i * self.lanes, self.lanes)
 
     def _chunk(self) -> int | None:
         """Steps after which the registers are added to the tile: a scale group, or before int32
@@ -509,16 +527,11 @@ class MatrixKernel:
     ) -> None:
         """The innermost loop: `extent` steps from `step` on; int4 takes two steps a byte."""
         e, dot = self.e, self.dot
-        turn = 0
-        if self.window.turned:
-            kh, kw = self.window.kernel
-            turn = (kh - 1) * self.window.dilation[0] * source.row_pitch
-            turn += (kw - 1) * self.window.dilation[1] * source.column_pitch
         zero_points = self._zero_points(block, scale_group)
         nibbles = self.spec.weight_dtype == "int4"
         stored_steps = ceil_div(self.steps, 2) if nibbles else self.steps
         size = self.lanes * dot.group
-        first = e.bind("first", start + data + turn)
+        first = e.bind("first", start + data + self._turn_around(source))
 
         def load(v: int, index: Any) -> ir.Expr:
             return vector(self.weight, ((block + v) * stored_steps + index) * size, size)
@@ -564,6 +577,13 @@ class MatrixKernel:
             e.unrolled("k", extent // 2, self.unroll, lambda k: pair(k, 2))
         if extent % 2:
             pair(tirx.const(extent // 2, "int32"), 1)
+
+    def _turn_around(self, source: Source) -> int:
+        """How far behind a turned window's start its kernel begins."""
+        if not self.window.turned:
+            return 0
+        (kh, kw), (dy, dx) = self.window.kernel, self.window.dilation
+        return (kh - 1) * dy * source.row_pitch + (kw - 1) * dx * source.column_pitch
 
     def _int_vector(self, value: int) -> ir.Expr:
         return tirx.Broadcast(tirx.const(value, "int32"), self.lanes)
@@ -681,7 +701,7 @@ class MatrixKernel:
                 for v in range(tile.vectors)
             ]
         for i in range(tile.positions * tile.vectors):
-            value = vector(acc, i * lanes, lanes)
+            value = self._sum(acc, i, block)
             if scales:
                 value = value * scales[i % tile.vectors]
             elif self.acc_dtype != self.dot.acc_dtype:
@@ -689,6 +709,10 @@ class MatrixKernel:
             e.store_vector(result, vector(result, i * lanes, lanes) + value, i * lanes, lanes)
 
     # Epilogue
+
+    def _epilogue_lanes(self) -> int:
+        """The most channels of a position that go through the epilogue together."""
+        return self.lanes
 
     def _finish(self, result: tirx.Buffer, b: Any, y: Any, x: Any, group: Any, block: Any) -> None:
         """Every position of the tile through the epilogue, channels in vectors, the last one
@@ -717,6 +741,22 @@ class MatrixKernel:
                     width,
                     partial(_element, result, place + start),
                 )
+
+        # A position's vectors lie side by side.
+        width = self._epilogue_lanes()
+        if width > lanes and tile.vectors > 1 and unrolled:
+            joined = vector_parts(tile.vectors * lanes, width)
+            last = (tile.vectors - 1) * lanes
+            ends = vector_parts(last + ragged, width) if ragged else joined
+            if ragged and self.blocks > tile.vectors:
+                e.branch(
+                    block == self.blocks - tile.vectors,
+                    lambda: positions(tirx.const(0, "int32"), ends),
+                    lambda: positions(tirx.const(0, "int32"), joined),
+                )
+            else:
+                positions(tirx.const(0, "int32"), ends)
+            return
 
         for v in e.each("v", tile.vectors, unrolled):
             e.ragged(block + v, self.blocks, ragged, lanes, partial(positions, v))

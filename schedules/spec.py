@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .layout import PackedLayout, parse_layout
+from .pitch import unaliased_row
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -386,6 +387,103 @@ class Conv2dSpec(_ConvolutionSpec):
             * self.out_channels
             * (self.reduction_size)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseConv2dSpec(KernelSpec):
+    """A convolution most of whose weights are zero; a linear layer is one of height 1 and kernel 1.
+
+    `block` neighbouring output channels share which inputs they read. Block b has the entries
+    starts[b] .. starts[b + 1]; each is the weights of one input, values [entries, block], and where
+    that lies in the padded NHWC data, counted by `pitches` from the window's first element, offsets
+    [entries]. Channels of the last block beyond `out_channels` have zeros.
+    """
+
+    family: ClassVar[str] = "sparse_conv2d"
+
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Top, left, bottom, right."""
+    dilation: tuple[int, int] = (1, 1)
+    pad_value: int = 0
+    data_dtype: str = "float32"
+    weight_dtype: str = "float32"
+    acc_dtype: str = "float32"
+    block: int
+    entries: int
+    longest: int
+    """Most entries of a block."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.data_dtype == "float32") == (self.acc_dtype == "float32"),
+            f"{self.data_dtype} data cannot be summed in {self.acc_dtype}",
+        )
+        _require(self.block >= 1, f"blocks of {self.block} channels")
+        _require(
+            0 <= self.longest <= self.entries <= self.blocks * self.longest,
+            f"{self.entries} entries, at most {self.longest} in each of {self.blocks} blocks",
+        )
+        assert self.dense  # checks the sizes
+
+    @property
+    def dense(self) -> Conv2dSpec:
+        """The same layer with all its weights."""
+        return Conv2dSpec(
+            batch=self.batch, height=self.height, width=self.width, in_channels=self.in_channels,
+            out_channels=self.out_channels, kernel=self.kernel, strides=self.strides,
+            padding=self.padding, dilation=self.dilation, pad_value=self.pad_value,
+            data_dtype=self.data_dtype, weight_dtype=self.weight_dtype, acc_dtype=self.acc_dtype,
+        )  # fmt: skip
+
+    @property
+    def blocks(self) -> int:
+        """How many runs of `block` output channels there are."""
+        return ceil_div(self.out_channels, self.block)
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the sum is exact, in integers."""
+        return self.acc_dtype != "float32"
+
+    @property
+    def pitches(self) -> tuple[int, int]:
+        """Elements from one row of the data to the next, of a copy where it is padded; and from one
+        column to the next."""
+        row = self.dense.padded_width * self.in_channels
+        if any(self.padding):
+            row = unaliased_row(row, 4 if self.data_dtype == "float32" else 1)
+        return row, self.in_channels
+
+    @property
+    def offsets_dtype(self) -> str:
+        """uint16 where every offset of the window fits, else int32."""
+        row, column = self.pitches
+        last = (self.kernel[0] - 1) * self.dilation[0] * row
+        last += (self.kernel[1] - 1) * self.dilation[1] * column + self.in_channels - 1
+        return "uint16" if last < 2**16 else "int32"
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """[batch, height, width, in_channels]."""
+        return self.dense.data_shape
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """[batch, out_height, out_width, out_channels]."""
+        return self.dense.output_shape
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one call: those of the weights that are there."""
+        batch, rows, columns, _ = self.output_shape
+        return batch * rows * columns * self.entries * self.block
 
 
 @dataclass(frozen=True, kw_only=True)

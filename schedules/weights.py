@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .layout import PackedLayout, Reduction
-from .spec import KERNEL_ATTR, WeightedSpec
+from .spec import KERNEL_ATTR, KernelSpec, WeightedSpec
 
 if TYPE_CHECKING:
     from tvm import te, tirx
@@ -98,7 +98,7 @@ def _nibble(byte: tirx.PrimExpr, which: tirx.PrimExpr) -> tirx.PrimExpr:
     return tirx.Select(which == 0, low, high)
 
 
-def kernel_attrs(spec: WeightedSpec) -> dict[str, str]:
+def kernel_attrs(spec: KernelSpec) -> dict[str, str]:
     """Annotation of the compute block by which the kernel is found after fusion."""
     return {KERNEL_ATTR: spec.to_json()}
 

@@ -1,5 +1,6 @@
 """Kernels for x86-64, selected by capability. See the README of `schedules/`."""
 
+from ..sparse import sparse_kernel
 from ..template import Template
 from .batch_matmul import batch_matmul_kernel
 from .depthwise import depthwise_kernel
@@ -14,4 +15,5 @@ TEMPLATES = (
     Template("x86.winograd", winograd_kernel),
     Template("x86.matrix", matrix_kernel),
     Template("x86.batch_matmul", batch_matmul_kernel),
+    Template("sparse", sparse_kernel),
 )

@@ -23,7 +23,7 @@ import numpy as np
 from tvm import ir, tirx
 
 from ...targets import Target
-from ..band import ALIASED_BYTES, Band, BandReader, Source
+from ..band import Band, BandReader, Source
 from ..choice import Choice, SearchSpace
 from ..dot import Dot
 from ..emit import Emitter, vector, vector_parts
@@ -32,6 +32,7 @@ from ..fused import FusedFunction
 from ..layout import PackedLayout
 from ..matrix import PARALLEL_MACS
 from ..operands import Operands, find_operands
+from ..pitch import ALIASED_BYTES
 from ..spec import Conv2dSpec, ceil_div
 from ..window import window_of
 from ..winograd import POINTS, data_matrix, output_matrix, side, weight_matrix

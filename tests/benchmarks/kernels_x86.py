@@ -160,9 +160,8 @@ def ours(spec: Any, target: Any) -> Callable[[], float]:
     return lambda: float(timer(*arguments).mean)
 
 
-def onnxruntime(spec: Any, threads: int, quantised: bool) -> Callable[[], float]:
-    """The same layer alone in an ONNX model."""
-    import onnxruntime as ort
+def onnx_layer(spec: Any, quantised: bool) -> tuple[bytes, np.ndarray]:
+    """The same layer alone in an ONNX model, and data for it."""
     from onnx import TensorProto, helper, numpy_helper
 
     rng = np.random.default_rng(0)
@@ -207,17 +206,43 @@ def onnxruntime(spec: Any, threads: int, quantised: bool) -> Callable[[], float]
         [numpy_helper.from_array(np.asarray(v), k) for k, v in values.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model.SerializeToString(), data
+
+
+def onnxruntime(spec: Any, threads: int, quantised: bool) -> Callable[[], float]:
+    """The layer in ONNX Runtime."""
+    import onnxruntime as ort
+
+    model, data = onnx_layer(spec, quantised)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     number = calls(spec.macs)
 
     def run() -> float:
         started = time.perf_counter()
         for _ in range(number):
             session.run(None, {"x": data})
+        return (time.perf_counter() - started) / number
+
+    return run
+
+
+def openvino(spec: Any, threads: int, quantised: bool) -> Callable[[], float]:
+    """The layer in OpenVINO."""
+    import openvino as ov
+
+    model, data = onnx_layer(spec, quantised)
+    core = ov.Core()
+    config = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    request = core.compile_model(core.read_model(model), "CPU", config).create_infer_request()
+    request.set_input_tensor(ov.Tensor(data))
+    number = calls(spec.macs)
+
+    def run() -> float:
+        started = time.perf_counter()
+        for _ in range(number):
+            request.infer()
         return (time.perf_counter() - started) / number
 
     return run

@@ -1,0 +1,282 @@
+"""Sparse convolution on vectors of output channels: an entry is a vector of weights (or a few) and
+one number of the data for each position of the tile.
+
+The data's numbers are broadcast from memory by the multiply-add itself; the offset and the weights
+of an entry are read once for all positions. Blocks of at least four channels.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from tvm import ir, tirx
+
+from ..targets import Target
+from .band import Band, BandReader, Source
+from .choice import Choice, SearchSpace
+from .dot import FloatDot
+from .emit import Emitter, splat, vector, vector_parts
+from .epilogue import Epilogue
+from .fused import FusedFunction, Stage
+from .matrix import PARALLEL_MACS
+from .operands import Operands
+from .spec import SparseConv2dSpec, ceil_div
+from .tile import Tile
+from .window import window_of
+
+# Registers besides accumulators and weights: one number of the data.
+_SPARE = 1
+# More positions than these do not pay: what they share is small by then, and code is not.
+_MOST_POSITIONS = 14
+
+
+def sparse_kernel(
+    fused: FusedFunction, target: Target, choice: Choice | None
+) -> SparseKernel | None:
+    """A sparse convolution with float data; None: no form for it."""
+    anchor = fused.anchor
+    if anchor is None or not isinstance(anchor.spec, SparseConv2dSpec):
+        return None
+    spec = anchor.spec
+    lanes = _lanes(spec.block, target)
+    operands = _operands(fused, anchor, spec)
+    if spec.is_integer or spec.weight_dtype != "float32" or lanes is None or operands is None:
+        return None
+    epilogue = Epilogue(fused, anchor)
+    if any(not stage.is_map for stage in epilogue.rest):
+        return None
+    return SparseKernel(fused, spec, operands, lanes, target, epilogue, choice)
+
+
+def _lanes(block: int, target: Target) -> int | None:
+    """Channels of a register: the block's, or a part of them."""
+    widest = min(16, target.lanes(32))
+    return next((lanes for lanes in (16, 8, 4) if lanes <= widest and block % lanes == 0), None)
+
+
+def _operands(
+    fused: FusedFunction, anchor: Stage, spec: SparseConv2dSpec
+) -> tuple[Operands, tirx.Buffer, tirx.Buffer] | None:
+    """(data and values, offsets, starts); None where the block reads something else."""
+    by_shape: dict[str, tirx.Buffer] = {}
+    window: tirx.Buffer | None = None
+    expected = {
+        "values": ((spec.entries, spec.block), spec.weight_dtype),
+        "offsets": ((spec.entries,), spec.offsets_dtype),
+        "starts": ((spec.blocks + 1,), "int32"),
+    }
+    for buffer in anchor.reads:
+        form = (tuple(int(n) for n in buffer.shape), str(buffer.dtype))
+        name = next((n for n, wanted in expected.items() if wanted == form), None)
+        if name is not None and buffer not in fused.producers:
+            by_shape[name] = buffer
+        elif not buffer.same_as(anchor.buffer):
+            window = buffer
+    if len(by_shape) < len(expected) or window is None:
+        return None
+    data = window
+    if any(spec.padding):
+        stage = fused.producers.get(window)
+        if stage is None or len(stage.reads) != 1:
+            return None
+        data = stage.reads[0]
+    if tuple(int(n) for n in data.shape) != spec.data_shape or data in fused.producers:
+        return None
+    return Operands(window, data, by_shape["values"]), by_shape["offsets"], by_shape["starts"]
+
+
+class SparseKernel:
+    """One function being written."""
+
+    def __init__(
+        self,
+        fused: FusedFunction,
+        spec: SparseConv2dSpec,
+        operands: tuple[Operands, tirx.Buffer, tirx.Buffer],
+        lanes: int,
+        target: Target,
+        epilogue: Epilogue,
+        choice: Choice | None,
+    ) -> None:
+        self.fused, self.spec, self.target, self.epilogue = fused, spec, target, epilogue
+        self.operands, self.offsets, self.starts = operands
+        self.lanes, self.window = lanes, window_of(spec.dense)
+        self.dot = FloatDot(lanes, "float32", target.has("fma"))
+        vectors = spec.block // lanes
+        # A block wider than the registers is read in parts, each with all of its entries.
+        self.vectors = next(n for n in (4, 2, 1) if vectors % n == 0)
+        registers = target.vector_registers
+        most = (registers - _SPARE - self.vectors) // self.vectors
+        self.tile = self._tile_of_positions(min(most, _MOST_POSITIONS))
+        self.unroll = 1
+        self.parallel = target.threads > 1 and spec.macs >= PARALLEL_MACS
+        self.band = Band(
+            self.window, any(spec.padding), spec.data_dtype, spec.data_dtype, lambda value: value,
+            spec.pad_value, self.window.channels,
+        )  # fmt: skip
+        self.rows = self._rows_of_a_task()
+        if choice is not None:
+            self.vectors = choice["vectors"]
+            self.tile = Tile(choice["rows"], choice["columns"], self.vectors)
+            self.rows = max(self.tile.rows, min(self.window.rows, choice["band"]))
+            self.unroll = choice["unroll"]
+        self.e = Emitter()
+
+    def _tile_of_positions(self, most: int) -> Tile:
+        """Columns first: they are neighbours. The fewest positions of the last tile are wasted."""
+        window = self.window
+
+        def cost(rows: int, columns: int) -> float:
+            tiles = ceil_div(window.rows, rows) * ceil_div(window.columns, columns)
+            # An entry costs a multiply-add a position and vector, and about three instructions.
+            return tiles * (rows * columns * self.vectors + 3)
+
+        rows, columns = min(
+            (
+                (rows, columns)
+                for columns in range(1, min(window.columns, most) + 1)
+                for rows in range(1, min(window.rows, most // columns) + 1)
+            ),
+            key=lambda sides: cost(*sides),
+        )
+        return Tile(rows, columns, self.vectors)
+
+    def _rows_of_a_task(self) -> int:
+        """Output rows whose input stays in the second-level cache, at least one for each thread."""
+        threads = self.target.threads if self.parallel else 1
+        most = self.band.most_rows(self.target.l2_bytes // 2)
+        rows = min(most, ceil_div(self.window.rows, threads))
+        return max(self.tile.rows, rows)
+
+    def space(self) -> SearchSpace:
+        """Tiles, rows of a task, unrolling."""
+        window, registers = self.window, self.target.vector_registers
+        vectors = self.spec.block // self.lanes
+        default = {
+            "rows": self.tile.rows, "columns": self.tile.columns, "vectors": self.vectors,
+            "band": self.rows, "unroll": self.unroll,
+        }  # fmt: skip
+
+        def is_valid(choice: Choice) -> bool:
+            used = (choice["rows"] * choice["columns"] + 1) * choice["vectors"] + _SPARE
+            return registers <= 2 * used <= 2 * registers and choice["rows"] <= choice["band"]
+
+        sides = range(1, registers)
+        return SearchSpace(
+            "sparse",
+            {
+                "rows": tuple(n for n in sides if n <= window.rows),
+                "columns": tuple(n for n in sides if n <= window.columns),
+                "vectors": tuple(n for n in (1, 2, 4) if vectors % n == 0),
+                "band": self.band.choices(self.rows),
+                "unroll": (1, 2, 4),
+            },
+            default,
+            is_valid,
+        )
+
+    def build(self) -> tirx.PrimFunc:
+        e, window, tile = self.e, self.window, self.tile
+        self.values = e.flat(self.operands.weight)
+        reader = BandReader(e, self.band, self.fused, self.operands, self.target)
+        self.epilogue.declare(e)
+        bands = ceil_div(window.rows, self.rows)
+        kind = "parallel" if self.parallel else "serial"
+        parts = self.spec.block // (self.lanes * tile.vectors)
+        with e.loop("task", window.batch * bands, kind) as task:
+            b = task // bands
+            y = e.bind("y", tirx.min(task % bands * self.rows, window.rows - self.rows))
+            source = reader.source(b, y, self.rows, 0)
+            with e.loop("block", self.spec.blocks) as block:
+                first = e.bind("first", self.starts[block])
+                count = e.bind("count", self.starts[block + 1] - first)
+                with e.loop("tile_row", ceil_div(self.rows, tile.rows)) as ty:
+                    dy = e.bind("dy", tirx.min(ty * tile.rows, self.rows - tile.rows))
+                    with e.loop("tile_column", ceil_div(window.columns, tile.columns)) as tx:
+                        limit = window.columns - tile.columns
+                        x = e.bind("x", tirx.min(tx * tile.columns, limit))
+                        for part in e.each("part", parts, unrolled=False):
+                            self._tile(source, (first, count), block, part, b, y, dy, x)
+        self.epilogue.emit_rest(e, self.lanes)
+        return e.function(list(self.fused.func.params), {})
+
+    def _tile(
+        self, source: Source, entries: tuple[Any, Any], block: Any, part: Any,
+        b: Any, y: Any, dy: Any, x: Any,
+    ) -> None:  # fmt: skip
+        e, tile, lanes, vectors = self.e, self.tile, self.lanes, self.vectors
+        acc = e.alloc(tile.positions * vectors * lanes, "float32", "acc", registers=True)
+        for place in range(tile.positions * vectors):
+            e.store_vector(acc, splat(tirx.const(0.0, "float32"), lanes), place * lanes, lanes)
+        start = e.bind("start", source.base + dy * source.step[0] + x * source.step[1])
+        first, count = entries
+        channel = e.bind("channel", part * (vectors * lanes))
+
+        def entry(index: Any) -> None:
+            number = e.bind("number", first + index)
+            at = e.bind("at", start + self.offsets[number].astype("int32"))
+            weights = [
+                e.bind(
+                    f"w{v}",
+                    vector(self.values, number * self.spec.block + channel + v * lanes, lanes),
+                )
+                for v in range(vectors)
+            ]
+            for row in range(tile.rows):
+                for column in range(tile.columns):
+                    offset = row * source.step[0] + column * source.step[1]
+                    value = source.buffer[at + offset]
+                    data = e.bind("data", self.dot.broadcast(value))
+                    for v, weight in enumerate(weights):
+                        place = ((row * tile.columns + column) * vectors + v) * lanes
+                        old = vector(acc, place, lanes)
+                        e.store_vector(acc, self.dot.accumulate(old, data, weight), place, lanes)
+
+        if self.unroll == 1:
+            with e.loop("entry", count) as index:
+                entry(index)
+        else:
+            with e.loop("entries", tirx.div(count, self.unroll)) as turn:
+                for index in range(self.unroll):
+                    entry(turn * self.unroll + index)
+            whole = tirx.div(count, self.unroll) * self.unroll
+            with e.loop("entry", count - whole) as index:
+                entry(whole + index)
+        self._finish(acc, block, channel, b, y + dy, x)
+
+    def _finish(self, acc: tirx.Buffer, block: Any, channel: Any, b: Any, y: Any, x: Any) -> None:
+        """Every position through the epilogue; of the last block only channels that exist."""
+        e, window, tile, lanes = self.e, self.window, self.tile, self.lanes
+        outputs = self.spec.out_channels
+        unrolled = tile.positions * self.vectors * self.epilogue.size <= 400
+
+        def positions(v: Any, start: Any, parts: list[tuple[int, int]]) -> None:
+            for r in e.each("r", tile.rows, unrolled):
+                for c in e.each("c", tile.columns, unrolled):
+                    place = ((r * tile.columns + c) * self.vectors + v) * lanes
+                    for inner, width in parts:
+                        self.epilogue.emit(
+                            e,
+                            partial(window.indices, b, y + r, x + c),
+                            (b * window.rows + y + r) * window.columns + x + c,
+                            start + inner,
+                            width,
+                            partial(_element, acc, place + inner),
+                        )
+
+        rest = outputs % lanes
+        for v in e.each("v", self.vectors, unrolled):
+            start = e.bind("start", block * self.spec.block + channel + v * lanes)
+            if outputs % self.spec.block == 0:
+                positions(v, start, [(0, lanes)])
+                continue
+            with e.when(start + lanes <= outputs):
+                positions(v, start, [(0, lanes)])
+            if rest:
+                with e.when(start == outputs - rest):
+                    positions(v, start, vector_parts(rest, lanes))
+
+
+def _element(buffer: tirx.Buffer, start: Any, lane: Any) -> ir.Expr:
+    return buffer[start + lane]

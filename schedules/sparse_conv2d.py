@@ -1,0 +1,113 @@
+"""2-D convolution by the weights that are not zero, NHWC:
+
+acc[b, y, x, o] = sum over e in starts[o / n] .. starts[o / n + 1] of
+                  padded[b, y*s, x*s, offsets[e] elements further] * values[e, o % n]
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .conv2d import pad
+from .conv2d import reference as dense_reference
+from .spec import SparseConv2dSpec
+from .weights import kernel_attrs
+
+if TYPE_CHECKING:
+    from tvm import te
+
+
+def describe(spec: SparseConv2dSpec) -> tuple[list[te.Tensor], te.Tensor]:
+    """TE description: arguments (data, values, offsets, starts) and the accumulators."""
+    from tvm import te, tirx
+
+    data = te.placeholder(spec.data_shape, spec.data_dtype, name="data")
+    values = te.placeholder((spec.entries, spec.block), spec.weight_dtype, name="values")
+    offsets = te.placeholder((spec.entries,), spec.offsets_dtype, name="offsets")
+    starts = te.placeholder((spec.blocks + 1,), "int32", name="starts")
+    padded = pad(data, spec.padding, spec.pad_value)
+    row, column = spec.pitches
+    e = te.reduce_axis((0, spec.longest), name="e")
+
+    def term(b: tirx.Var, y: tirx.Var, x: tirx.Var, o: tirx.Var) -> tirx.PrimExpr:
+        block = o // spec.block
+        entry = starts[block] + e
+        offset = offsets[entry].astype("int32")
+        product = padded[
+            b,
+            y * spec.strides[0] + offset // row,
+            x * spec.strides[1] + offset % row // column,
+            offset % column,
+        ].astype(spec.acc_dtype) * values[entry, o % spec.block].astype(spec.acc_dtype)
+        return tirx.if_then_else(entry < starts[block + 1], product, tirx.const(0, spec.acc_dtype))
+
+    acc = te.compute(
+        spec.output_shape,
+        lambda b, y, x, o: te.sum(term(b, y, x, o), axis=e),
+        name="sparse_conv2d",
+        attrs=kernel_attrs(spec),
+    )
+    return [data, values, offsets, starts], acc
+
+
+def encode(
+    weight: np.ndarray, block: int, kept: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[K, N] => values [entries, block], positions in K [entries] int32, starts [blocks + 1] int32.
+
+    An entry is an input that any channel of a block reads: of `kept` [K, N], or with a weight other
+    than zero.
+    """
+    reduction, outputs = weight.shape
+    blocks = -(-outputs // block)
+    padded = np.zeros((reduction, blocks * block), weight.dtype)
+    padded[:, :outputs] = weight
+    by_block = padded.reshape(reduction, blocks, block).transpose(1, 0, 2)  # [B, K, n]
+    if kept is None:
+        used = (by_block != 0).any(axis=2)
+    else:
+        full = np.zeros(padded.shape, bool)
+        full[:, :outputs] = kept
+        used = full.reshape(reduction, blocks, block).any(axis=2).T
+    owners, positions = np.nonzero(used)
+    counts = np.bincount(owners, minlength=blocks)
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    return np.ascontiguousarray(by_block[used]), positions.astype(np.int32), starts
+
+
+def decode(
+    values: np.ndarray, positions: np.ndarray, starts: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """Inverse of `encode`: the weight [K, N] of `shape`."""
+    blocks, block = len(starts) - 1, values.shape[1]
+    full = np.zeros((blocks, shape[0], block), values.dtype)
+    full[np.repeat(np.arange(blocks), np.diff(starts)), positions] = values
+    return np.ascontiguousarray(full.transpose(1, 0, 2).reshape(shape[0], -1)[:, : shape[1]])
+
+
+def offsets_of(spec: SparseConv2dSpec, positions: np.ndarray) -> np.ndarray:
+    """Positions in K, in kernel order (row, column, channel), as offsets in the padded data."""
+    ky, rest = np.divmod(positions, spec.kernel[1] * spec.in_channels)
+    kx, channel = np.divmod(rest, spec.in_channels)
+    row, column = spec.pitches
+    offsets = ky * (spec.dilation[0] * row) + kx * (spec.dilation[1] * column) + channel
+    return np.asarray(offsets.astype(spec.offsets_dtype))
+
+
+def reference(
+    spec: SparseConv2dSpec,
+    data: np.ndarray,
+    values: np.ndarray,
+    offsets: np.ndarray,
+    starts: np.ndarray,
+) -> np.ndarray:
+    """The same in NumPy: the dense layer with the weight that the parts stand for."""
+    row, column = spec.pitches
+    ky, rest = np.divmod(offsets.astype(np.int64), spec.dilation[0] * row)
+    kx, channel = np.divmod(rest, spec.dilation[1] * column)
+    positions = (ky * spec.kernel[1] + kx) * spec.in_channels + channel
+    reduction = spec.dense.reduction_size
+    weight = decode(values, positions, starts, (reduction, spec.out_channels))
+    return dense_reference(spec.dense, data, weight.reshape(spec.dense.weight_shape))

@@ -1,0 +1,137 @@
+"""Speed of sparse x86 kernels beside the dense float32 layers of ONNX Runtime and OpenVINO.
+
+    python tests/benchmarks/sparse_kernels.py [--target x86-64-v3] [--threads 1] [--block 16]
+
+Random patterns; bias and ReLU everywhere. The contestants take turns; figures are the best of many
+runs: microseconds of the dense layers, and how many times faster than the faster library each
+sparsity is (`dense`: our own dense kernel).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.benchmarks.kernels_x86 import calls, onnxruntime, openvino, ours
+
+# (name, height, width, in, out, kernel)
+LAYERS: list[tuple[str, int, int, int, int, int]] = [
+    ("1x1 56x56 64-64", 56, 56, 64, 64, 1),
+    ("1x1 28x28 512-128", 28, 28, 512, 128, 1),
+    ("1x1 14x14 1024-256", 14, 14, 1024, 256, 1),
+    ("1x1 7x7 2048-512", 7, 7, 2048, 512, 1),
+    ("3x3 56x56 64-64", 56, 56, 64, 64, 3),
+    ("3x3 28x28 128-128", 28, 28, 128, 128, 3),
+    ("3x3 14x14 256-256", 14, 14, 256, 256, 3),
+    ("3x3 7x7 512-512", 7, 7, 512, 512, 3),
+]
+REPETITIONS, LEAST_SECONDS = 20, 0.5
+
+
+def main() -> None:
+    """Print one line a layer, and geometric means."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--target", default="host")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--block", type=int, default=16, help="outputs that share a pattern")
+    parser.add_argument("--sparsity", default="0.5,0.7,0.8,0.9,0.95")
+    parser.add_argument("--only", default="", help="layers whose name contains this")
+    arguments = parser.parse_args()
+    os.environ["TVM_NUM_THREADS"] = str(arguments.threads)
+
+    from tvm_compress.schedules import Conv2dSpec
+    from tvm_compress.targets import get_target
+
+    target = dataclasses.replace(get_target(arguments.target), threads=arguments.threads)
+    target.require_runs_here()
+    sparsities = [float(part) for part in arguments.sparsity.split(",")]
+    titles = ["layer", "ORT us", "OV us", "dense", *(f"{100 * s:g} %" for s in sparsities)]
+    print(f"blocks of {arguments.block} outputs, {arguments.target}, {arguments.threads} threads")
+    print("| " + " | ".join(titles) + " |")
+    print("|" + "---|" * len(titles))
+    gains: list[list[float]] = []
+    for name, height, width, channels, outputs, kernel in LAYERS:
+        if arguments.only not in name:
+            continue
+        side = kernel // 2
+        spec = Conv2dSpec(
+            batch=1, height=height, width=width, in_channels=channels, out_channels=outputs,
+            kernel=(kernel, kernel), padding=(side, side, side, side),
+        )  # fmt: skip
+        best = contest(
+            [
+                onnxruntime(spec, arguments.threads, quantised=False),
+                openvino(spec, arguments.threads, quantised=False),
+                ours(spec, target),
+                *(sparse(spec, arguments.block, s, target) for s in sparsities),
+            ]
+        )
+        library = min(best[:2])
+        gains.append([library / seconds for seconds in best[2:]])
+        figures = [f"{1e6 * seconds:.0f}" for seconds in best[:2]]
+        figures += [f"{gain:.2f}" for gain in gains[-1]]
+        print("| " + " | ".join([name, *figures]) + " |", flush=True)
+    means = [
+        math.exp(sum(map(math.log, column)) / len(column)) for column in zip(*gains, strict=True)
+    ]
+    print("| geometric mean | | | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
+
+
+def contest(contestants: list[Callable[[], float]]) -> list[float]:
+    """The best of many runs of each, in turns."""
+    best = [float("inf")] * len(contestants)
+    started, repetitions = time.perf_counter(), 0
+    while repetitions < REPETITIONS or time.perf_counter() - started < LEAST_SECONDS:
+        repetitions += 1
+        for index, run in enumerate(contestants):
+            best[index] = min(best[index], run())
+    return best
+
+
+def sparse(dense: Any, block: int, sparsity: float, target: Any) -> Callable[[], float]:
+    """The layer without `sparsity` of its weights, in the same number for every block."""
+    import tvm
+    from tvm import te
+
+    from tvm_compress.schedules import SparseConv2dSpec, describe, schedule
+    from tvm_compress.schedules.sparse_conv2d import encode, offsets_of
+
+    rng = np.random.default_rng(0)
+    reduction, outputs = dense.reduction_size, dense.out_channels
+    entries = round(reduction * (1 - sparsity))
+    kept = rng.random((reduction, outputs // block)).argsort(axis=0) < entries
+    weight = rng.standard_normal((reduction, outputs), dtype="float32")
+    values, positions, starts = encode(weight, block, kept.repeat(block, axis=1))
+    spec = SparseConv2dSpec(
+        batch=1, height=dense.height, width=dense.width, in_channels=dense.in_channels,
+        out_channels=outputs, kernel=dense.kernel, padding=dense.padding, block=block,
+        entries=len(values), longest=entries,
+    )  # fmt: skip
+    inputs, acc = describe(spec)
+    bias = te.placeholder((outputs,), "float32", name="bias")
+    out = te.compute(spec.output_shape, lambda *i: te.max(acc[i] + bias[i[-1]], 0.0), name="out")
+    func = schedule(te.create_prim_func([*inputs, bias, out]), target)
+    library = tvm.compile(func, target.tvm_target())
+    arrays = [
+        rng.standard_normal(spec.data_shape, dtype="float32"), values,
+        offsets_of(spec, positions), starts, np.zeros(outputs, "float32"),
+        np.zeros(spec.output_shape, "float32"),
+    ]  # fmt: skip
+    arguments = [tvm.runtime.tensor(array) for array in arrays]
+    timer = library.mod.time_evaluator("main", tvm.cpu(), number=calls(spec.macs))
+    return lambda: float(timer(*arguments).mean)
+
+
+if __name__ == "__main__":
+    main()

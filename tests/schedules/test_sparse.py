@@ -1,0 +1,134 @@
+"""Sparse convolutions: encoding, the naive kernel, and the one on vectors of channels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tvm_compress.schedules import (
+    SCHEDULE_ATTR,
+    SparseConv2dSpec,
+    prim_func,
+    reference,
+    schedule,
+    search_space,
+)
+from tvm_compress.schedules.conv2d import reference as dense_reference
+from tvm_compress.schedules.sparse_conv2d import decode, encode, offsets_of
+from tvm_compress.targets import Target, get_target
+
+from .kernels import FLOAT_TOLERANCE, random_array, run
+
+LEVELS = ["x86-64-v2", "x86-64-v3", "x86-64-v4"]
+SHAPES: list[dict[str, Any]] = [
+    {"height": 1, "width": 7, "in_channels": 33, "out_channels": 16, "kernel": (1, 1)},
+    {"height": 5, "width": 5, "in_channels": 16, "out_channels": 40, "kernel": (1, 1)},
+    {"height": 9, "width": 11, "in_channels": 8, "out_channels": 21, "kernel": (3, 3),
+     "padding": (1, 1, 1, 1)},
+    {"height": 9, "width": 6, "in_channels": 5, "out_channels": 16, "kernel": (3, 2),
+     "strides": (2, 1), "padding": (0, 1, 2, 0), "batch": 2},
+    {"height": 8, "width": 64, "in_channels": 4, "out_channels": 64, "kernel": (3, 3),
+     "dilation": (2, 2), "padding": (2, 0, 2, 0)},
+    {"height": 6, "width": 6, "in_channels": 12, "out_channels": 3, "kernel": (1, 1),
+     "strides": (2, 2)},
+]  # fmt: skip
+
+
+def problem(
+    block: int, sparsity: float, seed: int = 0, **fields: Any
+) -> tuple[SparseConv2dSpec, list[np.ndarray], np.ndarray]:
+    """A layer with `sparsity` of its blocks removed: spec, arguments and dense weight [K, N]."""
+    rng = np.random.default_rng(seed)
+    fields = {"batch": 1, **fields}
+    reduction = fields["kernel"][0] * fields["kernel"][1] * fields["in_channels"]
+    outputs = fields["out_channels"]
+    kept = rng.random((reduction, -(-outputs // block))) >= sparsity
+    weight = random_array(rng, (reduction, outputs), "float32")
+    weight *= kept.repeat(block, axis=1)[:, :outputs]
+    values, positions, starts = encode(weight, block)
+    spec = SparseConv2dSpec(
+        block=block, entries=len(values), longest=int(np.diff(starts).max()), **fields
+    )
+    data = random_array(rng, spec.data_shape, "float32")
+    return spec, [data, values, offsets_of(spec, positions), starts], weight
+
+
+def expected(spec: SparseConv2dSpec, data: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return dense_reference(spec.dense, data, weight.reshape(spec.dense.weight_shape))
+
+
+@pytest.mark.parametrize("block", [1, 3, 16])
+@pytest.mark.parametrize("shape", [(1, 1), (40, 17), (7, 48)])
+def test_encoding_round_trip(block: int, shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(1)
+    weight = rng.normal(size=shape).astype(np.float32) * (rng.random(shape) < 0.2)
+    values, positions, starts = encode(weight, block)
+    assert np.array_equal(decode(values, positions, starts, shape), weight)
+    # A kept weight that happens to be zero stays an entry.
+    kept = np.ones(shape, bool)
+    values, positions, starts = encode(np.zeros(shape, np.float32), block, kept)
+    assert len(values) == shape[0] * -(-shape[1] // block)
+    assert not decode(values, positions, starts, shape).any()
+
+
+@pytest.mark.parametrize("fields", SHAPES)
+@pytest.mark.parametrize("block", [1, 16])
+def test_reference_is_the_dense_layer(block: int, fields: dict[str, Any]) -> None:
+    spec, inputs, weight = problem(block, 0.7, **fields)
+    np.testing.assert_array_equal(reference(spec, *inputs), expected(spec, inputs[0], weight))
+
+
+def compare(spec: SparseConv2dSpec, target: Target, inputs: list[np.ndarray], func: Any) -> None:
+    result = run(func, target, inputs, (spec.output_shape, spec.acc_dtype))[0]
+    if target.runs_here():
+        wanted = reference(spec, *inputs)
+        limit = FLOAT_TOLERANCE * max(1.0, float(np.abs(wanted).max()))
+        np.testing.assert_allclose(result, wanted, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("fields", SHAPES)
+def test_blocks(fields: dict[str, Any], level: str) -> None:
+    target = get_target(level)
+    spec, inputs, _ = problem(16, 0.7, **fields)
+    func = schedule(prim_func(spec), target)
+    assert func.attrs[SCHEDULE_ATTR] == "sparse"
+    compare(spec, target, inputs, func)
+
+
+@pytest.mark.parametrize("block", [4, 8, 32, 64])
+def test_other_blocks(block: int) -> None:
+    target = get_target("x86-64-v3")
+    spec, inputs, _ = problem(block, 0.6, seed=2, **SHAPES[2])
+    func = schedule(prim_func(spec), target)
+    assert func.attrs[SCHEDULE_ATTR] == "sparse"
+    compare(spec, target, inputs, func)
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_without_a_vector_form(block: int) -> None:
+    target = get_target("x86-64-v3")
+    spec, inputs, _ = problem(block, 0.6, seed=3, **SHAPES[2])
+    compare(spec, target, inputs, schedule(prim_func(spec), target))
+
+
+def test_all_and_nothing() -> None:
+    """Blocks without entries, and a layer with all of them."""
+    target = get_target("x86-64-v3")
+    for sparsity in (0.0, 0.97):
+        spec, inputs, _ = problem(16, sparsity, seed=4, **SHAPES[4])
+        compare(spec, target, inputs, schedule(prim_func(spec), target))
+
+
+def test_every_choice_is_exact() -> None:
+    target = replace(get_target("x86-64-v3"), threads=2)
+    spec, inputs, _ = problem(32, 0.7, seed=5, **SHAPES[4])
+    space = search_space(prim_func(spec), target)
+    assert space is not None
+    choices = list(space)
+    assert len(choices) > 50 and space.contains(choices[0])
+    for choice in choices[:: len(choices) // 8]:
+        compare(spec, target, inputs, schedule(prim_func(spec), target, choice))
