@@ -2,5 +2,6 @@
 
 from .spec import Target
 from .table import get_target, list_targets
+from .x86 import as_board
 
-__all__ = ["Target", "get_target", "list_targets"]
+__all__ = ["Target", "as_board", "get_target", "list_targets"]

@@ -25,12 +25,18 @@ def runtime_files(target: Target) -> dict[str, str]:
 
     With `main.c`, which runs a model over a file of samples, and for bare metal `board.ld`.
     """
-    system = MACHINES[target.machine].runtime if target.is_cross else ""
+    system = MACHINES[target.machine].runtime if target.machine else ""
     files = {name: (_FOLDER / name).read_text() for name in (*_COMMON, *_OF_SYSTEM[system])}
     if system:
         machine = MACHINES[target.machine]
         files[LINKER_SCRIPT] = linker_script(system, machine.flash, machine.ram)
     return files
+
+
+def rpc_files() -> dict[str, str]:
+    """The same for a shared library that TVM's RPC server loads."""
+    name = "rpc/tvm_call.c"
+    return {name: (_FOLDER / name).read_text()}
 
 
 def linker_script(system: str, flash: tuple[int, int], ram: tuple[int, int]) -> str:

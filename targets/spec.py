@@ -15,7 +15,7 @@ from ..errors import TargetError
 if TYPE_CHECKING:
     import tvm
 
-RUNNERS = ("local", "qemu_user", "qemu_system", "serial")
+RUNNERS = ("local", "qemu_user", "qemu_system", "serial", "rpc")
 SYSTEMS = ("linux", "none")
 
 
@@ -59,6 +59,10 @@ class Target:
     """That choose CPU and calling convention, for compiling and for linking."""
     flash_address: int | None = None
     ram_address: int | None = None
+    rpc_tracker: str = field(default="", compare=False)
+    """Of runner `rpc`: host:port of TVM's tracker, and the device's key there. Where a program
+    runs changes none of its bytes."""
+    rpc_key: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tvm_options", MappingProxyType(dict(self.tvm_options)))
@@ -88,7 +92,7 @@ class Target:
     def fingerprint(self) -> str:
         """Everything that code for this target depends on, as text: equal in all processes, where
         the order of a set is not."""
-        facts = {f.name: getattr(self, f.name) for f in fields(self)}
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
         facts["tvm_options"] = dict(self.tvm_options)
         facts["capabilities"] = sorted(self.capabilities)
         return json.dumps(facts, sort_keys=True, default=str)

@@ -29,9 +29,10 @@ def missing_tools(target: Target) -> tuple[str, ...]:
         missing.append(target.compiler)
     elif not _has_library(target.compiler):
         missing.append(f"the C library of {target.compiler}")
-    emulator = MACHINES[target.machine].emulator
-    if target.runner in ("qemu_user", "qemu_system") and shutil.which(emulator) is None:
-        missing.append(emulator)
+    if target.is_emulated:
+        emulator = MACHINES[target.machine].emulator
+        if shutil.which(emulator) is None:
+            missing.append(emulator)
     return tuple(missing)
 
 

@@ -3,6 +3,8 @@ artefacts."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .cpu import HostCpu
 from .spec import Target
 
@@ -49,6 +51,14 @@ X86_TARGETS: tuple[Target, ...] = (
         l2_bytes=1024 * 1024,
     ),
 )
+
+
+def as_board(cpu: Target) -> Target:
+    """A 64-bit x86 that is another machine: like every other board it gets C projects, for one
+    thread. Targets of other families as they are."""
+    if cpu.is_cross or not cpu.is_x86:
+        return cpu
+    return replace(cpu, compiler="gcc", toolchain=("gcc", "libc6-dev"), threads=1)
 
 
 def host_target(cpu: HostCpu) -> Target:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .data import Dataset
     from .model import TensorSpec
     from .recipe import Recipe
+    from .runners.rpc import Rpc
     from .runtime import Session
     from .targets import Target
 
@@ -52,6 +53,8 @@ class Artefact:
 
     path: Path
     manifest: Mapping[str, Any]
+    device: Rpc | None = None
+    """Where it runs instead of where its target does; an artefact never says so itself."""
 
     @property
     def original(self) -> str:
@@ -94,7 +97,32 @@ class Artefact:
         """What it was built for, of the present table, or of the board file that it was given."""
         from .board_file import target_of_entry
 
-        return target_of_entry(self.manifest["target"])
+        target = target_of_entry(self.manifest["target"])
+        if self.device is None:
+            return target
+        return replace(
+            target, runner="rpc", rpc_tracker=self.device.tracker, rpc_key=self.device.key
+        )
+
+    def on(self, device: Rpc | None) -> Artefact:
+        """The same, run on a device behind an RPC tracker; None: where its target runs.
+
+        Raises `TargetError` for what no such device can run.
+        """
+        if device is None:
+            return self
+        if not self.is_project:
+            raise TargetError(
+                f"{self.path}: is a shared library for this machine's CPU; for an x86 machine "
+                "behind an RPC tracker compress with a board file of `cpu: "
+                f"{self.target.name}` and `runner: rpc`"
+            )
+        if self.target.is_bare_metal:
+            raise TargetError(
+                f"{self.path}: is for {self.target.name}, without an operating system, on which no "
+                "RPC server runs"
+            )
+        return replace(self, device=device)
 
     @cached_property
     def recipe(self) -> Recipe:

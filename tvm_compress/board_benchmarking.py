@@ -1,7 +1,7 @@
-"""What a C project costs on its machine: instructions, flash, RAM and stack.
+"""What a C project costs on its machine: instructions or time, flash, RAM and stack.
 
 Under an emulator instructions are counted, exactly and repeatably; the emulator's wall time is no
-latency and is not measured.
+latency and is not measured. A board behind an RPC tracker measures time itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .accuracy import SideAccuracy, beside, right_answers_of_project, scores_output
-from .errors import CheckFailed, DataError, TargetError
+from .errors import CheckFailed, DataError
 from .progress import Progress
 from .runners import Footprint, footprint
 
@@ -37,6 +37,16 @@ class Instructions:
 
 
 @dataclass(frozen=True)
+class BoardLatency:
+    """Of single inferences with one input, measured by the board."""
+
+    median_us: float
+    least_us: float
+    p90_us: float
+    runs: int
+
+
+@dataclass(frozen=True)
 class FunctionCount:
     """Median over the counted inputs. `layers` is empty for what is no kernel (copies, glue)."""
 
@@ -48,7 +58,7 @@ class FunctionCount:
 
 @dataclass(frozen=True)
 class BoardBenchmark:
-    """`instructions` None: the target's runner cannot count."""
+    """`instructions` None: the target's runner cannot count; `latency` None: it is no board."""
 
     target: str
     machine: str
@@ -61,12 +71,18 @@ class BoardBenchmark:
     stack_bytes: int | None
     """Deepest use below `main`, measured by painting; None: not measured."""
     accuracies: dict[str, SideAccuracy]
+    latency: BoardLatency | None = None
 
 
 def benchmark_board(
-    artefact: Artefact, *, evaluate: Any = None, progress: Progress | None = None
+    artefact: Artefact,
+    *,
+    evaluate: Any = None,
+    seconds: float = 5.0,
+    progress: Progress | None = None,
 ) -> BoardBenchmark:
     """Run the C project of `artefact` on its machine, with the inputs kept in the artefact.
+    `seconds` are those of measuring time, where that is done.
 
     With `evaluate` (labelled data) the accuracy on the board and of the original are measured on
     the same samples. Raises `TargetError` when the machine is not at hand, `CheckFailed` when the
@@ -75,8 +91,6 @@ def benchmark_board(
     from .benchmarking import probe_inputs
 
     artefact.require_can_run()
-    if artefact.target.runner == "serial":
-        raise TargetError(f"target {artefact.target.name!r} is run by hand; nothing can be counted")
     progress = progress or Progress()
     dataset = None
     if evaluate is not None:
@@ -85,9 +99,14 @@ def benchmark_board(
             raise DataError(f"{dataset.source}: has no labels, so that no accuracy can be measured")
     project = artefact.project()
     feeds = [project.codes(feed) for feed in islice(probe_inputs(artefact), COUNTED_INPUTS)]
-    with progress.step("counting instructions"):
+    is_remote = artefact.target.runner == "rpc"
+    with progress.step("running" if is_remote else "counting instructions"):
         result = project.run_codes(feeds, count=True)
         _require_repeatable(result, project.run_codes(feeds, count=True))
+    latency = None
+    if is_remote:
+        with progress.step("timing"):
+            latency = _latency(project.times(probe_inputs(artefact)[0], seconds))
     accuracies = {}
     if dataset is not None:
         spec = scores_output(artefact.outputs, dataset)
@@ -102,6 +121,7 @@ def benchmark_board(
         arena_bytes=program.project.arena_bytes,
         stack_bytes=result.stack_bytes,
         accuracies=accuracies,
+        latency=latency,
     )
 
 
@@ -109,6 +129,8 @@ def machine_text(target: Target) -> str:
     """What runs the target's programs here."""
     from .targets.machines import MACHINES
 
+    if target.runner == "rpc":
+        return f"device {target.rpc_key} of the RPC tracker at {target.rpc_tracker}"
     machine = MACHINES[target.machine]
     return " ".join([machine.emulator, *machine.arguments])
 
@@ -133,6 +155,12 @@ def _require_repeatable(first: RunResult, second: RunResult) -> None:
     )
     if not is_equal or first.instructions != second.instructions:
         raise CheckFailed("two runs of the same inputs differ; the program reads what it never set")
+
+
+def _latency(seconds: Sequence[float]) -> BoardLatency:
+    micros = 1e6 * np.asarray(seconds)
+    median, p90 = (float(np.quantile(micros, q)) for q in (0.5, 0.9))
+    return BoardLatency(median, float(micros.min()), p90, len(micros))
 
 
 def _instructions(result: RunResult) -> Instructions | None:

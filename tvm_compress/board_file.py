@@ -7,6 +7,8 @@ flash_bytes: 1048576
 ram_address: 0x20000000
 ram_bytes: 131072
 runner: serial            # default: the emulator of the CPU
+
+Linux boards that run TVM's RPC server: `runner: rpc`, `tracker: host:port` and `key: name`.
 """
 
 from __future__ import annotations
@@ -41,9 +43,17 @@ class Board:
     )
     flash_address: int | None = None
     ram_address: int | None = None
-    runner: Literal["emulator", "serial"] = field(
-        default="emulator", metadata={"help": "serial: you put the program on the board yourself"}
+    runner: Literal["emulator", "serial", "rpc"] = field(
+        default="emulator",
+        metadata={
+            "help": "serial: you put the program on the board yourself; rpc: the board runs TVM's "
+            "RPC server"
+        },
     )
+    tracker: str | None = field(
+        default=None, metadata={"help": "of runner rpc: host:port of the tracker"}
+    )
+    key: str | None = field(default=None, metadata={"help": "of runner rpc: the board's key there"})
 
     def __post_init__(self) -> None:
         for name in ("flash_bytes", "ram_bytes"):
@@ -54,14 +64,23 @@ class Board:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1 << 64:
                 raise ValueError(f"{name} is from 0 to 2^64 - 1, not {value}")
+        if (self.tracker is None) != (self.key is None):
+            raise ValueError("tracker and key belong together")
+        if self.tracker is not None and self.runner != "rpc":
+            raise ValueError(f"tracker and key belong to `runner: rpc`, not {self.runner}")
         if self.name is not None and (not self.name or any(c in self.name for c in "/\\\n")):
             raise ValueError(f"name {self.name!r} is empty or holds a slash or line break")
 
     def target(self, default_name: str) -> Target:
-        """The CPU's target with what the board changes. Raises `TargetError`: no such CPU."""
-        from .targets import get_target
+        """The CPU's target with what the board changes. Raises `TargetError`: no such CPU, or one
+        that TVM's RPC server does not run on."""
+        from .targets import as_board, get_target
 
         cpu = get_target(self.cpu)
+        if self.runner == "rpc":
+            cpu = as_board(cpu)
+            if cpu.is_bare_metal:
+                raise TargetError(f"cpu {self.cpu!r} has no operating system to run an RPC server")
         if not cpu.is_cross:
             raise TargetError(f"cpu {self.cpu!r} is no CPU of a board; take it as --target itself")
         name = self.name or default_name
@@ -74,7 +93,9 @@ class Board:
             cpu,
             name=name,
             description=self.description or f"{name}: {cpu.description}",
-            runner="serial" if self.runner == "serial" else cpu.runner,
+            runner=cpu.runner if self.runner == "emulator" else self.runner,
+            rpc_tracker=self.tracker or "",
+            rpc_key=self.key or "",
             **own,
         )
 
@@ -105,6 +126,7 @@ def load_board(path: Path) -> Board:
 
 
 def parse_board(text: str, name: str) -> Board:
+    from .runners.rpc import Rpc
     from .typed_yaml import Source, compose, pairs, parse, parse_dataclass
 
     source = Source(name)
@@ -114,6 +136,8 @@ def parse_board(text: str, name: str) -> Board:
         if not versions or parse(int, versions[0], source, "version") != VERSION:
             raise source.error(node, f"a board file has `version: {VERSION}`")
         board: Board = parse_dataclass(Board, node, source, "board", skip=("version",))
+        if board.tracker is not None and board.key is not None:
+            Rpc(board.tracker, board.key)
     except RecipeError as error:
         raise TargetError(str(error)) from None
     return board
@@ -131,7 +155,9 @@ def target_entry(target: Target, name_or_path: str | Path) -> dict[str, Any]:
         },
     }
     if path.suffix in SUFFIXES:
-        entry["board"] = dataclasses.asdict(load_board(path))
+        board = dataclasses.asdict(load_board(path))
+        # An artefact may come from anybody: nobody is connected to because it says so.
+        entry["board"] = board | {"tracker": None, "key": None}
     return entry
 
 

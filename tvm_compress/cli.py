@@ -19,6 +19,7 @@ from .startup import start_without_torch
 
 if TYPE_CHECKING:
     from .progress import Progress
+    from .runners.rpc import Rpc
     from .targets import Target
 
 USAGE_STATUS = 2
@@ -174,6 +175,28 @@ def _database_option(command: Command) -> Command:
         type=click.Path(path_type=Path),
         help="Folder of tuning records.  [default: tvm-compress/tuning in the user's cache]",
     )(command)
+
+
+def _rpc_options(command: Command) -> Command:
+    command = click.option("--rpc-key", metavar="KEY", help="The device's key on the tracker.")(
+        command
+    )
+    return click.option(
+        "--rpc-tracker",
+        metavar="HOST:PORT",
+        help="Run on a device behind this tracker of TVM's RPC.",
+    )(command)
+
+
+def _device(tracker: str | None, key: str | None) -> Rpc | None:
+    """What both options together name."""
+    if (tracker is None) != (key is None):
+        raise click.UsageError("--rpc-tracker and --rpc-key belong together")
+    if tracker is None or key is None:
+        return None
+    from .runners.rpc import Rpc
+
+    return Rpc(tracker, key)
 
 
 def _kernel_cache_option(command: Command) -> Command:
@@ -380,8 +403,7 @@ def compress(
 )
 @_budget_options
 @_database_option
-@click.option("--rpc-tracker", metavar="HOST:PORT", help="Measure on a device of this tracker.")
-@click.option("--rpc-key", help="Key of the device on the tracker.")
+@_rpc_options
 @click.option(
     "--import",
     "imports",
@@ -429,15 +451,13 @@ def tune(
 
     if model is None and not (imports or export or is_list):
         raise click.UsageError("give a MODEL to tune, or --import, --export, --list")
-    if (rpc_tracker is None) != (rpc_key is None):
-        raise click.UsageError("--rpc-tracker and --rpc-key belong together")
     result = tune_command(
         model,
         imports=imports,
         export=export,
         is_list=is_list,
         database=database,
-        rpc=None if rpc_tracker is None or rpc_key is None else (rpc_tracker, rpc_key),
+        rpc=_device(rpc_tracker, rpc_key),
         progress=_progress(),
         is_quiet=as_json,
         recipe=recipe,
@@ -476,15 +496,24 @@ def _require(checks: list[Mapping[str, Any]]) -> None:
     help=".npz to write: one array per model output.",
 )
 @_threads_option
+@_rpc_options
 @_common_options
 def run(
-    artefact: Path, data: Path, out: Path, threads: int | None, as_json: bool, debug: bool
+    artefact: Path,
+    data: Path,
+    out: Path,
+    threads: int | None,
+    rpc_tracker: str | None,
+    rpc_key: str | None,
+    as_json: bool,
+    debug: bool,
 ) -> None:
     """Run the compressed model of ARTEFACT on all samples of an .npz."""
     from .artefact import Artefact
     from .running import run_file
 
-    result = run_file(Artefact.open(artefact), data, out, threads=threads, progress=_progress())
+    opened = Artefact.open(artefact).on(_device(rpc_tracker, rpc_key))
+    result = run_file(opened, data, out, threads=threads, progress=_progress())
     if as_json:
         _print_json(result)
     else:
@@ -509,6 +538,7 @@ def run(
     help="Inputs on which every integer tensor is compared.",
 )
 @_threads_option
+@_rpc_options
 @_common_options
 def verify(
     artefact: Path,
@@ -516,6 +546,8 @@ def verify(
     per_layer: bool,
     exact_inputs: int,
     threads: int | None,
+    rpc_tracker: str | None,
+    rpc_key: str | None,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -530,7 +562,7 @@ def verify(
     from .verification import verify as verify_artefact
 
     result = verify_artefact(
-        Artefact.open(artefact),
+        Artefact.open(artefact).on(_device(rpc_tracker, rpc_key)),
         evaluate,
         per_layer=per_layer,
         exact_inputs=exact_inputs,
@@ -583,6 +615,7 @@ def verify(
     help="Measuring time for each side.",
 )
 @_threads_option
+@_rpc_options
 @_common_options
 def benchmark(
     artefact: Path,
@@ -592,13 +625,16 @@ def benchmark(
     evaluate: Path | None,
     seconds: float,
     threads: int | None,
+    rpc_tracker: str | None,
+    rpc_key: str | None,
     as_json: bool,
     debug: bool,
 ) -> None:
     """Time ARTEFACT and its original side by side on this machine, and score them on labelled data.
 
-    An artefact for another machine is run under its emulator, which counts instructions, exactly;
-    flash, RAM and stack are those of the linked program.
+    An artefact for another machine is run under its emulator, which counts instructions, exactly,
+    or on a board behind an RPC tracker, which measures time; flash, RAM and stack are those of the
+    linked program.
 
     Other runtimes that are to run the model in int8 (--calib) are calibrated with the samples that
     `compress` takes of the same data.
@@ -613,7 +649,7 @@ def benchmark(
         raise click.UsageError("--against needs the source model: --model model.onnx")
     if calibration is not None and not against:
         raise click.UsageError("--calib is for other runtimes: --against onnxruntime,openvino")
-    opened = Artefact.open(artefact)
+    opened = Artefact.open(artefact).on(_device(rpc_tracker, rpc_key))
     if opened.is_project:
         from .board_benchmarking import benchmark_board
         from .report.board import print_board_benchmark
@@ -623,7 +659,7 @@ def benchmark(
                 "--against: other runtimes run on this machine, the artefact does not; "
                 "compress for 'host' to compare them"
             )
-        counted = benchmark_board(opened, evaluate=evaluate, progress=_progress())
+        counted = benchmark_board(opened, evaluate=evaluate, seconds=seconds, progress=_progress())
         if as_json:
             _print_json(asdict(counted))
         else:

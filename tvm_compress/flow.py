@@ -601,6 +601,7 @@ def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
 
     from .board_file import target_entry
     from .recipe import dump_recipe
+    from .runners.rpc import Rpc
 
     (staging / DEPLOY).mkdir()
     (staging / "reference").mkdir()
@@ -658,7 +659,9 @@ def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
         "outputs": [asdict(spec) for spec in job.model.outputs],
         "files": {},
     }
-    return Artefact(staging, manifest)
+    # The board's file was named by the user: what it says of a tracker holds for this run.
+    device = Rpc.of(job.target) if job.target.rpc_tracker else None
+    return Artefact(staging, manifest, device)
 
 
 def _stage_records(used: Iterable[list[Any]], staging: Path) -> None:

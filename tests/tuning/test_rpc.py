@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tvm_compress.errors import TargetError
-from tvm_compress.tuning import rpc
+from tvm_compress.runners import rpc
+from tvm_compress.runners.rpc import Rpc
 from tvm_compress.tuning.database import Database
 from tvm_compress.tuning.driver import tune_tasks
 from tvm_compress.tuning.ledger import Budget
-from tvm_compress.tuning.rpc import Rpc
 
 from .tuning_tasks import TARGET, small_task
 

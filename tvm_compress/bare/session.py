@@ -1,7 +1,8 @@
 """A C project as something that runs: real numbers in and out, whatever its target.
 
-The project is compiled with the start-up code of the target's emulated machine and run there
-(`runners/`); inputs become codes and outputs real numbers as `interface.json` says.
+The project is compiled with the start-up code of the target's emulated machine and run there, or
+as a shared library on a board behind an RPC tracker (`runners/`); inputs become codes and outputs
+real numbers as `interface.json` says.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..model import TensorSpec
+from ..runners.rpc import NAME_IT
 from .emit import read_interface
 
 if TYPE_CHECKING:
@@ -30,7 +32,12 @@ def cannot_run(target: Target) -> str | None:
     from ..targets.toolchains import missing_tools
 
     if target.runner == "serial":
-        return "its board is run by hand (deploy/README.md)"
+        return (
+            "you put its program on the board yourself (runner: serial); deploy/README.md says how "
+            "to check it there"
+        )
+    if target.runner == "rpc" and not target.rpc_tracker:
+        return f"it runs behind an RPC tracker; {NAME_IT}"
     missing = missing_tools(target)
     if not missing:
         return None
@@ -108,6 +115,12 @@ class ProjectSession:
 
         return run_program(self.program, feeds, count=count)
 
+    def times(self, feed: Mapping[str, np.ndarray], seconds: float) -> list[float]:
+        """Seconds of single inferences on a board behind an RPC tracker, for about `seconds`."""
+        from ..runners.rpc import time_remote
+
+        return time_remote(self.program, self.codes(feed), seconds)
+
     def codes(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A sample of the model as the C function takes it."""
         missing = [p.spec.name for p in self.input_ports if p.spec.name not in feed]
@@ -124,7 +137,7 @@ class ProjectSession:
 
     @cached_property
     def program(self) -> Program:
-        from ..runners.project import Project, build_program
+        from ..runners.project import Project, build_library, build_program
 
         name, form = self._interface["name"], self._interface["form"]
         sources = [f"{name}.c", f"{name}_constants.c"]
@@ -146,4 +159,5 @@ class ProjectSession:
                    "-Wno-unused-but-set-variable"),
         )  # fmt: skip
         self._folder = TemporaryDirectory(prefix="tvm-compress-program-")
-        return build_program(project, self.target, Path(self._folder.name))
+        build = build_library if self.target.runner == "rpc" else build_program
+        return build(project, self.target, Path(self._folder.name))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .terminal import new_console, new_table
-from .text import bytes_text, percent_text, points, short_name
+from .text import bytes_text, percent_text, points, short_name, time_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..board_benchmarking import BoardBenchmark
+    from ..board_benchmarking import BoardBenchmark, BoardLatency
 
 _FUNCTIONS_SHOWN = 20
 
@@ -31,6 +31,8 @@ def print_board_benchmark(result: BoardBenchmark, original: str) -> None:
             "cycles, for the emulator has no pipeline and no slow memory",
             style="dim",
         )
+    if result.latency is not None:
+        _print_latency(console, result, result.latency)
     if result.accuracies:
         table = new_table("", ">top-1", ">95 %", ">minus compressed, points", ">samples")
         for side, row in result.accuracies.items():
@@ -56,6 +58,14 @@ def _print_memory(console: Console, result: BoardBenchmark) -> None:
         stack,
     )
     console.print(table)
+
+
+def _print_latency(console: Console, result: BoardBenchmark, latency: BoardLatency) -> None:
+    table = new_table("", ">median", ">least", ">90 %", ">runs")
+    times = (latency.median_us, latency.least_us, latency.p90_us)
+    table.add_row("inference", *map(time_text, times), f"{latency.runs:,}")
+    console.print(table)
+    console.print(f"{result.target}, {result.machine}: measured there", style="dim")
 
 
 def _print_functions(console: Console, result: BoardBenchmark) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import ArtefactError, TargetError
-from ..targets.runtime_files import LINKER_SCRIPT, runtime_files
+from ..targets.runtime_files import LINKER_SCRIPT, rpc_files, runtime_files
 from ..targets.toolchains import require_tools
 
 if TYPE_CHECKING:
@@ -82,15 +82,41 @@ def build_program(project: Project, target: Target, folder: Path) -> Program:
     Everything is written below `folder`. Raises `TargetError` when tools are missing,
     `ArtefactError` when the project does not compile or does not fit the machine.
     """
+    linking = ["-static"]
+    if target.is_bare_metal:
+        linking += ["-nostartfiles", "-T", str(folder / _HARNESS / LINKER_SCRIPT)]
+    elif target.is_cross:
+        linking.append("-no-pie")  # so that functions lie where the file says
+    return _build(project, target, folder / "program.elf", runtime_files(target), linking)
+
+
+def build_library(project: Project, target: Target, folder: Path) -> Program:
+    """The same as a shared library that TVM's RPC server loads (`rpc.py`)."""
+    import tvm_ffi.libinfo
+
+    headers = [tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()]
+    compiling = ["-fPIC", *(f"-isystem{path}" for path in headers)]
+    library = folder / "model.so"
+    return _build(project, target, library, rpc_files(), ["-shared", "-s"], compiling)
+
+
+def _build(
+    project: Project,
+    target: Target,
+    elf: Path,
+    files: dict[str, str],
+    linking: Sequence[str],
+    compiling: Sequence[str] = (),
+) -> Program:
     require_tools(target)
+    folder = elf.parent
     harness = folder / _HARNESS
-    files = runtime_files(target)
     files["model-io.h"] = model_io_header(project)
     for name, text in files.items():
         path = harness / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    compiler = [target.compiler or "gcc", *target.compiler_flags]
+    compiler = [target.compiler or "gcc", *target.compiler_flags, *compiling]
     if target.compiler == "riscv64-unknown-elf-gcc":
         compiler.append("--specs=picolibc.specs")
     includes = [f"-I{project.folder / name}" for name in project.include_folders]
@@ -109,14 +135,10 @@ def build_program(project: Project, target: Target, folder: Path) -> Program:
         objects.append(out)
     # Libraries behind who needs them.
     objects += [project.folder / name for name in project.objects]
-    elf, link_map = folder / "program.elf", folder / "program.map"
-    linking = ["-static", "-Wl,--gc-sections", f"-Wl,-Map={link_map}"]
-    if target.is_bare_metal:
-        linking += ["-nostartfiles", "-T", str(harness / LINKER_SCRIPT)]
-    elif target.is_cross:
-        linking.append("-no-pie")  # so that functions lie where the file says
+    link_map = folder / "program.map"
+    general = ["-Wl,--gc-sections", f"-Wl,-Map={link_map}"]
     _call(
-        [*compiler, *linking, *map(str, objects), "-lm", "-o", str(elf)],
+        [*compiler, *general, *linking, *map(str, objects), "-lm", "-o", str(elf)],
         f"the program does not link for {target.name}",
     )
     return Program(project, target, elf, link_map)

@@ -18,6 +18,7 @@ from ..errors import ArtefactError, TargetError
 from ..targets.machines import MACHINES
 from .counting import Counts, prepare, read_counts
 from .project import Program, pack_samples, tensor_bytes, unpack_samples
+from .rpc import run_remote
 
 if TYPE_CHECKING:
     from ..targets import Target
@@ -60,6 +61,9 @@ def run_program(
     the program fails or takes more than `seconds`.
     """
     listed_feeds = list(feeds)
+    if program.target.runner == "rpc":
+        outputs = tuple(run_remote(program, listed_feeds, progress))
+        return RunResult(outputs, None, (), None, ())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     size = max(_LEAST_SAMPLES, -(-len(listed_feeds) // cores))
     pieces = [listed_feeds[at : at + size] for at in range(0, len(listed_feeds), size)]

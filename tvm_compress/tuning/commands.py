@@ -10,6 +10,7 @@ from .record import INSTRUCTIONS, SECONDS, Record
 
 if TYPE_CHECKING:
     from ..progress import Progress
+    from ..runners.rpc import Rpc
     from .ledger import TuningResult
 
 _UNITS = {SECONDS: "us", INSTRUCTIONS: "instructions"}
@@ -22,18 +23,16 @@ def tune_command(
     export: Path | None,
     is_list: bool,
     database: Path | None,
-    rpc: tuple[str, str] | None,
+    rpc: Rpc | None,
     progress: Progress,
     is_quiet: bool,
     **options: Any,
 ) -> dict[str, Any]:
     """Import, tune, list and export, in this order; returns what `--json` prints."""
     from ..report.terminal import print_rows
-    from .rpc import Rpc
     from .tune import result_to_json, tune
 
     said: dict[str, Any] = {}
-    device = None if rpc is None else Rpc(*rpc)
     opened = Database(database)
     for path in imports:
         said.setdefault("imported", []).append({"file": str(path), "records": opened.merge(path)})
@@ -43,7 +42,7 @@ def tune_command(
         result = tune(
             model,
             database=database,
-            rpc=device,
+            rpc=rpc,
             progress=progress,
             **options,
         )

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..interrupts import check
 from ..progress import Progress
+from ..runners.rpc import Rpc
 from ..schedules.choice import choice_from_json, choice_to_json
 from .ledger import Budget, Ledger, Reason, TaskState, TuningResult
 from .pool import Worker, wait_for
 from .record import Conditions, Record
-from .rpc import Rpc
 from .scratch import scratch_folder
 from .worker import ARGUMENTS, DETAILS, FUNCTION, REFERENCE
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, TargetError
 from ..progress import Progress
+from ..runners.rpc import Rpc
 from .counted import count_tasks
 from .database import Database
 from .driver import tune_tasks
 from .ledger import Budget, TuningResult
-from .rpc import Rpc
 
 if TYPE_CHECKING:
     import tvm
@@ -57,6 +57,8 @@ def tune(
     opened = Database(database)
     with progress.step("import"):
         job = job_of(model, recipe, target, calibration, shapes, input_values, threads)
+    if rpc is None and job.target.runner == "rpc":
+        rpc = Rpc.of(job.target)
     require_device(job.target, rpc)
     module = flow.compress_job(job, progress)
     with progress.step("find kernels"):
@@ -109,16 +111,17 @@ def tune_modules(
     database: Database,
     progress: Progress | None = None,
 ) -> TuningResult:
-    """Tune what `build.build` compiles of several modules, on this machine or its emulators.
+    """Tune what `build.build` compiles of several modules, where its target runs.
 
     A percent of one module's time counts as much as a percent of another's, so that the modules can
     be compared afterwards.
     """
     from .tasks import extract_tasks, merge_tasks
 
-    require_device(target)
+    rpc = Rpc.of(target) if target.runner == "rpc" else None
+    require_device(target, rpc)
     tasks = merge_tasks({side: extract_tasks(module, target) for side, module in sides.items()})
-    return measure_tasks(tasks, target, database, budget, None, progress)
+    return measure_tasks(tasks, target, database, budget, rpc, progress)
 
 
 def measure_tasks(
@@ -172,6 +175,8 @@ def device_of(target: Target, rpc: Rpc | None = None) -> str:
     """What records call the machine that measures for the target."""
     if rpc is not None:
         return f"rpc {rpc.key}"
+    if target.rpc_key:
+        return f"rpc {target.rpc_key}"
     return target.machine if target.is_emulated else this_cpu()
 
 

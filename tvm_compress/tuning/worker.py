@@ -15,9 +15,12 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from ..targets import Target
 
 FUNCTION, ARGUMENTS, REFERENCE, DETAILS, SAMPLES = (
     "function.json",
@@ -92,17 +95,30 @@ def build(
     from ..schedules import schedule
 
     func = _function(task)
+    linker = None
     if choice is None:
         built_for = tvm.target.Target("llvm")
     else:
         chosen = _target(json.dumps(target))
         func, built_for = schedule(func, chosen, choice), chosen.tvm_target()
+        linker = _linker(chosen)
     module = tvm.IRModule({KERNEL: func.with_attr("global_symbol", KERNEL)})
     library = tvm.tirx.build(module, target=built_for)
     # -nostartfiles, -nostdlib: linking takes half as long; kernels call nothing but the runtime.
     options = ["-s"] if choice is None else ["-s", "-nostartfiles", "-nostdlib"]
-    library.export_library(output, options=options)
+    library.export_library(output, fcompile=linker, options=options)
     return {}
+
+
+def _linker(target: Target) -> Any:
+    """For TVM's `export_library`; None: this machine's."""
+    from tvm.support import cc
+
+    if not target.is_cross or target.is_x86:
+        return None
+    # The compiler's own helpers: 32-bit Arm divides 64 bits by a function.
+    options = [*target.compiler_flags, "-lgcc"]
+    return cc.cross_compiler(target.compiler, options=options)
 
 
 def build_bare(
