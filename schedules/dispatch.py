@@ -30,9 +30,20 @@ def pack_weight(
         from .arm.pack import pack_weight as pack
     elif target.is_x86:
         from .x86.pack import pack_weight as pack
+    elif target.has("neon"):
+        from .neon.pack import pack_weight as pack
+    elif is_scalar(target):
+        from .scalar.pack import pack_weight as pack
     else:
         return None
     return pack(spec, weight, target)
+
+
+def is_scalar(target: Target) -> bool:
+    """Whether the target has neither vectors nor the DSP extension."""
+    return (target.has("thumb") and not target.has("dsp")) or (
+        target.has("riscv") and not target.has("rvv")
+    )
 
 
 def pack_parts(
@@ -69,10 +80,22 @@ def templates(target: Target) -> tuple[Template, ...]:
         from .x86 import TEMPLATES
 
         return TEMPLATES
-    if target.has("dsp") and not target.has("mve"):
+    if target.has("neon"):
+        from .neon import NEON_TEMPLATES
+
+        return NEON_TEMPLATES
+    if target.has("mve"):
+        from .arm import MVE_TEMPLATES
+
+        return MVE_TEMPLATES
+    if target.has("dsp"):
         from .arm import DSP_TEMPLATES
 
         return DSP_TEMPLATES
+    if is_scalar(target):
+        from .scalar import SCALAR_TEMPLATES
+
+        return SCALAR_TEMPLATES
     return ()
 
 

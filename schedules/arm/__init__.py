@@ -3,8 +3,11 @@
 from ..template import Template
 from .depthwise import depthwise_kernel
 from .matrix import matrix_kernel
+from .mve_matrix import matrix_kernel as mve_matrix_kernel
 
 DSP_TEMPLATES = (
     Template("arm.depthwise", depthwise_kernel),
     Template("arm.matrix", matrix_kernel),
 )
+
+MVE_TEMPLATES = (Template("arm.mve_matrix", mve_matrix_kernel),)

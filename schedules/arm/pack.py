@@ -8,7 +8,7 @@ from ...targets import Target
 from ..spec import Conv2dSpec, WeightedSpec
 from ..weights import pack_codes, weight_codes
 from ..x86.pack import without_zero_point
-from . import matrix
+from . import matrix, mve_matrix
 
 
 def pack_weight(
@@ -16,7 +16,7 @@ def pack_weight(
 ) -> tuple[WeightedSpec, np.ndarray] | None:
     """The spec and weight array of the same layer in the layout the target's kernel reads; None:
     keep both."""
-    if spec.weight_layout != spec.plain_layout or not target.has("dsp") or target.has("mve"):
+    if spec.weight_layout != spec.plain_layout or not target.has("dsp"):
         return None
     changed, codes = without_zero_point(spec, weight_codes(spec, weight))
     if isinstance(spec, Conv2dSpec) and spec.is_depthwise:
@@ -24,7 +24,12 @@ def pack_weight(
             return None
         plain = codes.transpose(1, 0, 2).reshape(changed.weight_shape)
         return changed, np.ascontiguousarray(plain)
-    if not matrix.takes(changed):
+    if target.has("mve"):
+        if not mve_matrix.takes(changed):
+            return None
+        layout = mve_matrix.layout_for(changed).name
+    elif not matrix.takes(changed):
         return None
-    layout = matrix.LAYOUT.name
+    else:
+        layout = matrix.LAYOUT.name
     return changed.replace(weight_layout=layout), pack_codes(changed, codes, layout)

@@ -1,0 +1,305 @@
+"""Convolutions and linear layers with Helium: sums by `vmlava` (`mve_microkernel.py`), sixteen
+products of one output an instruction.
+
+Channels lie last in the data, so a kernel row of an output is one run of bytes; weights are packed
+as such runs, four output channels side by side, padded to whole vectors. Rows are read where they
+are, unless there is a border (`mve_rows.py`). Where short runs would waste vectors (a stem of one
+or three channels), the rows of an output's window are first put together to one run.
+
+A segment of a row is summed for all channels, then requantised in vectors of four channels, whose
+constants are loaded once a segment.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from tvm import tirx
+
+from ...targets import Target
+from ..choice import Choice, SearchSpace
+from ..emit import vector
+from ..epilogue import Epilogue
+from ..fused import FusedFunction, Stage
+from ..layout import PackedLayout
+from ..operands import Operands, find_operands
+from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
+from ..window import window_of
+from .microkernel import as_llvm
+from .mve_microkernel import CHANNELS, LANES, MOST_OUTPUTS, MicroKernel
+from .mve_rows import Rows, copy_bytes
+from .mve_vector import VectorEmitter, llvm_helpers
+from .rounding import finisher
+
+BY_ROWS, TOGETHER = (PackedLayout(CHANNELS, LANES, axis) for axis in "RK")
+_SUMS_BYTES = 2048
+_UNROLLS = (4, 6, 8, 12, 18)
+# Instructions: a vector of four results; the constants of a segment's channels; a segment's loops.
+_RESULT, _CONSTANTS, _SEGMENT = 12, 8, 20
+
+
+def takes(spec: WeightedSpec) -> bool:
+    """Whether the kernel has a form for the layer's numbers."""
+    return (
+        isinstance(spec, (Conv2dSpec, MatmulSpec))
+        and spec.data_dtype == "int8"
+        and spec.acc_dtype == "int32"
+        and spec.weight_dtype == "int8"
+        and not spec.weight_zero_point
+        and not spec.group_size
+        and spec.groups_of_channels == 1
+        # Columns of a kernel row side by side.
+        and not (isinstance(spec, Conv2dSpec) and spec.dilation[1] != 1 and spec.kernel[1] != 1)
+    )
+
+
+def layout_for(spec: WeightedSpec) -> PackedLayout:
+    """By kernel rows, or the whole window together where that takes fewer instructions."""
+    kernel_rows, columns, channels = spec.reduction
+    vectors = kernel_rows * ceil_div(columns * channels, LANES)
+    blocks = ceil_div(spec.columns, CHANNELS)
+    saved = (vectors - ceil_div(spec.reduction_size, LANES)) * 14 * blocks
+    return TOGETHER if saved > MOST_OUTPUTS * (2 * vectors + 4) else BY_ROWS
+
+
+def matrix_kernel(
+    fused: FusedFunction, target: Target, choice: Choice | None = None
+) -> _MatrixKernel | None:
+    """The whole fused function around its convolution or linear layer; None: no form for it."""
+    anchor = fused.anchor
+    if anchor is None or not isinstance(anchor.spec, (Conv2dSpec, MatmulSpec)):
+        return None
+    spec = anchor.spec
+    packed = spec.packed_layout
+    if packed not in (BY_ROWS, TOGETHER) or not takes(spec):
+        return None
+    operands = find_operands(fused, anchor, spec)
+    if operands is None:
+        return None
+    epilogue = Epilogue(fused, anchor)
+    if any(not stage.is_map for stage in epilogue.rest):
+        return None
+    return _MatrixKernel(fused, anchor, spec, operands, target, epilogue, choice)
+
+
+class _MatrixKernel:
+    """One function being written."""
+
+    def __init__(
+        self,
+        fused: FusedFunction,
+        anchor: Stage,
+        spec: Conv2dSpec | MatmulSpec,
+        operands: Operands,
+        target: Target,
+        epilogue: Epilogue,
+        choice: Choice | None,
+    ) -> None:
+        self.fused, self.anchor, self.spec, self.operands = fused, anchor, spec, operands
+        self.target, self.epilogue = target, epilogue
+        self.window = window = window_of(spec)
+        self.is_together = spec.packed_layout == TOGETHER
+        self.flat = window.columns == 1 and window.kernel == (1, 1)
+        self.extent = window.rows if self.flat else window.columns
+        self.is_copied = (
+            self.is_together or any(window.padding) or operands.data in fused.producers
+        )
+        self.blocks = ceil_div(window.out_channels, CHANNELS)
+        self.unroll = MicroKernel.unroll if choice is None else choice["unroll"]
+        self.pixels = self._pixels() if choice is None else choice["pixels"]
+        self.e = VectorEmitter(finisher(target))
+
+    def _segments(self) -> list[int]:
+        """How many pixels a segment can have."""
+        most = max(2, _SUMS_BYTES // (4 * CHANNELS * self.blocks))
+        return list(range(1, min(self.extent, most) + 1))
+
+    def _pixels(self) -> int:
+        """Pixels of a segment, for the fewest instructions."""
+
+        def cost(pixels: int) -> int:
+            pairs, single = divmod(pixels, 2)
+            sums = (pairs * self._loops(2).cost if pairs else 0) + single * self._loops(1).cost
+            results = self.blocks * (pixels * _RESULT + _CONSTANTS)
+            return ceil_div(self.extent, pixels) * (sums + results + _SEGMENT)
+
+        return min(self._segments(), key=cost)
+
+    def space(self) -> SearchSpace:
+        """The default and what lies around it."""
+        pixels = {n for n in self._segments() if n % 2 == 0 or n == self.extent or n == 1}
+        return SearchSpace(
+            "arm.mve_matrix",
+            {
+                "pixels": tuple(sorted({*pixels, self.pixels})),
+                "unroll": tuple(sorted({*_UNROLLS, self.unroll})),
+            },
+            {"pixels": self.pixels, "unroll": self.unroll},
+            lambda choice: True,
+        )
+
+    def _loops(self, outputs: int) -> MicroKernel:
+        window, channels = self.window, self.window.channels
+        pitch = channels if self.flat else channels * window.strides[1]
+        row = window.padded_columns * channels * window.dilation[0]
+        if self.is_together:
+            size = ceil_div(self.spec.reduction_size, LANES) * LANES
+            geometry = {"rows": 1, "run": size, "column_bytes": size, "row_bytes": 0}
+        else:
+            rows = window.kernel[0]
+            geometry = {
+                "rows": rows,
+                "run": window.kernel[1] * channels,
+                "column_bytes": pitch,
+                "row_bytes": row if rows > 1 else 0,
+            }
+        if outputs == 1:
+            geometry["column_bytes"] = 0
+        return MicroKernel(
+            outputs=outputs, blocks=self.blocks, is_exact=not self.is_copied, unroll=self.unroll,
+            **geometry,
+        )  # fmt: skip
+
+    def build(self) -> tirx.PrimFunc:
+        e, window, spec = self.e, self.window, self.spec
+        self.weight = e.flat(self.operands.weight)
+        self.epilogue.declare(e)
+        self.sums = e.alloc(self.pixels * self.blocks * CHANNELS, "int32", "sums")
+        if self.is_copied:
+            pad_value = 0 if isinstance(spec, MatmulSpec) else spec.pad_value
+            count = self.pixels if self.flat else (window.kernel[0] - 1) * window.dilation[0] + 1
+            self.rows = Rows(
+                e, window, self.fused, self.operands, pad_value, count, window.channels,
+                window.channels, window.input_rows(window.rows),
+            )  # fmt: skip
+            self.source = self.rows.buffer
+        else:
+            self.source = e.flat(self.operands.data)
+        if self.is_together:
+            size = self._loops(1).run
+            self.gathered = e.alloc(MOST_OUTPUTS * size + LANES, "int8", "gathered")
+        self.used = set[int]()
+        if self.flat:
+            self._flat()
+        else:
+            with e.loop("b", window.batch) as b:
+                self._image(b)
+        self.epilogue.emit_rest(e, 1)
+        loops = [self._loops(outputs) for outputs in sorted(self.used)]
+        code = "".join(as_llvm(each.name, each.assembly(), 3) for each in loops)
+        return e.function(list(self.fused.func.params), {}, code + llvm_helpers())
+
+    def _first(self, segment: Any) -> Any:
+        """The last segment is moved back inside."""
+        first = segment * self.pixels
+        if self.extent % self.pixels:
+            first = tirx.min(first, self.extent - self.pixels)
+        return self.e.bind("first", first)
+
+    def _flat(self) -> None:
+        """A layer without neighbours."""
+        zero = tirx.const(0, "int32")
+        with self.e.loop("segment", ceil_div(self.extent, self.pixels)) as segment:
+            first = self._first(segment)
+            start: Any = first * self.window.channels
+            if self.is_copied:
+                self.rows.fill(zero, first)
+                start = zero
+            self._segment(zero, zero, first, start)
+
+    def _image(self, b: Any) -> None:
+        e, window = self.e, self.window
+        channels, (down, along) = window.channels, window.strides
+        if self.is_copied:
+            self.rows.fill_border()
+        with e.loop("y", window.rows) as y:
+            start: Any = tirx.const(0, "int32")
+            if self.is_copied:
+                self.rows.fill(b, y * down)
+            else:
+                start = (b * window.in_rows + y * down) * (window.in_columns * channels)
+            with e.loop("segment", ceil_div(self.extent, self.pixels)) as segment:
+                x = self._first(segment)
+                self._segment(b, y, x, start + x * (along * channels))
+
+    def _segment(self, b: Any, y: Any, x: Any, start: Any) -> None:
+        """Sums of neighbouring pixels, then their results; `start` is where the first one's data
+        are."""
+        e = self.e
+        start = e.bind("data", start)
+        step = self.window.channels * (1 if self.flat else self.window.strides[1])
+        pairs, single = divmod(self.pixels, MOST_OUTPUTS)
+        size = self.blocks * CHANNELS
+        if pairs:
+            with e.loop("pair", pairs) as pair:
+                self._sum(2, start + pair * (2 * step), pair * (2 * size))
+        if single:
+            self._sum(1, start + (self.pixels - 1) * step, (self.pixels - 1) * size)
+
+        with e.loop("block", self.blocks) as block:
+            if pairs:
+                with e.loop("pair", pairs) as pair:
+                    for p in range(2):
+                        at = (pair * self.blocks + block) * (2 * CHANNELS) + p * CHANNELS
+                        self._finish(b, y, x + pair * 2 + p, block, at)
+            if single:
+                at = (pairs * 2 * self.blocks + block) * CHANNELS
+                self._finish(b, y, x + (self.pixels - 1), block, at)
+
+    def _sum(self, outputs: int, start: Any, sums: Any) -> None:
+        e = self.e
+        self.used.add(outputs)
+        data, at = self.source, start
+        if self.is_together:
+            self._gather(outputs, start)
+            data, at = self.gathered, tirx.const(0, "int32")
+        e.evaluate(
+            tirx.call_extern(
+                "void", f"{self._loops(outputs).name}_call", tirx.address_of(data[at]),
+                tirx.address_of(self.weight[0]), tirx.address_of(self.sums[sums]),
+            )
+        )  # fmt: skip
+
+    def _gather(self, outputs: int, start: Any) -> None:
+        """The windows of one or two outputs, each as one run. Whole vectors are copied: what they
+        bring too much is covered by the next row, or multiplied by zeros."""
+        e, window = self.e, self.window
+        run = window.kernel[1] * window.channels
+        size = self._loops(1).run
+        vectors = ceil_div(run, LANES)
+        for p in range(outputs):
+            origin = start + p * (window.strides[1] * window.channels)
+            with e.loop("ky", window.kernel[0]) as ky:
+                row = origin + ky * (window.dilation[0] * self.rows.row_pitch)
+                for i in range(vectors):
+                    e.store_vector(
+                        self.gathered,
+                        vector(self.source, row + i * LANES, LANES),
+                        p * size + ky * run + i * LANES,
+                        LANES,
+                    )
+
+    def _finish(self, b: Any, y: Any, x: Any, block: Any, at: Any) -> None:
+        """Results of four channels of a pixel, the sums of which are from `at` on."""
+        e, window = self.e, self.window
+        row, column = (x, 0) if self.flat else (y, x)
+        position = x if self.flat else (b * window.rows + y) * window.columns + x
+
+        def write(parts: list[tuple[int, int]]) -> None:
+            count = sum(width for _, width in parts)
+            whole = count == CHANNELS
+            for lane, width in [(0, count)] if whole else [(i, 1) for i in range(count)]:
+                self.epilogue.emit(
+                    e,
+                    partial(window.indices, b, row, column),
+                    position,
+                    block * CHANNELS + lane,
+                    width,
+                    partial(self._accumulator, at + lane),
+                )
+
+        e.ragged(block, self.blocks, window.out_channels % CHANNELS, CHANNELS, write)
+
+    def _accumulator(self, at: Any, lane: Any) -> Any:
+        return self.sums[at + lane]

@@ -1,0 +1,323 @@
+"""Vectors of four 32-bit integers with Helium's own instructions.
+
+TVM's vectoriser knows neither a rounding high product nor how to call one, and LLVM does not find
+it in 64-bit arithmetic, which Helium has not. So loops over lanes in which such an expression
+occurs are written as vectors here:
+
+    int32((int64(x) * int64(m) + 2^30) >> 31)   =>  vqrdmulh(x, m)
+    int32((int64(x) * int64(m)) >> 32)          =>  vmulh(x, m)
+    (p + (2^(n-1) + (p >> 31))) >> n            =>  vrshl(p + (p >> 31), -n)
+    round_half_away(x / 2^n)                    =>  vrshl(x + saturating ((x & -n) >> 31), -n)
+    lrint(x)                                    =>  vcvtn(x)
+
+The integers are the same for every input: multipliers are never -2^31, for which `vqrdmulh` alone
+would saturate. Everything else of such an expression is left to LLVM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tvm_ffi
+from tvm import ir, tirx
+from tvm.sym import Analyzer
+from tvm.ir.prim.expr import BitwiseAnd, LShift, RShift
+from tvm.tirx.stmt import BufferStore, For, ForKind
+
+from ..emit import Emitter
+from .rounding import _is_lrint as is_lrint
+from .rounding import _terms as terms
+
+LANES = 4
+_PREFIX = "tvmc_mve_"
+_HIGH, _MULH, _SHIFT, _DIVIDE, _CONVERT = (
+    _PREFIX + name for name in ("vqrdmulh", "vmulh", "vrshl", "divide", "vcvtn")
+)
+
+
+def llvm_helpers() -> str:
+    """LLVM's form of what the vectors call."""
+
+    def helper(name: str, arguments: list[str], body: str) -> str:
+        named = ", ".join(f"{kind} %{'abc'[i]}" for i, kind in enumerate(arguments))
+        return (
+            f"define internal <4 x i32> @{name}({named}) alwaysinline nounwind memory(none) {{\n"
+            f"{body}  ret <4 x i32> %r\n}}\n"
+        )
+
+    v = "<4 x i32>"
+    shift = "@llvm.arm.mve.vshl.vector.v4i32.v4i32"
+    signs = f"{v} <i32 31, i32 31, i32 31, i32 31>"
+    return "".join(
+        [
+            f"declare {v} @llvm.arm.mve.vqrdmulh.v4i32({v}, {v})\n",
+            f"declare {v} @llvm.arm.mve.mulh.v4i32({v}, {v}, i32)\n",
+            f"declare {v} {shift}({v}, {v}, i32, i32, i32)\n",
+            f"declare {v} @llvm.sadd.sat.v4i32({v}, {v})\n",
+            f"declare {v} @llvm.arm.mve.vcvtn.v4i32.v4f32(i32, <4 x float>)\n",
+            helper(_HIGH, [v, v], f"  %r = call {v} @llvm.arm.mve.vqrdmulh.v4i32({v} %a, {v} %b)\n"),
+            helper(
+                _MULH, [v, v], f"  %r = call {v} @llvm.arm.mve.mulh.v4i32({v} %a, {v} %b, i32 0)\n"
+            ),
+            # a / 2^b: rounding, not saturating, signed
+            helper(
+                _SHIFT,
+                [v, v],
+                f"  %n = sub {v} zeroinitializer, %b\n"
+                f"  %r = call {v} {shift}({v} %a, {v} %n, i32 0, i32 1, i32 0)\n",
+            ),
+            helper(
+                _DIVIDE,
+                [v, v],
+                f"  %n = sub {v} zeroinitializer, %b\n"
+                f"  %m = and {v} %a, %n\n"
+                f"  %s = ashr {signs.replace(v, v + ' %m,', 1)}\n"
+                f"  %t = call {v} @llvm.sadd.sat.v4i32({v} %a, {v} %s)\n"
+                f"  %r = call {v} {shift}({v} %t, {v} %n, i32 0, i32 1, i32 0)\n",
+            ),
+            helper(
+                _CONVERT,
+                ["<4 x float>"],
+                f"  %r = call {v} @llvm.arm.mve.vcvtn.v4i32.v4f32(i32 0, <4 x float> %a)\n",
+            ),
+        ]
+    )
+
+
+class VectorEmitter(Emitter):
+    """Writes loops over lanes with the instructions above; all others as ever.
+
+    `finish` is for scalars."""
+
+    def __init__(self, finish: Callable[[ir.Expr], ir.Expr] | None = None) -> None:
+        super().__init__(finish)
+        self._scalar_finish = finish
+
+    @contextmanager
+    def loop(self, name: str, extent: int, kind: str = "serial") -> Iterator[Any]:
+        if kind != "vectorized" or extent % LANES:
+            with super().loop(name, extent, kind) as variable:
+                yield variable
+            return
+        variable = tirx.Var(name, "int32")
+        self._lists.append([])
+        self._finish = None
+        yield variable
+        self._finish = self._scalar_finish
+        stores = self._lists.pop()
+        for store in stores:
+            vectors = _vectors(store, variable, extent)
+            if vectors is None:
+                self._add(For(variable, 0, extent, ForKind.VECTORIZED, store))
+            else:
+                for vector in vectors:
+                    self._add(vector)
+
+
+def _vectors(store: tirx.Stmt, lane: tirx.Var, extent: int) -> list[tirx.Stmt] | None:
+    """The store of all lanes, four at a time; None: nothing in it needs that, or it cannot be."""
+    if not isinstance(store, BufferStore):
+        return None
+    seen = _Patterns()
+    value = seen.visit(store.value)
+    if not seen.found:
+        return None
+    try:
+        return [
+            BufferStore(store.buffer, four.visit(value), four.indices(store.indices))
+            for four in (_Four(lane, start) for start in range(0, extent, LANES))
+        ]
+    except _NoVectorError:
+        return None
+
+
+def _call(name: str, *arguments: ir.Expr) -> ir.Expr:
+    return tirx.call_pure_extern("int32", name, *arguments)
+
+
+class _Patterns:
+    """Replaces what has an instruction by a call of it, in scalar form still."""
+
+    def __init__(self) -> None:
+        self.found = False
+
+    def visit(self, e: Any) -> ir.Expr:
+        call = self._instruction(e)
+        if call is not None:
+            self.found = True
+            return call
+        return rebuilt(e, self.visit)
+
+    def _instruction(self, e: ir.Expr) -> ir.Expr | None:
+        if isinstance(e, tirx.Cast):
+            return self._product(e)
+        if isinstance(e, RShift):
+            return self._small(e)
+        if isinstance(e, tirx.Add):
+            return self._division(e)
+        if isinstance(e, ir.Call) and is_lrint(e):
+            return _call(_CONVERT, self.visit(e.args[-1]))
+        return None
+
+    def _product(self, e: tirx.Cast) -> ir.Expr | None:
+        for name, places, half in ((_HIGH, 31, 1 << 30), (_MULH, 32, 0)):
+            factors = _factors(e, places, half)
+            if factors is not None:
+                return _call(name, *map(self.visit, factors))
+        return None
+
+    def _small(self, e: RShift) -> ir.Expr | None:
+        parts = terms(e.a)
+        if len(parts) != 3 or not isinstance(parts[0], tirx.Cast):
+            return None
+        product, half, sign = parts
+        if not isinstance(sign, RShift) or not tvm_ffi.structural_equal(sign.a, product):
+            return None
+        if not _is_half(half, e.b) or _factors(product, 31, 1 << 30) is None:
+            return None
+        high = self.visit(product)
+        return _call(_SHIFT, high + (high >> tirx.const(31, "int32")), self.visit(e.b))
+
+    def _division(self, e: tirx.Add) -> ir.Expr | None:
+        """`rounding_divide_by_pot` of requantize.py."""
+        if not isinstance(e.a, RShift) or not isinstance(e.b, tirx.Cast):
+            return None
+        x, exponent, more = e.a.a, e.a.b, e.b.value
+        if not isinstance(more, tirx.GT) or not isinstance(more.a, BitwiseAnd):
+            return None
+        if not tvm_ffi.structural_equal(more.a.a, x) or not _is_mask(more.a.b, exponent):
+            return None
+        return _call(_DIVIDE, self.visit(x), self.visit(exponent))
+
+
+def _factors(e: tirx.Cast, places: int, half: int) -> tuple[ir.Expr, ir.Expr] | None:
+    """x and m of int32((int64(x) * int64(m) + half) >> places)."""
+    shifted = e.value
+    if not isinstance(shifted, RShift) or not _is_number(shifted.b, places):
+        return None
+    product = shifted.a
+    if half:
+        if not isinstance(product, tirx.Add) or not _is_number(product.b, half):
+            return None
+        product = product.a
+    if not isinstance(product, tirx.Mul):
+        return None
+    x, mantissa = _narrow(product.a), _narrow(product.b)
+    return None if x is None or mantissa is None else (x, mantissa)
+
+
+def _narrow(e: ir.Expr) -> ir.Expr | None:
+    """x of int64(x). TE makes int64(a) + int64(b) of int64(a + b), and a number of a constant."""
+    if isinstance(e, tirx.IntImm):
+        return tirx.const(int(e.value), "int32") if abs(int(e.value)) < 1 << 31 else None
+    if isinstance(e, tirx.Cast) and str(e.value.ty.dtype) == "int32":
+        return e.value
+    if isinstance(e, (tirx.Add, tirx.Sub)):
+        sides = _narrow(e.a), _narrow(e.b)
+        return None if None in sides else type(e)(*sides)
+    return None
+
+
+def _is_number(e: ir.Expr, number: int) -> bool:
+    return isinstance(e, tirx.IntImm) and int(e.value) == number
+
+
+def _is_half(e: ir.Expr, right: ir.Expr) -> bool:
+    """1 << (right - 1), also as numbers."""
+    if isinstance(e, tirx.IntImm) and isinstance(right, tirx.IntImm):
+        return int(right.value) >= 1 and int(e.value) == 1 << (int(right.value) - 1)
+    if not isinstance(e, LShift) or not _is_number(e.a, 1):
+        return False
+    return bool(Analyzer().can_prove_equal(e.b + 1, right))
+
+
+def _is_mask(e: ir.Expr, exponent: ir.Expr) -> bool:
+    """int32((1 << int64(exponent)) - 1)"""
+    if not isinstance(e, tirx.Cast) or not isinstance(e.value, tirx.Sub):
+        return False
+    power, one = e.value.a, e.value.b
+    return (
+        isinstance(power, LShift)
+        and _is_number(power.a, 1)
+        and _is_number(one, 1)
+        and isinstance(power.b, tirx.Cast)
+        and bool(tvm_ffi.structural_equal(power.b.value, exponent))
+    )
+
+
+def rebuilt(e: Any, visit: Callable[[Any], ir.Expr]) -> ir.Expr:
+    """`e` with `visit` of what it is made of; loads stay."""
+    if isinstance(e, tirx.Cast):
+        return tirx.Cast(e.ty, visit(e.value))
+    if isinstance(e, tirx.Select):
+        return tirx.Select(visit(e.condition), visit(e.true_value), visit(e.false_value))
+    if isinstance(e, ir.Call):
+        arguments = [visit(a) for a in e.args]
+        return ir.Call(e.op, arguments, e.attrs, ty_args=e.ty_args, ret_ty=e.ty)
+    if hasattr(e, "a") and hasattr(e, "b"):
+        return type(e)(visit(e.a), visit(e.b))
+    return e
+
+
+class _NoVectorError(Exception):
+    """An expression that has no vector form here."""
+
+
+class _Four:
+    """Scalar expressions => vectors: lane = start .. start + 3."""
+
+    def __init__(self, lane: tirx.Var, start: int) -> None:
+        self.lane, self.start = lane, tirx.const(start, "int32")
+        self.analyzer = Analyzer()
+
+    def visit(self, e: Any) -> ir.Expr:
+        if not self._depends(e):
+            return tirx.Broadcast(e, LANES)
+        if isinstance(e, ir.TensorLoad):
+            return e.source[tuple(self.indices(e.indices))]
+        if isinstance(e, tirx.Cast):
+            return tirx.Cast(f"{e.ty.dtype}x{LANES}", self.visit(e.value))
+        if isinstance(e, tirx.Select):
+            parts = (e.condition, e.true_value, e.false_value)
+            return tirx.Select(*(self.visit(part) for part in parts))
+        if isinstance(e, ir.Call):
+            return self._call(e)
+        if hasattr(e, "a") and hasattr(e, "b"):
+            return type(e)(self.visit(e.a), self.visit(e.b))
+        raise _NoVectorError
+
+    def indices(self, indices: Any) -> list[ir.Expr]:
+        """A position in a buffer as four neighbouring ones along the last axis."""
+        *outer, last = indices
+        if any(self._depends(index) for index in outer):
+            raise _NoVectorError
+        first = self._at(last, self.start)
+        step = self._at(last, self.start + 1) - first
+        if not self.analyzer.can_prove_equal(step, 1):
+            raise _NoVectorError
+        return [*outer, tirx.Ramp(self.analyzer.simplify(first), 1, LANES)]
+
+    def _call(self, e: ir.Call) -> ir.Expr:
+        name = str(getattr(e.op, "name", ""))
+        dtype = f"{e.ty.dtype}x{LANES}"
+        first, *arguments = e.args
+        if name == "tirx.call_pure_extern" and str(first.value).startswith(_PREFIX):
+            return tirx.call_pure_extern(dtype, str(first.value), *map(self.visit, arguments))
+        raise _NoVectorError
+
+    def _depends(self, e: Any) -> bool:
+        if isinstance(e, tirx.Var):
+            return bool(e.same_as(self.lane))
+        parts = list(getattr(e, "args", ())) + list(getattr(e, "indices", ()))
+        for name in ("a", "b", "value", "condition", "true_value", "false_value"):
+            parts.append(getattr(e, name, None))
+        return any(self._depends(part) for part in parts if isinstance(part, ir.Expr))
+
+    def _at(self, e: Any, lane: ir.Expr) -> ir.Expr:
+        if isinstance(e, tirx.Var):
+            return lane if e.same_as(self.lane) else e
+        if isinstance(e, ir.TensorLoad):
+            raise _NoVectorError
+        return rebuilt(e, lambda part: self._at(part, lane))
