@@ -140,6 +140,38 @@ def tap_specs(taps: Iterable[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(TAP + tap["name"], tuple(tap["shape"]), tap["dtype"]) for tap in taps)
 
 
+class _Differences:
+    """Integers that differ from the reference's, by tensor, and how far floats are off."""
+
+    def __init__(self) -> None:
+        self.differing: dict[str, None] = {}
+        self.elements = 0
+        self._difference: float | None = None
+        self._largest = 0.0
+
+    def add_outputs(
+        self, found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
+    ) -> None:
+        """The outputs of one run."""
+        for name, array in found.items():
+            wanted = expected[name]
+            if array.dtype.kind == "f":
+                difference = float(np.max(np.abs(array - wanted), initial=0.0))
+                self._difference = max(self._difference or 0.0, difference)
+                self._largest = max(self._largest, float(np.max(np.abs(wanted), initial=0.0)))
+                continue
+            self.elements += wanted.size
+            if not np.array_equal(array, wanted):
+                self.differing[name] = None
+
+    @property
+    def float_difference(self) -> float | None:
+        """The largest one, relative to the largest value; None: there are no floats."""
+        if self._difference is None or self._largest == 0.0:
+            return self._difference
+        return self._difference / self._largest
+
+
 def check_project(
     artefact: Artefact, feeds: Iterable[Mapping[str, np.ndarray]], progress: Progress
 ) -> Exactness:
@@ -151,26 +183,14 @@ def check_project(
     with progress.step("comparing integers"):
         codes = [project.codes(feed) for feed in feeds]
         results = project.run_codes(codes).outputs
-        differing: dict[str, None] = {}
-        elements = 0
-        float_difference: float | None = None
-        largest = 0.0
+        compared = _Differences()
         for code, found in zip(codes, results, strict=True):
-            expected = reference.run(code)
-            for name, array in found.items():
-                wanted = expected[name]
-                if array.dtype.kind == "f":
-                    difference = float(np.max(np.abs(array - wanted), initial=0.0))
-                    float_difference = max(float_difference or 0.0, difference)
-                    largest = max(largest, float(np.max(np.abs(wanted), initial=0.0)))
-                    continue
-                elements += wanted.size
-                if not np.array_equal(array, wanted):
-                    differing[name] = None
-    if float_difference is not None and largest > 0.0:
-        float_difference /= largest
+            compared.add_outputs(found, reference.run(code))
     integers = sum(port.spec.dtype.startswith(("int", "uint")) for port in project.output_ports)
-    return Exactness(len(codes), integers, elements, tuple(differing), float_difference, 0)
+    return Exactness(
+        len(codes), integers, compared.elements, tuple(compared.differing),
+        compared.float_difference, 0,
+    )  # fmt: skip
 
 
 def compare_project(
@@ -186,8 +206,12 @@ def compare_project(
             wanted = original.run(feed)
             for name, total in sums.items():
                 total.add(wanted[name], found[name])
+    return _output_rows(sums, len(listed))
+
+
+def _output_rows(sums: Mapping[str, ErrorSums], count: int) -> tuple[OutputRow, ...]:
     return tuple(
-        OutputRow(name, total.sqnr_db, total.cosine, total.max_abs_error, len(listed))
+        OutputRow(name, total.sqnr_db, total.cosine, total.max_abs_error, count)
         for name, total in sums.items()
     )
 
@@ -204,10 +228,8 @@ def check_exactness(
     info = LibraryInfo.from_json(artefact.kernels["compressed"])
     shipped, reference = artefact.session(), reference_session(artefact)
     from_floats = {tap["name"]: tap.get("from_floats", False) for tap in artefact.kernels["taps"]}
-    differing: dict[str, None] = {}
-    inputs = elements = rounded = 0
-    float_difference: float | None = None
-    largest = 0.0
+    compared = _Differences()
+    inputs = rounded = 0
     with progress.step("comparing integers"):
         for feed in feeds:
             inputs += 1
@@ -226,7 +248,7 @@ def check_exactness(
                         "write; compress again"
                     )
                 wanted = expected[TAP + name]
-                elements += wanted.size
+                compared.elements += wanted.size
                 distance = np.abs(
                     tensors[name].ravel().astype(np.int64) - wanted.ravel().astype(np.int64)
                 )
@@ -234,24 +256,16 @@ def check_exactness(
                 if is_rounded and distance.max(initial=0) <= 1 and off <= ROUNDED * wanted.size:
                     rounded += off
                 elif off:
-                    differing[name] = None
-            for name, array in outputs.items():
-                wanted = expected[name]
-                if array.dtype.kind == "f":
-                    difference = float(np.max(np.abs(array - wanted), initial=0.0))
-                    float_difference = max(float_difference or 0.0, difference)
-                    largest = max(largest, float(np.max(np.abs(wanted), initial=0.0)))
-                else:
-                    elements += wanted.size
-                    if not np.array_equal(array, wanted):
-                        differing[name] = None
-    if float_difference is not None and largest > 0.0:
-        float_difference /= largest
+                    compared.differing[name] = None
+            compared.add_outputs(outputs, expected)
     layers = {call.output: call.layers for call in info.calls}
     named = tuple(
-        f"{name} ({', '.join(layers[name])})" if layers.get(name) else name for name in differing
+        f"{name} ({', '.join(layers[name])})" if layers.get(name) else name
+        for name in compared.differing
     )
-    return Exactness(inputs, len(from_floats), elements, named, float_difference, rounded)
+    return Exactness(
+        inputs, len(from_floats), compared.elements, named, compared.float_difference, rounded
+    )
 
 
 # --- (b) the float original ---------------------------------------------------------------------
@@ -291,10 +305,6 @@ def compare_with_original(
                 results, wanted = compressed.run(feed), original.run(feed)
             for name, sums in output_sums.items():
                 sums.add(wanted[name], results[name])
-    outputs = tuple(
-        OutputRow(name, sums.sqnr_db, sums.cosine, sums.max_abs_error, count)
-        for name, sums in output_sums.items()
-    )
     layers = {call.output: call.layers for call in infos["compressed"].calls}
     rows = tuple(
         TensorError(
@@ -307,7 +317,7 @@ def compare_with_original(
         )
         for name, sums in tensor_sums.items()
     )
-    return outputs, rows
+    return _output_rows(output_sums, count), rows
 
 
 def _by_tensor_of_artefact(
