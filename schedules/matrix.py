@@ -151,12 +151,12 @@ class MatrixKernel:
         self.parallel = target.threads > 1 and (
             self._macs >= PARALLEL_MACS * dot.speed or weight_bytes >= _PARALLEL_BYTES
         )
+        self.chain = max(chain for chain in self._chains() if chain <= _DEFAULT_CHAIN)
         self.tile, self.rows, self.parts = self._partition(cache_bytes)
         self.unroll = self._unrolling()
         # A tile of all channels is written while its input is in the nearest cache, if the weights
         # stay in the next one.
         self.data_outside = window.columns == 1 and weight_bytes <= target.l2_bytes // 2
-        self.chain = min(dot.chain, _DEFAULT_CHAIN)
         if choice is not None:
             self.chain = choice.get("chain", 1)
             self.tile = _tile_of(choice)
@@ -472,7 +472,7 @@ class MatrixKernel:
         return self.tile.positions * self.tile.vectors * self.lanes
 
     def _sum(self, acc: tirx.Buffer, i: int, _block: Any) -> ir.Expr:
-        """What the accumulators hold for position and vector `i` of the tile, in channels' order."""
+        """What the accumulators hold for position and vector `i` of the tile, by channel."""
         return vector(acc, i * self.lanes, self.lanes)
 
     def _chunk(self) -> int | None:

@@ -6,6 +6,7 @@ from ...targets import Target
 from ..choice import Choice
 from ..dot import Dot, FloatDot
 from ..fused import FusedFunction
+from ..layout import PackedLayout
 from ..matrix import MatrixKernel, matrix_kernel_as, takes_weight
 from ..spec import WeightedSpec
 from ..tile import Tile
@@ -26,8 +27,8 @@ class X86MatrixKernel(MatrixKernel):
     name = "x86.matrix"
 
     @staticmethod
-    def select_dot(spec: WeightedSpec, target: Target, lanes: int) -> Dot | None:
-        return select_dot(spec, target, lanes)
+    def select_dot(spec: WeightedSpec, target: Target, packed: PackedLayout) -> Dot | None:
+        return select_dot(spec, target, packed.width)
 
     def _unrolling(self) -> int:
         # Loop control is a larger part of a step of narrow registers.

@@ -7,12 +7,12 @@ import numpy as np
 from ...targets import Target
 from ..layout import PackedLayout
 from ..matrix import takes_weight
+from ..saturation import LONGEST_CHAIN, longest_chain
 from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..weights import pack_codes, weight_codes
 from ..window import window_of
 from . import depthwise, nibbles
 from .dot import ChainDot, select_dot
-from .saturation import LONGEST_CHAIN, longest_chain
 
 # A wider block is worth at most this much more memory for padded channels...
 _PADDING_LIMIT = 1.07

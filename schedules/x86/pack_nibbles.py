@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from ...targets import Target
+from ..saturation import longest_chain, run_of
 from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..weights import look_up, pack_codes, weight_codes
 from . import nibbles
 from .dot import ByteDot, ChainDot, select_dot
 from .nibbles import LANE_CHANNELS
 from .pack import choose_layout, pack_weight
-from .saturation import longest_chain, run_of
 
 Parts = list[np.ndarray]
 

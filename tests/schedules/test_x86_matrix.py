@@ -22,7 +22,7 @@ from tvm_compress.schedules import (
     schedule,
     search_space,
 )
-from tvm_compress.schedules.x86.saturation import longest_chain
+from tvm_compress.schedules.saturation import longest_chain
 from tvm_compress.targets import Target, get_target
 
 from .kernels import FLOAT, INT8, INT16, UINT8, arguments, assert_same, check, run

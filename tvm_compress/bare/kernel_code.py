@@ -74,6 +74,8 @@ def to_bare(scheduled: tirx.PrimFunc, symbol: str, target: Target, is_c: bool) -
     over = leads(lowered, int((lowered.attrs or {}).get("num_outputs", 1)), LEAST_GAIN)
     overlapping = {number for pair in over for number in pair}
     to_int32 = rounder(target, is_c)
+    # With an operating system below, what a schedule wants in registers may spill to the stack.
+    in_registers = not is_c and not target.is_bare_metal
     pointers: list[tirx.Var] = []
     types: list[str] = []
     declared: list[tirx.Stmt] = []
@@ -103,7 +105,7 @@ def to_bare(scheduled: tirx.PrimFunc, symbol: str, target: Target, is_c: bool) -
 
     def alloc(stmt: Any) -> tirx.Stmt:
         size = _bytes(stmt.buffer)
-        if size <= STACK_BYTES:
+        if size <= STACK_BYTES or (in_registers and stmt.buffer.scope() == "local"):
             return on_stack(stmt.buffer)
         workspaces.append(Workspace(str(stmt.buffer.name), size))
         return pointer(stmt.buffer)
