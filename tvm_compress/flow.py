@@ -34,6 +34,7 @@ from .workspace import Workspace
 if TYPE_CHECKING:
     import tvm
 
+    from .bare.build import Planned
     from .build import Lowered
     from .data import Dataset
     from .kernel_cache import KernelCache
@@ -96,6 +97,10 @@ def compress(
             model, recipe, target, calibration, evaluate, seed, shapes, input_values, threads,
             kernel_cache=kernel_cache, emit=emit,
         )  # fmt: skip
+        if job.target.rpc_tracker:
+            from .runners.rpc import Rpc
+
+            Rpc.of(job.target).require()
         records = _open_database(database)
         if trials is not None or minutes is not None:
             from .tuning.tune import require_device
@@ -203,7 +208,7 @@ def _load(
         dataset = dataset.take(chosen.calibration.samples)
     elif _needs_data(model.module, plan):
         raise DataError(
-            "this recipe quantises activations and needs calibration data: give --calib "
+            "this recipe looks at the layers' inputs and needs calibration data: give --calib "
             "(an .npz or a folder of images)"
         )
     labelled = None
@@ -482,6 +487,11 @@ def _build_project(
     return folders
 
 
+def _plan_project(lowering: _Lowering, job: Job, folder: Path) -> None:
+    lowering.planned(job)
+    lowering.save_choices(folder)
+
+
 def _write_project(lowering: _Lowering, job: Job, reference: Path, folder: Path) -> str:
     from .bare.emit import c_identifier, write_project
     from .bare.golden import golden_samples
@@ -490,7 +500,8 @@ def _write_project(lowering: _Lowering, job: Job, reference: Path, folder: Path)
     from .report.arena import arena_of
     from .verification import tap_specs
 
-    built = compile_project(lowering.lowered, job.emit, job.kernel_cache)
+    planned = lowering.planned(job)
+    built = compile_project(lowering.lowered, job.emit, job.kernel_cache, planned)
     info = describe_project(built)
     require_project_fits(built, info)
     project = built.project
@@ -511,6 +522,7 @@ class _Lowering:
 
     def __init__(self, module: tvm.IRModule, target: Target, records: Database) -> None:
         self._module, self._target, self._records = module, target, records
+        self._planned: Planned | None = None
 
     @cached_property
     def choices(self) -> TunedChoices:
@@ -524,6 +536,14 @@ class _Lowering:
         from .build import lower
 
         return lower(self._module, self._target, self.choices)
+
+    def planned(self, job: Job) -> Planned:
+        """Of a C project: what `job` asks for, once."""
+        from .build import plan_project
+
+        if self._planned is None:
+            self._planned = plan_project(self.lowered, job.emit, job.kernel_cache)
+        return self._planned
 
     def save_choices(self, folder: Path) -> None:
         """What tuning decided, by kernel."""
@@ -574,6 +594,7 @@ def _write_info(
         "info": info.to_json(),
         "left_float": list(built.left_float),
         "decoded_per_call": list(built.decoded_per_call),
+        "sparse_kernels": dict(built.sparse_kernels),
         "tuned": [record.to_json() for record in lowering.choices.used],
         "arena": None if arena is None else asdict(arena),
     }
@@ -626,6 +647,7 @@ def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
             "original": infos["original"]["info"],
             "left_float": infos["compressed"]["left_float"],
             "decoded_per_call": infos["compressed"].get("decoded_per_call", []),
+            "sparse_kernels": infos["compressed"].get("sparse_kernels", {}),
             "arena": infos["compressed"].get("arena"),
             "taps": taps,
         },

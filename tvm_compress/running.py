@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +14,11 @@ from .data import read_arrays
 from .errors import DataError
 from .progress import Progress
 
+_AT_ONCE = 256  # samples for each start of an emulator or connection to a board
+
 if TYPE_CHECKING:
     from .artefact import Artefact
+    from .data import Run
 
 
 def run_file(
@@ -33,11 +38,18 @@ def run_file(
     set_threads(threads)
     dataset = read_arrays(data, artefact.inputs)
     session = artefact.runnable()
+    at_once = _AT_ONCE if artefact.is_project else 1
     results: dict[str, list[np.ndarray]] = {spec.name: [] for spec in artefact.outputs}
     progress = progress or Progress()
-    runs = -(-len(dataset) // dataset.batch)
-    for run in progress.track(dataset.runs(), "running", runs):
-        for name, array in session.run(run.feed).items():
+
+    def all_runs() -> Iterator[tuple[Run, dict[str, np.ndarray]]]:
+        runs = dataset.runs()
+        while piece := list(islice(runs, at_once)):
+            yield from zip(piece, session.run_all([run.feed for run in piece]), strict=True)
+
+    count = -(-len(dataset) // dataset.batch)
+    for run, outputs in progress.track(all_runs(), "running", count):
+        for name, array in outputs.items():
             has_batch = dataset.batch > 1 or (array.ndim > 0 and array.shape[0] == 1)
             results[name].append(array[: run.count] if has_batch else array[None])
     arrays = {name: np.concatenate(parts) for name, parts in results.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,10 @@ class Session:
         return {
             spec.name: tensor.numpy() for spec, tensor in zip(self.outputs, tensors, strict=True)
         }
+
+    def run_all(self, feeds: Iterable[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+        """One inference after the other."""
+        return [self.run(feed) for feed in feeds]
 
     def bind(self, arrays: Mapping[str, np.ndarray]) -> Callable[[], object]:
         """A function that runs one inference on `arrays`, for timing: it copies nothing."""

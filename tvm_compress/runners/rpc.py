@@ -173,7 +173,7 @@ def _on_board(program: Program, work: Callable[[_Model], T]) -> T:
         if "model.so" in detail or "dlopen" in detail:
             failed = TargetError(
                 f"device {rpc.key!r} cannot load a program for {target.architecture} "
-                f"({target.name}): {detail}"
+                f"({target.name}); is it another CPU? ({detail})"
             )
         else:
             failed = TargetError(f"device {rpc.key!r} at {rpc.tracker} failed: {detail}")
