@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import tvm
     from tvm import relax, tirx
 
-    from .bare.build import BareBuilt
+    from .bare.build import BareBuilt, Planned
     from .compile_kernels import CompiledKernels, KernelCounts, Scheduling
     from .kernel_cache import KernelCache
     from .kernels import Call
@@ -52,6 +52,8 @@ class Lowered:
     left_float: tuple[dict[str, str], ...]
     decoded_per_call: tuple[str, ...]
     """Layers whose codes are decoded to floats by a kernel of its own before every call."""
+    sparse_kernels: Mapping[str, float] = field(default_factory=dict)
+    """Layers whose kernel skips zeros, with the share of the weights that is stored."""
     tuned_kernels: int = 0
     tunable_kernels: int = 0
     """Different kernels whose schedules leave choices open; `tuned_kernels` of them used tuned
@@ -123,7 +125,7 @@ def lower(module: tvm.IRModule, target: Target, choose: TunedChoices | None = No
     )
     from .relay_passes.branches import functions_in_order
     from .relay_passes.lower import LEFT_FLOAT_ATTR
-    from .relay_passes.pack_weights import DECODED_ATTR
+    from .relay_passes.pack_weights import DECODED_ATTR, SPARSE_ATTR
 
     with target.tvm_target():
         if target.is_cross:
@@ -158,6 +160,7 @@ def lower(module: tvm.IRModule, target: Target, choose: TunedChoices | None = No
             for entry in json.loads(str(reference[global_var].attrs.get(LEFT_FLOAT_ATTR, "[]")))
         ),
         decoded_per_call=tuple(json.loads(str(packed["main"].attrs[DECODED_ATTR]))),
+        sparse_kernels=json.loads(str(packed["main"].attrs[SPARSE_ATTR])),
         tuned_kernels=choose.tuned if choose is not None else 0,
         tunable_kernels=choose.tunable if choose is not None else 0,
     )
@@ -186,16 +189,21 @@ class BuiltProject(Lowered):
     project: BareBuilt = field(kw_only=True)
 
 
-def compile_project(
+def plan_project(
     lowered: Lowered, form: str = "object", cached: KernelCache | None = None
-) -> BuiltProject:
-    """The second half of `build` for a cross target; `form` is one of `bare.build.FORMS`."""
-    from .bare.build import build_program
+) -> Planned:
+    """All of a C project but its kernels' code; `form` is one of `bare.build.FORMS`.
+
+    Raises `TargetError` where weights or arena do not fit the target.
+    """
+    from .bare.build import plan_program
+    from .contents import require_weights_fit
     from .relay_passes.integer_edges import edges_of
 
     target = lowered.target
+    require_weights_fit(lowered)
     with target.tvm_target(), _as_model_error(target.name):
-        project = build_program(
+        return plan_program(
             lowered.module,
             edges_of(lowered.module),
             lowered.calls,
@@ -204,6 +212,19 @@ def compile_project(
             lowered.choices,
             cached,
         )
+
+
+def compile_project(
+    lowered: Lowered,
+    form: str = "object",
+    cached: KernelCache | None = None,
+    planned: Planned | None = None,
+) -> BuiltProject:
+    """The second half of `build` for a cross target; `planned` comes from `plan_project`."""
+    target = lowered.target
+    planned = planned or plan_project(lowered, form, cached)
+    with target.tvm_target(), _as_model_error(target.name):
+        project = planned.built(cached)
     facts = {f.name: getattr(lowered, f.name) for f in fields(Lowered)}
     facts["plan_bytes"] = project.arena_bytes
     symbols = {name: call.symbol for call in project.program.calls for name in call.outputs}

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import TargetError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import tvm
 
     from .build import Built, BuiltProject, Lowered
@@ -79,23 +81,24 @@ def _tensors(module: tvm.IRModule) -> dict[str, Any]:
     return tensors
 
 
+def require_weights_fit(lowered: Lowered) -> None:
+    """Raise `TargetError` where the constants alone are too many for the target's flash."""
+    by_layer: dict[str, int] = {}
+    for constant in lowered.constants:
+        by_layer[constant.layer] = by_layer.get(constant.layer, 0) + constant.bytes
+    _require_flash(lowered.target, by_layer, 0)
+
+
 def require_project_fits(built: BuiltProject, info: LibraryInfo) -> None:
-    """Raise `TargetError` where a C project is too big for its board, naming the layer at the peak.
+    """Raise `TargetError` where a C project is too big for its target's flash, with its code."""
+    code = info.bytes.total - sum(info.layer_bytes.values())
+    _require_flash(built.target, info.layer_bytes, code)
 
-    Stack and the program's own memory come on top: the linker knows them.
-    """
-    from .bare.arena import memory_shortage
 
-    target, project = built.target, built.project
-    message = memory_shortage(
-        target.name,
-        project.plan.arena,
-        project.steps,
-        target.ram_bytes,
-        target.flash_bytes,
-        layer_flash_bytes=dict(info.layer_bytes),
-        code_bytes=info.bytes.total - sum(info.layer_bytes.values()),
-    )
+def _require_flash(target: Target, layer_bytes: Mapping[str, int], code_bytes: int) -> None:
+    from .bare.arena import flash_shortage
+
+    message = flash_shortage(target.name, layer_bytes, code_bytes, target.flash_bytes)
     if message is not None:
         raise TargetError(message)
 

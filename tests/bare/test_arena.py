@@ -10,12 +10,12 @@ import pytest
 from tvm_compress.bare.arena import (
     FITS,
     ORDERS,
-    ArenaPlan,
     Lifetime,
     Share,
     _Problem,
-    memory_shortage,
+    flash_shortage,
     plan,
+    ram_shortage,
     rows_lead,
 )
 
@@ -307,29 +307,27 @@ def test_bad_lifetimes(make: object, message: str) -> None:
         make()  # type: ignore[operator]
 
 
-def shortage(arena: ArenaPlan, **changes: object) -> str | None:
-    steps = ["conv1", "conv2"]
-    return memory_shortage("nucleo", arena, steps, **{"ram_bytes": 200, **changes})  # type: ignore
-
-
-def test_shortage_of_memory() -> None:
+def test_shortage_of_ram() -> None:
     arena = plan(chain([48, 108, 64]))
+    steps = ["conv1", "conv2"]
     assert arena.bytes == 172
-    assert shortage(arena) is None
-    assert shortage(arena, ram_bytes=172) is None
-    assert shortage(arena, ram_bytes=None) is None
-    message = shortage(arena, ram_bytes=171)
+    assert ram_shortage("nucleo", arena, steps, 172) is None
+    assert ram_shortage("nucleo", arena, steps, None) is None
+    message = ram_shortage("nucleo", arena, steps, 171)
     assert message is not None and "172 bytes of RAM, 1 more than the 171" in message
     assert "the peak is at conv2 (step 2 of 2)" in message and "t1 108, t2 64" in message
-    message = shortage(arena, other_ram_bytes=100)
-    assert message is not None and "72 more than the 100 there are (200 less 100" in message
-    flash = {"conv1": 10, "conv2": 30}
-    assert shortage(arena, flash_bytes=45, layer_flash_bytes=flash, code_bytes=5) is None
-    message = shortage(arena, flash_bytes=44, layer_flash_bytes=flash, code_bytes=5)
-    assert message == (
+
+
+def test_shortage_of_flash() -> None:
+    layers = {"conv1": 10, "conv2": 30}
+    assert flash_shortage("nucleo", layers, 5, 45) is None
+    assert flash_shortage("nucleo", layers, 5, None) is None
+    assert flash_shortage("nucleo", layers, 5, 44) == (
         "the model does not fit nucleo: it needs 45 bytes of flash, 1 more than the 44 there are; "
         "the largest layers in bytes: conv2 30, conv1 10"
     )
+    message = flash_shortage("nucleo", layers, 0, 39)
+    assert message is not None and "40 bytes of flash for its weights alone, 1 more" in message
 
 
 def test_permutations_of_the_list_do_not_matter_for_small_graphs() -> None:

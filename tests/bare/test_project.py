@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from tvm_compress.bare.emit import c_identifier, write_project
 from tvm_compress.bare.golden import golden_samples
 from tvm_compress.bare.program import COPY, program_of
 from tvm_compress.build import (
+    Lowered,
     compile_project,
     compile_reference,
     export_library,
     lower,
+    plan_project,
 )
+from tvm_compress.contents import describe_project, require_project_fits
 from tvm_compress.errors import TargetError
 from tvm_compress.flow import compress_job, load_job
 from tvm_compress.model import TensorSpec
@@ -272,3 +276,36 @@ def test_interface_says_what_a_runner_needs(tiny: Tiny, tmp_path: Path) -> None:
     interface: dict[str, Any] = json.loads((tmp_path / "interface.json").read_text())
     assert [port["name"] for port in interface["inputs"]] == tiny.sources[0]
     assert interface["arena_bytes"] == built.arena_bytes
+
+
+def fitted(tiny: Tiny, **memory: int) -> Lowered:
+    return lower(tiny.module, replace(PORTABLE, **memory))
+
+
+def test_what_does_not_fit_is_refused_before_kernels_are_compiled(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the bytes that are missing, and the layer at the peak or the largest layers."""
+    planned = plan_project(fitted(tiny)).plan.arena
+    weights = sum(constant.bytes for constant in fitted(tiny).constants)
+
+    def never(*_arguments: object) -> bytes:
+        raise AssertionError("a kernel was compiled")
+
+    monkeypatch.setattr("tvm_compress.bare.compile._code", never)
+    room = planned.bytes - 1
+    with pytest.raises(TargetError, match=f"{planned.bytes} bytes of RAM, 1 more than") as refused:
+        compile_project(fitted(tiny, ram_bytes=room))
+    assert "the peak is at " in str(refused.value)
+    plan_project(fitted(tiny, ram_bytes=planned.bytes))
+    with pytest.raises(TargetError, match=f"{weights} bytes of flash for its weights alone, 1 m"):
+        compile_project(fitted(tiny, flash_bytes=weights - 1))
+
+
+def test_code_counts_against_flash(tiny: Tiny) -> None:
+    weights = sum(constant.bytes for constant in fitted(tiny).constants)
+    built = compile_project(fitted(tiny, flash_bytes=weights))
+    with pytest.raises(TargetError, match="bytes of flash, [1-9]"):
+        require_project_fits(built, describe_project(built))
+    enough = replace(built, target=replace(built.target, flash_bytes=weights + 100_000))
+    require_project_fits(enough, describe_project(enough))

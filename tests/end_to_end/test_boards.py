@@ -131,6 +131,11 @@ def test_a_board_file(tmp_path: Path) -> None:
     board.write_text(board.read_text().replace("200000", "1000"))
     refused = tvm_compress(*arguments, "--force")
     assert refused.status == 2 and "lamp" in refused.err and "flash" in refused.err
+    board.write_text(board.read_text().replace("ram_bytes: 100000", "ram_bytes: 100"))
+    board.write_text(board.read_text().replace("flash_bytes: 1000", "flash_bytes: 200000"))
+    refused = tvm_compress(*arguments, "--force")
+    assert refused.status == 2 and "more than the 100 there are" in refused.err
+    assert "the peak is at" in refused.err and len(refused.err.strip().splitlines()) == 1
     board.unlink()
     result = tvm_compress("run", tmp_path / "out", "--input", data, "-o", tmp_path / "y.npz")
     assert result.status == 0, result.err

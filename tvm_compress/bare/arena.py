@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -526,39 +526,29 @@ def peak_text(arena: ArenaPlan, steps: Sequence[str], names: int = 4) -> str:
     )
 
 
-def memory_shortage(
-    board: str,
-    arena: ArenaPlan,
-    steps: Sequence[str],
-    ram_bytes: int | None,
-    flash_bytes: int | None = None,
-    other_ram_bytes: int = 0,
-    layer_flash_bytes: dict[str, int] | None = None,
-    code_bytes: int = 0,
+def ram_shortage(
+    board: str, arena: ArenaPlan, steps: Sequence[str], ram_bytes: int | None
 ) -> str | None:
-    """Why the model does not fit the board, on one line, or None if it does.
+    """Why the model does not fit the board's RAM, on one line; None: it does, or has no limit."""
+    if ram_bytes is None or arena.bytes <= ram_bytes:
+        return None
+    return (
+        f"the model does not fit {board}: its arena needs {arena.bytes} bytes of RAM, "
+        f"{arena.bytes - ram_bytes} more than the {ram_bytes} there are; {peak_text(arena, steps)}"
+    )
 
-    `other_ram_bytes` is what stack and static data take, `layer_flash_bytes` the constants of each
-    layer, `code_bytes` all else in flash; sizes of the board that are None are not checked. The
-    caller raises `TargetError` with it, before anything is compiled.
-    """
-    reasons = []
-    if ram_bytes is not None:
-        room = ram_bytes - other_ram_bytes
-        missing = arena.bytes - room
-        if missing > 0:
-            taken = f" ({ram_bytes} less {other_ram_bytes} for the rest)" if other_ram_bytes else ""
-            reasons.append(
-                f"its arena needs {arena.bytes} bytes of RAM, {missing} more than the {room} there "
-                f"are{taken}; {peak_text(arena, steps)}"
-            )
-    if flash_bytes is not None and layer_flash_bytes is not None:
-        needed = sum(layer_flash_bytes.values()) + code_bytes
-        if needed > flash_bytes:
-            largest = sorted(layer_flash_bytes.items(), key=itemgetter(1), reverse=True)[:3]
-            named = ", ".join(f"{name} {size}" for name, size in largest)
-            reasons.append(
-                f"it needs {needed} bytes of flash, {needed - flash_bytes} more than the "
-                f"{flash_bytes} there are; the largest layers in bytes: {named}"
-            )
-    return f"the model does not fit {board}: {'; '.join(reasons)}" if reasons else None
+
+def flash_shortage(
+    board: str, layer_bytes: Mapping[str, int], code_bytes: int, flash_bytes: int | None
+) -> str | None:
+    """The same for flash: `layer_bytes` of every layer's constants, `code_bytes` of all else."""
+    needed = sum(layer_bytes.values()) + code_bytes
+    if flash_bytes is None or needed <= flash_bytes:
+        return None
+    largest = sorted(layer_bytes.items(), key=itemgetter(1), reverse=True)[:3]
+    named = ", ".join(f"{name} {size}" for name, size in largest)
+    what = "of flash" if code_bytes else "of flash for its weights alone"
+    return (
+        f"the model does not fit {board}: it needs {needed} bytes {what}, {needed - flash_bytes} "
+        f"more than the {flash_bytes} there are; the largest layers in bytes: {named}"
+    )

@@ -11,8 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from ..errors import TargetError
 from ..sections import sections_of, undefined_symbols
-from .compile import CompiledKernel, alignment, compile_kernels
+from .arena import ram_shortage
+from .compile import CompiledKernel, ScheduledKernels, alignment, schedule_kernels
 from .program import Program, plan_memory, program_of, with_kernels
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ class BareBuilt:
     @property
     def steps(self) -> tuple[str, ...]:
         """The layers of each call, or what it writes where it belongs to none."""
-        return tuple(", ".join(c.layers or c.outputs) for c in self.program.calls)
+        return steps_of(self.program)
 
     @property
     def library_functions(self) -> tuple[str, ...]:
@@ -117,19 +119,52 @@ class BareBuilt:
             return source.with_suffix(".o").read_bytes()
 
 
-def build_program(
+def steps_of(program: Program) -> tuple[str, ...]:
+    """The layers of each call, or what it writes where it belongs to none."""
+    return tuple(", ".join(call.layers or call.outputs) for call in program.calls)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A project before its kernels are compiled: order of calls, and where everything lies."""
+
+    target: Target
+    form: str
+    program: Program
+    plan: GraphPlan
+    scheduled: ScheduledKernels
+    edges: tuple[tuple[Edge, ...], tuple[Edge, ...]]
+
+    def built(self, cache: KernelCache | None = None) -> BareBuilt:
+        """Compile the kernels."""
+        used = {call.symbol for call in self.program.calls}
+        kernels = self.scheduled.compiled(cache).values()
+        different = {kernel.symbol: kernel for kernel in kernels if kernel.symbol in used}
+        return BareBuilt(
+            target=self.target,
+            form=self.form,
+            program=self.program,
+            kernels=tuple(different[symbol] for symbol in sorted(different)),
+            plan=self.plan,
+            inputs=self.edges[0],
+            outputs=self.edges[1],
+            cached_kernels=self.scheduled.cached,
+        )
+
+
+def plan_program(
     module: tvm.IRModule,
     edges: tuple[tuple[Edge, ...], tuple[Edge, ...]],
     calls: tuple[Call, ...],
     target: Target,
     form: str = "object",
     choices: Mapping[str, Choice | None] | None = None,
-    cached: KernelCache | None = None,
-) -> BareBuilt:
-    """Compile what came out of `pipeline.destination_pipeline`.
+    cache: KernelCache | None = None,
+) -> Planned:
+    """Plan what came out of `pipeline.destination_pipeline`.
 
     `calls` says which layers a kernel call holds. Raises `TargetError` for what a C project cannot
-    do, naming it.
+    do, naming it, and for an arena larger than the target's RAM.
     """
     from tvm import tirx
 
@@ -139,17 +174,9 @@ def build_program(
         for var, function in module.functions_items()
         if isinstance(function, tirx.PrimFunc)
     }
-    kernels, hits = compile_kernels(functions, target, choices or {}, form == "c", cached)
-    program, plan = plan_memory(with_kernels(program, kernels), alignment(target))
-    used = {call.symbol for call in program.calls}
-    different = {k.symbol: k for k in kernels.values() if k.symbol in used}
-    return BareBuilt(
-        target=target,
-        form=form,
-        program=program,
-        kernels=tuple(different[symbol] for symbol in sorted(different)),
-        plan=plan,
-        inputs=edges[0],
-        outputs=edges[1],
-        cached_kernels=hits,
-    )
+    scheduled = schedule_kernels(functions, target, choices or {}, form == "c", cache)
+    program, plan = plan_memory(with_kernels(program, scheduled.kernels), alignment(target))
+    shortage = ram_shortage(target.name, plan.arena, steps_of(program), target.ram_bytes)
+    if shortage is not None:
+        raise TargetError(shortage)
+    return Planned(target, form, program, plan, scheduled, edges)

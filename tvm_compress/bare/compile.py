@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,34 +61,58 @@ class CompiledKernel:
         return cls(head["symbol"], parameters, workspaces, code, head["alignment"], leads)
 
 
-def compile_kernels(
+@dataclass(frozen=True)
+class ScheduledKernels:
+    """Kernels of which everything is known but the code of those that no cache had."""
+
+    kernels: Mapping[str, CompiledKernel]
+    """By their name in the module; `code` is empty where it is still to be generated."""
+    cached: int
+    """Different ones that came from the cache."""
+    _fresh: Mapping[str, BareKernel]
+    """By symbol."""
+    _keys: Mapping[str, str]
+    _target: Target
+    _is_c: bool
+
+    def compiled(self, cache: KernelCache | None) -> dict[str, CompiledKernel]:
+        """The same with code, in parallel."""
+        names = {kernel.symbol: name for name, kernel in self.kernels.items()}
+        with ThreadPoolExecutor(2, thread_name_prefix="compile") as pool:
+            codes = pool.map(
+                lambda kernel: _code(kernel, self._target, self._is_c), self._fresh.values()
+            )
+            done = {
+                symbol: replace(self.kernels[names[symbol]], code=code)
+                for symbol, code in zip(self._fresh, codes, strict=True)
+            }
+        if cache is not None:
+            for symbol, kernel in done.items():
+                cache.put(self._keys[names[symbol]], kernel.to_bytes())
+        return {name: done.get(k.symbol, k) for name, k in self.kernels.items()}
+
+
+def schedule_kernels(
     functions: Mapping[str, tirx.PrimFunc],
     target: Target,
     choices: Mapping[str, Choice | None],
     is_c: bool,
-    cached: KernelCache | None,
-) -> tuple[dict[str, CompiledKernel], int]:
-    """Kernels by their name in the module, and how many different ones came from the cache."""
+    cache: KernelCache | None,
+) -> ScheduledKernels:
+    """Kernels with what their callers must know: workspaces, and what may lie over what."""
     keys = {n: _key(n, f, target, choices.get(n), is_c) for n, f in functions.items()}
-    names = {key: name for name, key in keys.items()}  # equal ones once
     done: dict[str, CompiledKernel] = {}
-    running: dict[str, Future[CompiledKernel]] = {}
-    with ThreadPoolExecutor(2, thread_name_prefix="compile") as pool:
-        for key, name in names.items():
-            content = None if cached is None else cached.get(key)
-            if content is not None:
-                done[key] = CompiledKernel.from_bytes(content)
-            else:
-                symbol = f"{PREFIX}{_base(name)}_{key[:_SYMBOL_DIGITS]}"
-                # Schedules are Python, which no second thread would make faster.
-                kernel = _bare(functions[name], symbol, target, choices.get(name), is_c)
-                running[key] = pool.submit(_compile, kernel, symbol, target, is_c)
-        fresh = {key: future.result() for key, future in running.items()}
-    if cached is not None:
-        for key, compiled in fresh.items():
-            cached.put(key, compiled.to_bytes())
-    done |= fresh
-    return {name: done[key] for name, key in keys.items()}, len(done) - len(fresh)
+    fresh: dict[str, BareKernel] = {}
+    for key, name in {key: name for name, key in keys.items()}.items():  # equal ones once
+        content = None if cache is None else cache.get(key)
+        if content is not None:
+            done[key] = CompiledKernel.from_bytes(content)
+            continue
+        symbol = f"{PREFIX}{_base(name)}_{key[:_SYMBOL_DIGITS]}"
+        kernel = _bare(functions[name], symbol, target, choices.get(name), is_c)
+        done[key], fresh[symbol] = _described(kernel, symbol, target), kernel
+    kernels = {name: done[key] for name, key in keys.items()}
+    return ScheduledKernels(kernels, len(done) - len(fresh), fresh, keys, target, is_c)
 
 
 def _base(name: str) -> str:
@@ -105,18 +129,22 @@ def _bare(
     return to_bare(scheduled, symbol, target, is_c)
 
 
-def _compile(kernel: BareKernel, symbol: str, target: Target, is_c: bool) -> CompiledKernel:
-    code = c_source(kernel).encode() if is_c else object_file(kernel, target)
+def _described(kernel: BareKernel, symbol: str, target: Target) -> CompiledKernel:
     return CompiledKernel(
-        symbol, kernel.parameters, kernel.workspaces, code, alignment(target), kernel.leads
+        symbol, kernel.parameters, kernel.workspaces, b"", alignment(target), kernel.leads
     )
+
+
+def _code(kernel: BareKernel, target: Target, is_c: bool) -> bytes:
+    return c_source(kernel).encode() if is_c else object_file(kernel, target)
 
 
 def compile_kernel(
     function: tirx.PrimFunc, symbol: str, target: Target, choice: Choice
 ) -> CompiledKernel:
     """The machine code of one choice of a kernel, for tuning."""
-    return _compile(_bare(function, symbol, target, choice, False), symbol, target, False)
+    kernel = _bare(function, symbol, target, choice, False)
+    return replace(_described(kernel, symbol, target), code=_code(kernel, target, False))
 
 
 def alignment(target: Target) -> int:

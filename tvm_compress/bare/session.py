@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, TargetError
 from ..model import TensorSpec
 from ..runners.rpc import NAME_IT
 from .emit import read_interface
@@ -159,5 +159,25 @@ class ProjectSession:
                    "-Wno-unused-but-set-variable"),
         )  # fmt: skip
         self._folder = TemporaryDirectory(prefix="tvm-compress-program-")
-        build = build_library if self.target.runner == "rpc" else build_program
-        return build(project, self.target, Path(self._folder.name))
+        if self.target.runner == "rpc":
+            return build_library(project, self.target, Path(self._folder.name))
+        program = build_program(project, self.target, Path(self._folder.name))
+        _require_fits(program)
+        return program
+
+
+def _require_fits(program: Program) -> None:
+    """Raise `TargetError` where what was linked of the model is too big for the board; the program
+    around it is the user's own."""
+    from ..runners.elf import footprint
+
+    target, size = program.target, footprint(program.elf, program.link_map)
+    for what, needed, room in (
+        ("flash", size.model_flash_bytes, target.flash_bytes),
+        ("RAM", program.project.arena_bytes + size.model_ram_bytes, target.ram_bytes),
+    ):
+        if room is not None and needed > room:
+            raise TargetError(
+                f"the linked model does not fit {target.name}: it needs {needed} bytes of {what}, "
+                f"{needed - room} more than the {room} there are"
+            )
