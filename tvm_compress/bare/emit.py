@@ -15,6 +15,7 @@ from .archive import archive
 from .float_calls import definitions
 from .kernel_code import c_type
 from .program import COPY, KernelCall, Program, Tensor
+from .readme import readme
 
 if TYPE_CHECKING:
     from .build import BareBuilt
@@ -86,6 +87,8 @@ def write_project(
 
     project = _Project(built, name, sources)
     files = dict(project.files(golden))
+    if golden is not None:
+        files["README.md"] = readme(name, built.target, built.form)
     if built.target.machine:
         for path, text in runtime_files(built.target).items():
             files[f"runtime/{path}"] = text
