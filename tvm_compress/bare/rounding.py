@@ -28,6 +28,8 @@ def rounder(target: Target, is_c: bool) -> Callable[[ir.Expr], ir.Expr] | None:
             return None
         if target.is_bare_metal and target.architecture == "thumb" and target.has("fpu"):
             return _by_fpu
+        if target.has("riscv", "fpu"):
+            return None  # fcvt, in the rounding mode that a program starts with
     return _portable
 
 
