@@ -3,6 +3,7 @@
 from ..template import Template
 from .depthwise import depthwise_kernel
 from .matrix import matrix_kernel
+from .mve_depthwise import depthwise_kernel as mve_depthwise_kernel
 from .mve_matrix import matrix_kernel as mve_matrix_kernel
 
 DSP_TEMPLATES = (
@@ -10,4 +11,7 @@ DSP_TEMPLATES = (
     Template("arm.matrix", matrix_kernel),
 )
 
-MVE_TEMPLATES = (Template("arm.mve_matrix", mve_matrix_kernel),)
+MVE_TEMPLATES = (
+    Template("arm.mve_depthwise", mve_depthwise_kernel),
+    Template("arm.mve_matrix", mve_matrix_kernel),
+)

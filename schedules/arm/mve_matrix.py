@@ -28,7 +28,7 @@ from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..window import window_of
 from .microkernel import as_llvm
 from .mve_microkernel import CHANNELS, LANES, MOST_OUTPUTS, MicroKernel
-from .mve_rows import Rows, copy_bytes
+from .mve_rows import Rows, opaque
 from .mve_vector import VectorEmitter, llvm_helpers
 from .rounding import finisher
 
@@ -165,7 +165,7 @@ class _MatrixKernel:
         e, window, spec = self.e, self.window, self.spec
         self.weight = e.flat(self.operands.weight)
         self.epilogue.declare(e)
-        self.sums = e.alloc(self.pixels * self.blocks * CHANNELS, "int32", "sums")
+        self.sums = opaque(e, self.pixels * self.blocks * CHANNELS, "int32", "sums")
         if self.is_copied:
             pad_value = 0 if isinstance(spec, MatmulSpec) else spec.pad_value
             count = self.pixels if self.flat else (window.kernel[0] - 1) * window.dilation[0] + 1
@@ -178,7 +178,7 @@ class _MatrixKernel:
             self.source = e.flat(self.operands.data)
         if self.is_together:
             size = self._loops(1).run
-            self.gathered = e.alloc(MOST_OUTPUTS * size + LANES, "int8", "gathered")
+            self.gathered = opaque(e, MOST_OUTPUTS * size + LANES, "int8", "gathered")
         self.used = set[int]()
         if self.flat:
             self._flat()

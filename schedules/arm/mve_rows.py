@@ -43,7 +43,7 @@ class Rows:
         self.channels = int(operands.data.shape[-1])
         self.row_pitch = window.padded_columns * pitch
         self.is_inside = not window.padding[0] and asked <= window.in_rows
-        self.buffer = e.alloc(count * self.row_pitch + slack, "int8", "rows")
+        self.buffer = opaque(e, count * self.row_pitch + slack, "int8", "rows")
 
     def fill_border(self) -> None:
         """The columns left and right of the input: written once, no row changes them."""
@@ -109,6 +109,14 @@ class Rows:
         if rest:
             with self.e.loop("i", rest) as i:
                 self.e.store(self.buffer, value, start + whole * LANES + i)
+
+
+def opaque(e: Emitter, size: int, dtype: str, name: str) -> tirx.Buffer:
+    """A workspace that assembly reads or writes. TVM would cut it down to what loops access, so its
+    end is named."""
+    buffer = e.alloc(size, dtype, name)
+    e.evaluate(tirx.address_of(buffer[size - 1]))
+    return buffer
 
 
 def copy_bytes(

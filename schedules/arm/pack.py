@@ -8,7 +8,7 @@ from ...targets import Target
 from ..spec import Conv2dSpec, WeightedSpec
 from ..weights import pack_codes, weight_codes
 from ..x86.pack import without_zero_point
-from . import matrix, mve_matrix
+from . import matrix, mve_depthwise, mve_matrix
 
 
 def pack_weight(
@@ -19,7 +19,10 @@ def pack_weight(
     if spec.weight_layout != spec.plain_layout or not target.has("dsp"):
         return None
     changed, codes = without_zero_point(spec, weight_codes(spec, weight))
-    if isinstance(spec, Conv2dSpec) and spec.is_depthwise:
+    if isinstance(changed, Conv2dSpec) and spec.is_depthwise:
+        if target.has("mve") and mve_depthwise.takes(changed):
+            layout = mve_depthwise.LAYOUT.name
+            return changed.replace(weight_layout=layout), pack_codes(changed, codes, layout)
         if changed == spec:
             return None
         plain = codes.transpose(1, 0, 2).reshape(changed.weight_shape)
