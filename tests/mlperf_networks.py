@@ -132,8 +132,10 @@ def compare(
 ) -> Comparison:
     """Run `count` inputs on the artefact's board and compare all of their bytes."""
     inputs = reals(network, assets, count)
-    expect = _tflite_reference if source == "tflite" else _own_reference
-    codes, expected = expect(network, artefact, assets, inputs)
+    if source == "tflite":
+        codes, expected = tflite_bytes(network, assets, inputs)
+    else:
+        codes, expected = _own_reference(network, artefact, inputs)
     results = artefact.project().run_codes(codes).outputs
     found = [next(iter(outputs.values())) for outputs in results]
     differing = size = 0
@@ -153,9 +155,10 @@ def compare(
 _Codes = list[dict[str, np.ndarray]]
 
 
-def _tflite_reference(
-    network: Network, _artefact: Artefact, assets: Path, inputs: Sequence[np.ndarray]
+def tflite_bytes(
+    network: Network, assets: Path, inputs: Sequence[np.ndarray]
 ) -> tuple[_Codes, list[np.ndarray]]:
+    """Inputs as codes, and what TensorFlow Lite's reference kernels make of them."""
     reference = Reference((assets / "tflite" / f"{network.tflite}.tflite").read_bytes())
     detail = reference.inputs[0]
     codes, expected = [], []
@@ -167,7 +170,7 @@ def _tflite_reference(
 
 
 def _own_reference(
-    network: Network, artefact: Artefact, _assets: Path, inputs: Sequence[np.ndarray]
+    network: Network, artefact: Artefact, inputs: Sequence[np.ndarray]
 ) -> tuple[_Codes, list[np.ndarray]]:
     project, reference = artefact.project(), reference_session(artefact)
     name, output = artefact.inputs[0].name, artefact.outputs[0].name
