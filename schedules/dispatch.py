@@ -32,6 +32,8 @@ def pack_weight(
         from .x86.pack import pack_weight as pack
     elif target.has("neon"):
         from .neon.pack import pack_weight as pack
+    elif target.has("rvv"):
+        from .riscv.pack import pack_weight as pack
     elif is_scalar(target):
         from .scalar.pack import pack_weight as pack
     else:
@@ -84,6 +86,10 @@ def templates(target: Target) -> tuple[Template, ...]:
         from .neon import NEON_TEMPLATES
 
         return NEON_TEMPLATES
+    if target.has("rvv"):
+        from .riscv import RVV_TEMPLATES
+
+        return RVV_TEMPLATES
     if target.has("mve"):
         from .arm import MVE_TEMPLATES
 

@@ -1,0 +1,6 @@
+"""Kernels for RISC-V with vectors, selected by capability. See README.md of this folder."""
+
+from ..template import Template
+from .matrix import matrix_kernel
+
+RVV_TEMPLATES = (Template("riscv.matrix", matrix_kernel),)

@@ -1,0 +1,55 @@
+"""Weights in the layouts that the kernels for RISC-V's vectors read."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...targets import Target
+from ..layout import PackedLayout
+from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
+from ..weights import pack_codes, weight_codes
+from ..x86.pack import without_zero_point
+from .dot import select_dot
+
+_LANES = (32, 16, 8, 4)
+# A wider group is worth so much more memory for padded channels...
+_PADDING_LIMIT = 1.07
+# ... except where the weight is so small that nobody will notice.
+_SMALL_WEIGHT_BYTES = 1024
+
+
+def choose_lanes(spec: WeightedSpec) -> int:
+    """Outputs of a group of registers: eight of them, or fewer when padding would cost too much."""
+    narrow = ceil_div(spec.columns, _LANES[-1]) * _LANES[-1]
+    for lanes in _LANES[:-1]:
+        padded = ceil_div(spec.columns, lanes) * lanes
+        small = (padded - narrow) * spec.reduction_size <= _SMALL_WEIGHT_BYTES
+        if spec.columns > lanes // 2 and (padded <= narrow * _PADDING_LIMIT or small):
+            return lanes
+    return _LANES[-1]
+
+
+def pack_weight(
+    spec: WeightedSpec, weight: np.ndarray, _target: Target
+) -> tuple[WeightedSpec, np.ndarray] | None:
+    """The spec and weight array of the same layer in the layout the target's kernel reads; None:
+    keep both."""
+    if spec.weight_layout != spec.plain_layout or spec.weight_dtype == "int4":
+        return None
+    changed, codes = without_zero_point(spec, weight_codes(spec, weight))
+    if isinstance(spec, Conv2dSpec) and spec.is_depthwise:
+        if changed == spec:
+            return None
+        plain = codes.transpose(1, 0, 2).reshape(changed.weight_shape)
+        return changed, np.ascontiguousarray(plain)
+    lanes = choose_lanes(changed)
+    if not isinstance(spec, (Conv2dSpec, Conv2dTransposeSpec, MatmulSpec)):
+        return None
+    if select_dot(changed, lanes) is None:
+        return None
+    rows_contiguous = spec.groups_of_channels == 1 and not (
+        isinstance(spec, Conv2dSpec) and spec.dilation[1] != 1 and spec.kernel[1] != 1
+    )
+    is_flat = not isinstance(spec, Conv2dTransposeSpec)
+    layout = PackedLayout(lanes, 1, "R" if rows_contiguous and is_flat else "I").name
+    return changed.replace(weight_layout=layout), pack_codes(changed, codes, layout)
