@@ -123,9 +123,9 @@ class _Body:
             in_register = kernel.columns == 4 or kernel.columns <= 2
             limit = "lr" if kernel.columns == 4 else "r11"
             if in_register:
-                out += _add(limit, "r1", last, "r2")
+                out += add_constant(limit, "r1", last, "r2")
             else:
-                out += [*_add("r2", "r1", last, "r3"), f"str r2, [sp, #{self.LAST}]"]
+                out += [*add_constant("r2", "r1", last, "r3"), f"str r2, [sp, #{self.LAST}]"]
             out += ["2:", *self.steps(kernel.unroll)]
             if not in_register:
                 limit = "r2"
@@ -178,7 +178,7 @@ class _Body:
 
     def next_row(self) -> list[str]:
         kernel = self.kernel
-        out = _add("r0", "r0", kernel.row_bytes - kernel.run * 4, "r2")
+        out = add_constant("r0", "r0", kernel.row_bytes - kernel.run * 4, "r2")
         if kernel.ring_bytes:
             out += [
                 f"ldr r2, [sp, #{self.END}]",
@@ -197,7 +197,7 @@ class _Body:
         ]
 
 
-def _add(to: str, value: str, number: int, scratch: str) -> list[str]:
+def add_constant(to: str, value: str, number: int, scratch: str) -> list[str]:
     """to = value + number"""
     if number == 0 and to == value:
         return []

@@ -13,6 +13,7 @@ from tvm import te, tirx
 
 from tvm_compress.bare.kernel_code import BareKernel, object_file, to_bare
 from tvm_compress.model import TensorSpec
+from tvm_compress.relay_passes.numerics import tflite as numerics
 from tvm_compress.runners import Project, build_program, run_program
 from tvm_compress.schedules import (
     SCHEDULE_ATTR,
@@ -25,7 +26,7 @@ from tvm_compress.schedules import (
     schedule,
     search_space,
 )
-from tvm_compress.schedules.requantize import INTEGER_RULES, scale_float32
+from tvm_compress.schedules.requantize import INTEGER_RULES, rounded_once, scale_float32
 from tvm_compress.targets import get_target
 from tvm_compress.targets.toolchains import missing_tools
 
@@ -74,7 +75,9 @@ class Requantisation:
 
         def compute(*i: Any) -> Any:
             total = acc[i] + bias[i[-1]]
-            if self.rule != "float32":
+            if self.rule == "rounded_once":
+                code = rounded_once(total, *(f[i[-1]] for f in factors))
+            elif self.rule != "float32":
                 scale = INTEGER_RULES[self.rule][1]
                 code = scale(total, *(f[i[-1]] for f in factors)) + tirx.const(zero_point, "int32")
             else:
@@ -98,7 +101,9 @@ class Requantisation:
         elif self.rule == "float32":
             code = np.rint(total.astype(np.float32) * self.factors[0]).astype(np.int64)
         else:
-            mantissa, exponent = (factor.astype(np.int64) for factor in self.factors)
+            mantissa, exponent = (factor.astype(np.int64) for factor in self.factors[:2])
+            if self.rule == "rounded_once":
+                exponent = -self.factors[2].astype(np.int64)
             product = (total * mantissa + (1 << 30)) >> 31
             right = -exponent
             # Half away from zero.
@@ -119,6 +124,11 @@ def requantisation(
         return Requantisation(rule, bias, (scale,), **more)
     exponent = np.floor(np.log2(scale)).astype(np.int32) + 1
     mantissa = np.rint(scale / 2.0**exponent * 2**31).clip(2**30, 2**31 - 1).astype(np.int32)
+    if rule == "rounded_once":
+        more = {"bounds": (-3, 127), "zero_point": -3, **more}
+        constants = numerics.rounded_once(mantissa, exponent, more["zero_point"])
+        assert constants is not None
+        return Requantisation(rule, bias, tuple(constants), **more)
     return Requantisation(rule, bias, (mantissa, exponent), **more)
 
 
@@ -202,14 +212,16 @@ MEASURED = {
 }
 
 
-@pytest.mark.parametrize("rule", ["float32", "tflite_small"])
+@pytest.mark.parametrize("rule", ["float32", "tflite_small", "rounded_once"])
 @pytest.mark.parametrize("name", list(MEASURED))
 def test_instructions_of_a_multiply_add(name: str, rule: str, tmp_path: Path) -> None:
     assert count(MEASURED[name], tmp_path, MATRIX, rule) <= 1.25
 
 
 def test_instructions_of_depthwise(tmp_path: Path) -> None:
-    assert count(depthwise(25, 5, 64), tmp_path, DEPTHWISE) <= 2.9
+    assert count(depthwise(25, 5, 64), tmp_path, DEPTHWISE) <= 2.4
+    as_in_tflite = {"rule": "rounded_once", "zero_point": -128, "bounds": (-128, 127)}
+    assert count(depthwise(25, 5, 64), tmp_path, DEPTHWISE, **as_in_tflite) <= 2.05
 
 
 MATRICES = {
@@ -243,14 +255,27 @@ def test_columns_apart_have_no_form(tmp_path: Path) -> None:
     [
         depthwise(7, 6, 6, 5, 2),
         depthwise(7, 6, 3, 1, 0),
+        depthwise(3, 3, 5),
+        depthwise(1, 4, 3, strides=(2, 2)),
+        depthwise(5, 9, 3, padding=(0, 2, 1, 0), strides=(1, 2)),
         depthwise(9, 8, 2, 2, 0, 2),
         depthwise(11, 9, 4, strides=(2, 2)),
         depthwise(48, 50, 2),  # bands
         depthwise(8, 5, 4, dilation=(2, 1), **UINT8 | {"weight_dtype": "int8"}),
     ],
-    ids=["5x5", "1x1", "2x2_multiplier", "stride", "bands", "rows_apart"],
+    ids=[
+        "5x5",
+        "1x1",
+        "three_rows",
+        "one_row",
+        "strides",
+        "2x2_multiplier",
+        "stride",
+        "bands",
+        "rows_apart",
+    ],
 )
-@pytest.mark.parametrize("rule", ["float32", "tflite_small"])
+@pytest.mark.parametrize("rule", ["float32", "rounded_once"])
 def test_depthwise(spec: Conv2dSpec, rule: str, tmp_path: Path) -> None:
     count(spec, tmp_path, DEPTHWISE, rule)
 
@@ -277,17 +302,16 @@ def test_rules_without_a_short_form(rule: str, name: str, tmp_path: Path) -> Non
 
 def test_every_choice(tmp_path: Path) -> None:
     target = get_target("cortex-m4")
-    spec = conv(4, 7, 8, 4)
-    packed = pack_weight(spec, np.zeros(spec.plain_weight_shape, np.int8), target)
-    assert packed is not None
-    inputs, sums = describe(packed[0])
-    naive = te.create_prim_func([*inputs, sums]).without_attr("global_symbol")
-    space = search_space(naive, target)
-    assert space is not None
-    choices = list(space)
-    assert len(choices) > 4 and choices[0] == dict(space.default)
-    for number, choice in enumerate(choices):
-        count(spec, tmp_path / str(number), MATRIX, choice=choice)
+    for spec, form, least in ((conv(4, 7, 8, 4), MATRIX, 5), (depthwise(4, 7, 2), DEPTHWISE, 4)):
+        packed = pack_weight(spec, np.zeros(spec.plain_weight_shape, np.int8), target)
+        inputs, sums = describe(spec if packed is None else packed[0])
+        naive = te.create_prim_func([*inputs, sums]).without_attr("global_symbol")
+        space = search_space(naive, target)
+        assert space is not None
+        choices = list(space)
+        assert len(choices) >= least and choices[0] == dict(space.default)
+        for number, choice in enumerate(choices):
+            count(spec, tmp_path / f"{form}{number}", form, choice=choice)
 
 
 def test_no_library_is_asked_for(tmp_path: Path) -> None:
