@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
+from tvm_compress.bare.session import cannot_run
 from tvm_compress.board_file import (
     board_schema,
     find_target,
@@ -18,6 +19,7 @@ from tvm_compress.board_file import (
 )
 from tvm_compress.errors import TargetError
 from tvm_compress.targets import get_target
+from tvm_compress.tuning.tune import require_device
 
 TEXT = """\
 version: 1
@@ -41,6 +43,10 @@ def test_a_board_is_its_cpu_with_other_memories(tmp_path: Path) -> None:
     path.write_text(TEXT + "name: lamp\ndescription: A lamp\nrunner: serial\n")
     assert find_target(str(path)).name == "lamp"
     assert find_target(path).runner == "serial"
+    reason = cannot_run(find_target(path))
+    assert reason is not None and "yourself (runner: serial); deploy/README.md says how" in reason
+    with pytest.raises(TargetError, match="'lamp' is run by hand.*tune for its CPU"):
+        require_device(find_target(path))
 
 
 def test_an_artefact_needs_the_file_no_more(tmp_path: Path) -> None:

@@ -67,10 +67,10 @@ def test_candidates_are_counted_and_faults_passed_over(
     assert winner.default_cost == counts[choice_to_json(task.space.default)]
     assert again.measured(task.key, dataclasses.replace(conditions, measure="seconds")) == []
 
-    # The same figure from another program: exact, whatever stands beside it.
-    alone = Database(tmp_path / "alone", shipped=False)
-    repeated = count_tasks([small_task(1, M4)], M4, alone, Budget())
-    assert repeated.tasks[0].default_cost == winner.default_cost
+    # Nothing is left to do, so nothing is started.
+    done = count_tasks([task], M4, Database(tmp_path / "db", shipped=False), Budget())
+    assert (done.trials_before, done.trials, done.stopped) == (len(texts), 0, "converged")
+    assert done.best_cost == winner.cost
 
     choices = TunedChoices(again, M4, device_of(M4))
     chosen = choices(task.func)
