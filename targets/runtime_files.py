@@ -33,6 +33,11 @@ def runtime_files(target: Target) -> dict[str, str]:
     return files
 
 
+def startup_sources(target: Target) -> tuple[str, ...]:
+    """What a program needs below its own `main`: for bare metal, start-up code and semihosting."""
+    return _OF_SYSTEM[MACHINES[target.machine].runtime] if target.is_bare_metal else ()
+
+
 def rpc_files() -> dict[str, str]:
     """The same for a shared library that TVM's RPC server loads."""
     name = "rpc/tvm_call.c"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .archive import archive
+from .cmake import TOOLCHAIN, cmake_lists, toolchain_file
 from .float_calls import definitions
 from .kernel_code import c_type
 from .program import COPY, KernelCall, Program, Tensor
@@ -159,6 +160,8 @@ class _Project:
             yield "golden.c", self.golden_source(golden)
             yield "selftest.c", self.selftest()
         yield "CMakeLists.txt", self.cmake(golden is not None)
+        if self.built.target.machine:
+            yield TOOLCHAIN, toolchain_file(self.built.target)
         yield INTERFACE, json.dumps(self.interface(golden), indent=1) + "\n"
 
     @property
@@ -282,7 +285,18 @@ static inline float {self.name}_dequantize_output_{index}({macro}_TYPE code) {{
                 {"symbol": call.symbol, "layers": list(call.layers), "outputs": list(call.outputs)}
                 for call in self.program.calls
             ],
-        }
+            "observed": [
+                {"name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype,
+                 "layers": list(call.layers)}
+                for call in self.program.calls
+                for tensor in self._observed(call)
+            ],
+        }  # fmt: skip
+
+    def _observed(self, call: KernelCall) -> list[Tensor]:
+        """What a call leaves in the arena."""
+        tensors = (self.program.tensors[name] for name in call.outputs)
+        return [tensor for tensor in tensors if tensor.role == "activation"]
 
     def io_header(self) -> str:
         """The same function with arrays of pointers, for programs that know no model."""
@@ -328,14 +342,23 @@ static inline float {self.name}_dequantize_output_{index}({macro}_TYPE code) {{
         )
         if uses_memory:
             body = "    uint8_t *const memory = (uint8_t *)arena;\n" + body
+        observed = 0
         for step, call in enumerate(self.program.calls):
             layers = ", ".join(call.layers)
             if layers:
                 body += f"    /* {_comment(layers)} */\n"
             body += self._call(call, self.built.plan.steps[step])
+            for tensor in self._observed(call):
+                where = self._address(tensor.name, None)
+                body += f"    {upper}_OBSERVE({observed}, {where}, {tensor.bytes});\n"
+                observed += 1
         return (
             _NOTE + f'#include "{name}.h"\n\n#include <string.h>\n\n'
             f'#include "{name}_constants.h"\n#include "{name}_kernels.h"\n\n'
+            "/* Define it to look at what a layer has written: number among `observed` of\n"
+            " * interface.json, address, bytes. */\n"
+            f"#ifndef {upper}_OBSERVE\n#define {upper}_OBSERVE(tensor, data, bytes) ((void)0)\n"
+            "#endif\n\n"
             f"int {name}_run({self._parameters}) {{\n{body}    return 0;\n}}\n"
             + self._float_calls()
         )
@@ -503,42 +526,21 @@ int main(void) {{ return {name}_selftest(); }}
 """
 
     def cmake(self, has_golden: bool) -> str:
-        name = self.name
-        sources = f"{name}.c {name}_constants.c"
-        if self.built.form == "c":
-            sources += f" {name}_kernels.c"
-            link = ""
-        else:
-            link = (
-                f"target_link_libraries({name} PUBLIC "
-                f"${{CMAKE_CURRENT_SOURCE_DIR}}/{self.archive_name})\n"
-            )
-        if self.built.library_functions:
-            link += f"target_link_libraries({name} PUBLIC m)\n"
-        flags = " ".join(self.built.target.compiler_flags)
-        text = f"""# Add this folder with add_subdirectory and link `{name}`.
-# Flags for {self.built.target.name}: {flags or "none"}
-cmake_minimum_required(VERSION 3.13)
-project({name} C)
+        from ..targets.runtime_files import startup_sources
 
-add_library({name} STATIC {sources})
-target_include_directories({name} PUBLIC ${{CMAKE_CURRENT_SOURCE_DIR}})
-{link}set_target_properties({name} PROPERTIES C_STANDARD 11 C_EXTENSIONS ON)
-# The arena holds values of one type after values of another; products are rounded before sums.
-target_compile_options({name} PRIVATE -ffunction-sections -fdata-sections
-    -fno-strict-aliasing -ffp-contract=off)
-"""
-        if has_golden:
-            text += f"""
-option({self.upper}_SELFTEST "Build the self-test" OFF)
-if({self.upper}_SELFTEST)
-    enable_testing()
-    add_executable({name}_selftest selftest.c golden.c)
-    target_link_libraries({name}_selftest {name})
-    add_test(NAME {name}_selftest COMMAND {name}_selftest)
-endif()
-"""
-        return text
+        is_c = self.built.form == "c"
+        return cmake_lists(
+            self.name,
+            self.built.target,
+            [
+                f"{self.name}{part}.c"
+                for part in ("", "_constants", *(["_kernels"] if is_c else []))
+            ],
+            archive=None if is_c else self.archive_name,
+            is_mathematical=bool(self.built.library_functions),
+            has_golden=has_golden,
+            runtime=startup_sources(self.built.target),
+        )
 
 
 def _differs(index: int, upper: str, port: Port) -> str:
