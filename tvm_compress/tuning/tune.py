@@ -134,8 +134,8 @@ def measure_tasks(
 ) -> TuningResult:
     """By time on this machine or behind the tracker, by instructions for a target that has an
     emulator."""
-    if rpc is None and target.is_emulated:
-        return count_tasks(tasks, target, database, budget, progress=progress)
+    if rpc is None and target.is_cross:
+        return count_tasks(tasks, emulated(target), database, budget, progress=progress)
     cpu = device_of(target, rpc)
     return tune_tasks(tasks, target, database, budget, cpu=cpu, rpc=rpc, progress=progress)
 
@@ -147,15 +147,9 @@ def require_device(target: Target, rpc: Rpc | None = None) -> None:
     if rpc is not None:
         rpc.require()
         return
-    if target.is_emulated:
-        require_tools(target)
-        return
     if target.is_cross:
-        raise TargetError(
-            f"target {target.name!r} is run by hand (runner {target.runner}), so that nothing can "
-            "be measured; tune for its CPU under the emulator (leave the line `runner` out of the "
-            "board's file): records are found by instruction set, not by board"
-        )
+        require_tools(emulated(target))
+        return
     if not target.runs_here():
         missing = ", ".join(sorted(target.missing_here()))
         raise TargetError(
@@ -171,13 +165,22 @@ def require_device(target: Target, rpc: Rpc | None = None) -> None:
             )
 
 
+def emulated(target: Target) -> Target:
+    """A board that is run by hand, as the emulator of its CPU runs it; others as they are."""
+    if target.runner != "serial":
+        return target
+    return dataclasses.replace(
+        target, runner="qemu_system" if target.is_bare_metal else "qemu_user"
+    )
+
+
 def device_of(target: Target, rpc: Rpc | None = None) -> str:
     """What records call the machine that measures for the target."""
     if rpc is not None:
         return f"rpc {rpc.key}"
     if target.rpc_key:
         return f"rpc {target.rpc_key}"
-    return target.machine if target.is_emulated else this_cpu()
+    return target.machine or this_cpu()
 
 
 def this_cpu() -> str:
