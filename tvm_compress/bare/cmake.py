@@ -58,7 +58,7 @@ if({name.upper()}_SELFTEST)
     if target.is_bare_metal and runtime:
         script = "${CMAKE_CURRENT_SOURCE_DIR}/runtime/board.ld"
         files = " ".join(f"runtime/{path}" for path in runtime)
-        text += f"""    # No operating system: start-up code and linker script of the emulated machine.
+        text += f"""    # No operating system: start-up code and memory map of the emulated machine.
     target_sources({name}_selftest PRIVATE {files})
     target_link_options({name}_selftest PRIVATE -nostartfiles -Wl,--gc-sections
         -T {script})

@@ -19,9 +19,12 @@ nothing is allocated.
 
 ## Is it right on my board?
 
-Under the emulator: `cmake -S . -B build -D${upper}_SELFTEST=ON
--DCMAKE_TOOLCHAIN_FILE=toolchain.cmake`, `cmake --build build`, `ctest --test-dir build`. On the board:
-`selftest.c` holds the network on samples with known results (`golden.c`). Put both into your
+Under the emulator:
+
+    cmake -S . -B build -D${upper}_SELFTEST=ON -DCMAKE_TOOLCHAIN_FILE=toolchain.cmake
+    cmake --build build && ctest --test-dir build
+
+On the board: `selftest.c` holds the network on samples with known results (`golden.c`). Put both into your
 firmware, compile `selftest.c` with `-D${upper}_NO_MAIN`, and print what it returns:
 
     extern int ${name}_selftest(void);
