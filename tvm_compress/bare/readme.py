@@ -24,8 +24,8 @@ Under the emulator:
     cmake -S . -B build -D${upper}_SELFTEST=ON -DCMAKE_TOOLCHAIN_FILE=toolchain.cmake
     cmake --build build && ctest --test-dir build
 
-On the board: `selftest.c` holds the network on samples with known results (`golden.c`). Put both into your
-firmware, compile `selftest.c` with `-D${upper}_NO_MAIN`, and print what it returns:
+On the board: `selftest.c` holds the network on samples with known results (`golden.c`). Put both
+into your firmware, compile `selftest.c` with `-D${upper}_NO_MAIN`, and print what it returns:
 
     extern int ${name}_selftest(void);
     printf("%d samples differ\\n", ${name}_selftest()); /* 0: every bit is as it should be */
