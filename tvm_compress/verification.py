@@ -7,7 +7,7 @@ and the same integers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .accuracy import measure_accuracy
+from .bare.observe import checksum
 from .errors import ArtefactError, CheckFailed
 from .kernels import LibraryInfo, capture
 from .measures import ErrorSums
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .artefact import Artefact
+    from .bare.session import ProjectSession
     from .data import Dataset
     from .runtime import Session
 
@@ -175,22 +177,49 @@ class _Differences:
 def check_project(
     artefact: Artefact, feeds: Iterable[Mapping[str, np.ndarray]], progress: Progress
 ) -> Exactness:
-    """Compare the outputs of a C project, run as its target is, with the reference graph's.
+    """Compare a C project, run as its target is, with the reference graph: its outputs, and by
+    checksum the integer tensors between its layers, as soon as they are written.
 
-    Outputs only: the memory of a tensor in between is another one's when the function returns.
+    Not so where a layer stayed float, behind which a code may be one step off (`check_exactness`).
     """
     project, reference = artefact.project(), reference_session(artefact)
+    layers = _comparable(project, artefact.kernels["taps"])
     with progress.step("comparing integers"):
         codes = [project.codes(feed) for feed in feeds]
         results = project.run_codes(codes).outputs
+        sums = project.checksums(codes) if layers else [{} for _ in codes]
         compared = _Differences()
-        for code, found in zip(codes, results, strict=True):
-            compared.add_outputs(found, reference.run(code))
+        for code, found, between in zip(codes, results, sums, strict=True):
+            expected = reference.run(code)
+            for name, named in layers.items():
+                wanted = expected[TAP + name]
+                compared.elements += wanted.size
+                if between[name] != checksum(wanted):
+                    compared.differing[named] = None
+            compared.add_outputs(found, expected)
     integers = sum(port.spec.dtype.startswith(("int", "uint")) for port in project.output_ports)
     return Exactness(
-        len(codes), integers, compared.elements, tuple(compared.differing),
+        len(codes), len(layers) + integers, compared.elements, tuple(compared.differing),
         compared.float_difference, 0,
     )  # fmt: skip
+
+
+def _comparable(project: ProjectSession, taps: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Tensors of the arena that the reference has in the same form, in the order of their layers:
+    name => name with layers. Those that lost channels differ in shape."""
+    taps = list(taps)
+    if any(tap.get("from_floats", False) for tap in taps):
+        return {}
+    forms = {tap["name"]: (list(tap["shape"]), tap["dtype"]) for tap in taps}
+    return {
+        entry["name"]: _with_layers(entry["name"], entry["layers"])
+        for entry in project.observed
+        if forms.get(entry["name"]) == (entry["shape"], entry["dtype"])
+    }
+
+
+def _with_layers(name: str, layers: Sequence[str]) -> str:
+    return f"{name} ({', '.join(layers)})" if layers else name
 
 
 def compare_project(
@@ -259,10 +288,7 @@ def check_exactness(
                     compared.differing[name] = None
             compared.add_outputs(outputs, expected)
     layers = {call.output: call.layers for call in info.calls}
-    named = tuple(
-        f"{name} ({', '.join(layers[name])})" if layers.get(name) else name
-        for name in compared.differing
-    )
+    named = tuple(_with_layers(name, layers.get(name, ())) for name in compared.differing)
     return Exactness(
         inputs, len(from_floats), compared.elements, named, compared.float_difference, rounded
     )

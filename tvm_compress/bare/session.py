@@ -22,7 +22,7 @@ from ..runners.rpc import NAME_IT
 from .emit import read_interface
 
 if TYPE_CHECKING:
-    from ..runners.project import Program
+    from ..runners.project import Program, Project
     from ..runners.run import RunResult
     from ..targets import Target
 
@@ -115,6 +115,27 @@ class ProjectSession:
 
         return run_program(self.program, feeds, count=count)
 
+    def checksums(self, feeds: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, int]]:
+        """`observe.checksum` of what lay in the arena behind each layer, in order, by tensor; of
+        samples as the C function takes them."""
+        from ..runners.run import run_program
+        from .observe import SUMS, observed_project
+
+        names = [entry["name"] for entry in self.observed]
+        if not names:
+            return [{} for _ in feeds]
+        with TemporaryDirectory(prefix="tvm-compress-observed-") as folder:
+            name = self._interface["name"]
+            project = observed_project(self._project, name, len(names), Path(folder))
+            results = run_program(self._built(project, Path(folder)), feeds, count=False).outputs
+        return [dict(zip(names, map(int, outputs[SUMS]), strict=True)) for outputs in results]
+
+    @property
+    def observed(self) -> Sequence[Mapping[str, Any]]:
+        """Tensors in the arena, in the order of their layers: name, shape, dtype, layers."""
+        found: Sequence[Mapping[str, Any]] = self._interface["observed"]
+        return found
+
     def times(self, feed: Mapping[str, np.ndarray], seconds: float) -> list[float]:
         """Seconds of single inferences on a board behind an RPC tracker, for about `seconds`."""
         from ..runners.rpc import time_remote
@@ -137,7 +158,21 @@ class ProjectSession:
 
     @cached_property
     def program(self) -> Program:
-        from ..runners.project import Project, build_library, build_program
+        self._folder = TemporaryDirectory(prefix="tvm-compress-program-")
+        program = self._built(self._project, Path(self._folder.name))
+        if self.target.runner != "rpc":
+            _require_fits(program)
+        return program
+
+    def _built(self, project: Project, folder: Path) -> Program:
+        from ..runners.project import build_library, build_program
+
+        build = build_library if self.target.runner == "rpc" else build_program
+        return build(project, self.target, folder)
+
+    @property
+    def _project(self) -> Project:
+        from ..runners.project import Project
 
         name, form = self._interface["name"], self._interface["form"]
         sources = [f"{name}.c", f"{name}_constants.c"]
@@ -146,7 +181,7 @@ class ProjectSession:
             sources.append(f"{name}_kernels.c")
         else:
             objects.append(f"lib{name}_kernels.a")
-        project = Project(
+        return Project(
             folder=self.folder,
             header=f"{name}_io.h",
             run=f"{name}_run_arrays",
@@ -158,12 +193,6 @@ class ProjectSession:
             flags=("-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unused-variable",
                    "-Wno-unused-but-set-variable"),
         )  # fmt: skip
-        self._folder = TemporaryDirectory(prefix="tvm-compress-program-")
-        if self.target.runner == "rpc":
-            return build_library(project, self.target, Path(self._folder.name))
-        program = build_program(project, self.target, Path(self._folder.name))
-        _require_fits(program)
-        return program
 
 
 def _require_fits(program: Program) -> None:
