@@ -85,7 +85,7 @@ def matrix_kernel_as(
         return None
     if not takes(spec, dot, target):
         return None
-    epilogue = Epilogue(fused, anchor)
+    epilogue = kernel.epilogue_of(fused, anchor, target)
     if any(not stage.is_map for stage in epilogue.rest):
         return None
     return kernel(fused, anchor, spec, operands, window, dot, target, epilogue, choice)
@@ -114,6 +114,11 @@ class MatrixKernel:
     """One function being written; instruction sets say by which dots and in what tiles."""
 
     name: ClassVar[str] = ""
+
+    @staticmethod
+    def epilogue_of(fused: FusedFunction, anchor: Stage, _target: Target) -> Epilogue:
+        """How the stages behind the anchor are written."""
+        return Epilogue(fused, anchor)
 
     @staticmethod
     def select_dot(spec: WeightedSpec, target: Target, packed: PackedLayout) -> Dot | None:

@@ -30,10 +30,11 @@ def longest_chain(
     Chains start anew with every `run` of steps, by default the kernel's innermost loop (`run_of`).
     `added` neighbouring products are one sum already in a step; data lie anywhere in `data`.
     """
-    layout = spec.packed_layout
-    assert layout is not None
     groups, blocks, steps, width, group = packed.shape
-    run = run or run_of(spec, layout)
+    if run is None:
+        layout = spec.packed_layout
+        assert layout is not None
+        run = run_of(spec, layout)
     # The 16-bit sums of every output: [groups, blocks, runs, steps of a run, width, sums]
     missing = -steps % run
     full = np.pad(packed.astype(np.int32), ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0)))

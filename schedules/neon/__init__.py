@@ -1,6 +1,10 @@
 """Kernels for NEON (ARMv7-A and AArch64), selected by capability. See README.md of this folder."""
 
 from ..template import Template
+from .depthwise import depthwise_kernel
 from .matrix import matrix_kernel
 
-NEON_TEMPLATES = (Template("neon.matrix", matrix_kernel),)
+NEON_TEMPLATES = (
+    Template("neon.depthwise", depthwise_kernel),
+    Template("neon.matrix", matrix_kernel),
+)

@@ -16,12 +16,14 @@ from ..band import Source
 from ..choice import Choice
 from ..dot import Dot, FloatDot
 from ..emit import dtype_bits, vector
-from ..fused import FusedFunction
+from ..epilogue import Epilogue
+from ..fused import FusedFunction, Stage
 from ..layout import PackedLayout
 from ..matrix import MatrixKernel, MatrixSpec, matrix_kernel_as, takes_weight
 from ..spec import WeightedSpec, ceil_div
 from ..tile import Tile
 from .dot import LANES, PairsDot, TileDot, select_dot
+from .epilogue import NeonEpilogue
 
 _VECTOR_BYTES = 16
 # Larger tiles are tried by tuning only.
@@ -57,6 +59,10 @@ class NeonKernel(MatrixKernel):
     """What the three forms share: a turn of the innermost loop is the steps of one load of data."""
 
     name = "neon.matrix"
+
+    @staticmethod
+    def epilogue_of(fused: FusedFunction, anchor: Stage, target: Target) -> Epilogue:
+        return NeonEpilogue(fused, anchor, target)
 
     @staticmethod
     def select_dot(spec: WeightedSpec, target: Target, packed: PackedLayout) -> Dot | None:

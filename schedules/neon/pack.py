@@ -11,6 +11,7 @@ from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec
 from ..weights import pack_codes, weight_codes
 from ..window import window_of
 from ..x86.pack import without_zero_point
+from .depthwise import taps_in_turn
 from .dot import LANES, ByteDot, PairsDot, TileDot, WordDot, multiplies_bytes
 
 # Zeros between the rows of a kernel may make it so much longer before 16-bit operands pay.
@@ -51,10 +52,12 @@ def pack_weight(
         return None
     changed, codes = without_zero_point(spec, weight_codes(spec, weight))
     if isinstance(spec, Conv2dSpec) and spec.is_depthwise:
-        if changed == spec:
-            return None
         plain = codes.transpose(1, 0, 2).reshape(changed.weight_shape)
-        return changed, np.ascontiguousarray(plain)
+        if multiplies_bytes(changed):
+            steps = plain.reshape(1, 1, changed.reduction_size, -1, 1)
+            run = taps_in_turn(changed)
+            changed = changed.replace(chain=longest_chain(changed, steps, run, _DATA, added=1))
+        return None if changed == spec else (changed, np.ascontiguousarray(plain))
     layout = choose_layout(changed, target)
     if layout is None:
         return None

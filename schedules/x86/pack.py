@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from ...targets import Target
+from .. import depthwise_kernel
 from ..layout import PackedLayout
 from ..matrix import takes_weight
 from ..saturation import LONGEST_CHAIN, longest_chain
 from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..weights import pack_codes, weight_codes
 from ..window import window_of
-from . import depthwise, nibbles
+from . import nibbles
 from .dot import ChainDot, select_dot
 
 # A wider block is worth at most this much more memory for padded channels...
@@ -139,7 +140,7 @@ def decoded_spec(spec: WeightedSpec, target: Target) -> WeightedSpec | None:
         table_channels=0,
     )  # fmt: skip
     if isinstance(spec, Conv2dSpec) and spec.is_depthwise:
-        return None if depthwise.takes_weight(spec) else plain
+        return None if depthwise_kernel.takes_weight(spec) else plain
     dot = select_dot(spec, target, choose_lanes(spec, target))
     if not isinstance(spec, (Conv2dSpec, Conv2dTransposeSpec, MatmulSpec)):
         return None
