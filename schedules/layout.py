@@ -8,7 +8,9 @@ data), `K` the whole reduction axis. The array is [groups, blocks, K / group, wi
 zero-filled; int4 codes lie two in a byte, K-step 2j in the low nibble and 2j + 1 in the high one.
 
 A `T` behind the name turns the last two axes: [groups, blocks, K / group, group, width]. The
-outputs of a position lie side by side, where an instruction takes every other byte of a word.
+outputs of a position lie side by side, where an instruction takes every other byte of a word. A `J`
+behind that joins two such outputs a, b to one 16-bit integer, 256 * b + a: with a negative a, the
+byte of b is one less.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-_NAME = re.compile(r"O(\d+)([IRK])(\d+)(T?)")
+_NAME = re.compile(r"O(\d+)([IRK])(\d+)(TJ?)?")
 
 Reduction = tuple[int, int, int]
 """Kernel rows, kernel columns, input channels of one group."""
@@ -32,11 +34,14 @@ class PackedLayout:
     axis: str
     turned: bool = False
     """Whether the outputs of a position lie side by side, not the positions of an output."""
+    joined: bool = False
+    """Whether two such outputs are one 16-bit integer."""
 
     @property
     def name(self) -> str:
         """The name `parse_layout` reads."""
-        return f"O{self.width}{self.axis}{self.group}{'T' if self.turned else ''}"
+        end = ("TJ" if self.joined else "T") if self.turned else ""
+        return f"O{self.width}{self.axis}{self.group}{end}"
 
     def _round(self, n: int) -> int:
         return -(-n // self.group) * self.group
@@ -67,5 +72,7 @@ def parse_layout(name: str) -> PackedLayout:
     """Inverse of `PackedLayout.name`; ValueError when `name` is no packed layout."""
     match = _NAME.fullmatch(name)
     if match is None or int(match[1]) < 1 or int(match[3]) < 1:
-        raise ValueError(f"weight layout {name!r} is neither plain nor O<width>(I|R|K)<group>[T]")
-    return PackedLayout(int(match[1]), int(match[3]), match[2], bool(match[4]))
+        rule = "O<width>(I|R|K)<group>[T[J]]"
+        raise ValueError(f"weight layout {name!r} is neither plain nor {rule}")
+    end = match[4] or ""
+    return PackedLayout(int(match[1]), int(match[3]), match[2], bool(end), end == "TJ")

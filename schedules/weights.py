@@ -57,6 +57,10 @@ def weight_value(
             code = nibble(weight[group, outer, step // 2, inner, lane], step % 2)
         else:
             code = weight[group, outer, step, inner, lane]
+            if packed.joined:
+                first = weight[group, outer, step, inner, lane // 2 * 2]
+                carried = tirx.all(lane % 2 == 1, first < tirx.const(0, "int8"))
+                code = code + carried.astype("int8")
     elif spec.weight_dtype == "int4":
         code = nibble(weight[position // 2, column], position % 2)
     else:
@@ -139,6 +143,9 @@ def unpack_weight(spec: WeightedSpec, weight: np.ndarray) -> np.ndarray:
         weight = ((both.astype(np.int8) ^ 8) - 8).astype(np.int8)[
             :, :, : packed.steps(spec.reduction)
         ]
+    if packed.joined:
+        weight = weight.copy()
+        weight[..., 1::2] += weight[..., 0::2] < 0
     if packed.turned:
         weight = weight.swapaxes(3, 4)
     # [G, O, S, w, g] -> [G, S, g, O, w] -> [G, S*g, O*w]
@@ -187,7 +194,8 @@ def pack_codes(
 ) -> np.ndarray:
     """Codes [groups, K, N] => the array `spec.replace(weight_layout=layout)` reads.
 
-    `padding` are the codes [N] between and behind the positions; by default what decodes to 0."""
+    `padding` are the codes [N] between and behind the positions; by default what decodes to 0. A
+    joined layout has no second output of -128 beside a first one below 0."""
     packed = spec.replace(weight_layout=layout).packed_layout
     assert packed is not None
     groups, _, columns = codes.shape
@@ -204,6 +212,9 @@ def pack_codes(
     array = full.reshape(groups, steps, packed.group, blocks, packed.width).transpose(0, 3, 1, 4, 2)
     if packed.turned:
         array = array.swapaxes(3, 4)
+    if packed.joined:
+        array = array.copy()
+        array[..., 1::2] -= array[..., 0::2] < 0
     if spec.weight_dtype == "int4":
         nibbles = array.astype(np.uint8) & 0xF
         if steps % 2:

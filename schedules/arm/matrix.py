@@ -12,6 +12,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 from tvm import ir, tirx
 
 from ...targets import Target
@@ -29,6 +30,9 @@ from .rows import Widened
 
 CHANNELS = 2
 LAYOUT = PackedLayout(CHANNELS, 2, "R", turned=True)
+JOINED = PackedLayout(CHANNELS, 2, "R", turned=True, joined=True)
+# Taking joined sums apart costs as much as opening the weights of so many steps.
+_LEAST_JOINED_STEPS = 12
 # Steps written out: a turn of the loop costs four instructions, a step of a full tile fifteen.
 _STEPS = (12, 10, 8, 6, 4)
 _EPILOGUE = 11
@@ -49,6 +53,23 @@ def takes(spec: WeightedSpec) -> bool:
     )
 
 
+def layout_of(spec: WeightedSpec, codes: np.ndarray) -> PackedLayout:
+    """The layout for codes [1, K, N]: joined where it pays and every second channel's sum, whatever
+    the data, fits 24 bits."""
+    if LAYOUT.steps(spec.reduction) < _LEAST_JOINED_STEPS or spec.data_dtype == "int16":
+        return LAYOUT
+    first, second = codes[0, :, 0::2].astype(np.int64), codes[0, :, 1::2].astype(np.int64)
+    low, high = (-128, 127) if spec.data_dtype == "int8" else (0, 255)
+    most = np.maximum(second * low, second * high).sum(axis=0)
+    least = np.minimum(second * low, second * high).sum(axis=0)
+    if second.size and (most.max() >= 1 << 23 or least.min() < -(1 << 23)):
+        return LAYOUT
+    pairs = second.shape[1]
+    if np.any((first[:, :pairs] < 0) & (second == -128)):
+        return LAYOUT
+    return JOINED
+
+
 def matrix_kernel(
     fused: FusedFunction, target: Target, choice: Choice | None
 ) -> _MatrixKernel | None:
@@ -58,7 +79,7 @@ def matrix_kernel(
         return None
     spec = anchor.spec
     packed = spec.packed_layout
-    if packed is None or not takes(spec) or packed.name != LAYOUT.name:
+    if packed is None or not takes(spec) or packed not in (LAYOUT, JOINED):
         return None
     operands = find_operands(fused, anchor, spec)
     if operands is None:
@@ -131,6 +152,7 @@ class _MatrixKernel:
             ring_bytes=0 if self.flat or rows == 1 else 2 * pitch * rows,
             unroll=self.unroll,
             is_aligned=self.pitch % 2 == 0,
+            is_joined=self.packed.joined,
         )
 
     def space(self) -> SearchSpace:

@@ -36,6 +36,7 @@ class MicroKernel:
     """Steps written out; even."""
     is_aligned: bool
     """Whether all data are read at whole words."""
+    is_joined: bool = False
 
     @property
     def is_double(self) -> bool:
@@ -47,6 +48,11 @@ class MicroKernel:
         )
 
     @property
+    def is_quadruple(self) -> bool:
+        """Whether there are registers for four steps at once."""
+        return self.columns == 1 and self.is_joined and self.is_double
+
+    @property
     def is_possible(self) -> bool:
         """Whether the immediate offsets reach all outputs."""
         return (self.columns - 1) * self.column_bytes <= _LDR_REACH
@@ -55,14 +61,16 @@ class MicroKernel:
     def cost(self) -> int:
         """Instructions of a call, roughly."""
         step = 5 * self.columns + 5 if self.is_double else 2 * (3 * self.columns + 3)
-        return self.rows * (self.run * step // 2 + 10) + 6 * self.columns + 20
+        step = 7 if self.is_quadruple else step - 2 * self.is_joined
+        end = 6 + 2 * self.is_joined
+        return self.rows * (self.run * step // 2 + 10) + end * self.columns + 20
 
     @property
     def name(self) -> str:
         """Unique among the kernels of a program, the same for equal ones."""
         facts = (
             self.columns, self.run, self.rows, self.column_bytes, self.row_bytes, self.ring_bytes,
-            self.unroll, int(self.is_aligned),
+            self.unroll, int(self.is_aligned), int(self.is_joined),
         )  # fmt: skip
         return "tvmc_smlad_" + "_".join(str(fact) for fact in facts)
 
@@ -88,9 +96,9 @@ class MicroKernel:
 
 
 class _Body:
-    # The frame: where the sums go, end of a run's weights, kernel rows left, alignment; then what
-    # was pushed, and behind it the fifth argument.
-    SUMS, LAST, ROWS, FRAME = 0, 4, 8, 12
+    # The frame: where the sums go, end of a run's weights, kernel rows left, initial sums; then
+    # what was pushed, and behind it the fifth argument.
+    SUMS, LAST, ROWS, INITIAL, FRAME = 0, 4, 8, 12, 16
     END = FRAME + 36
 
     def __init__(
@@ -101,13 +109,21 @@ class _Body:
     def lines(self) -> list[str]:
         kernel, sums = self.kernel, self.sums
         out = ["push {r4-r11, lr}", f"sub sp, #{self.FRAME}", f"str r3, [sp, #{self.SUMS}]"]
-        out.append(f"ldrd {sums[0]}, {sums[1]}, [r2]")
-        out += [f"mov {sums[i]}, {sums[i % 2]}" for i in range(2, len(sums))]
+        if kernel.is_joined:
+            out += [f"str r2, [sp, #{self.INITIAL}]", f"ldr {sums[0]}, [r2]"]
+            out += [f"mov {total}, {sums[0]}" for total in sums[1:]]
+        else:
+            out.append(f"ldrd {sums[0]}, {sums[1]}, [r2]")
+            out += [f"mov {sums[i]}, {sums[i % 2]}" for i in range(2, len(sums))]
         if kernel.rows > 1:
             out += [f"movs r2, #{kernel.rows}", f"str r2, [sp, #{self.ROWS}]", "1:"]
         out += self.row()
         if kernel.rows > 1:
             out += self.next_row()
+        if kernel.is_joined:
+            out += [f"ldr r2, [sp, #{self.INITIAL}]", "ldr r2, [r2, #4]"]
+            for first, second in zip(sums[::2], sums[1::2], strict=True):
+                out += [f"sub {second}, {second}, {first}", f"add {second}, r2, {second}, asr #8"]
         out += [f"ldr r0, [sp, #{self.SUMS}]", f"stm r0, {{{', '.join(sums)}}}"]
         return [*out, f"add sp, #{self.FRAME}", "pop {r4-r11, pc}"]
 
@@ -136,16 +152,37 @@ class _Body:
     def steps(self, count: int) -> list[str]:
         if not self.kernel.is_double:
             return [line for _ in range(count) for line in self.single()]
+        if self.kernel.is_quadruple:
+            out = [line for _ in range(count // 4) for line in self.quadruple()]
+            count %= 4
+            out += [line for _ in range(count // 2) for line in self.double()]
+            return out + (self.single() if count % 2 else [])
         out = [line for _ in range(count // 2) for line in self.double()]
         return out + (self.single() if count % 2 else [])
+
+    def quadruple(self) -> list[str]:
+        """Four words of data and of joined weights."""
+        first, second = self.sums
+        words, data, opened = ["r6", "r7", "r8", "r9"], ["r2", "r3", "r12", "lr"], "r10"
+        out = [f"ldm r1!, {{{', '.join(words)}}}", f"ldm r0!, {{{', '.join(data)}}}"]
+        for x, w in zip(data, words, strict=True):
+            out += [
+                f"sxtb16 {opened}, {w}",
+                f"smlad {first}, {x}, {opened}, {first}",
+                f"smlad {second}, {x}, {w}, {second}",
+            ]
+        return out
 
     def double(self) -> list[str]:
         """[a0 b0 a1 b1] [a2 b2 a3 b3]"""
         a0, b0, a1, b1 = self.opened
         x, y = self.data
-        out = [f"ldrd {a0}, {a1}, [r1], #8"]
-        for even, odd in ((a0, b0), (a1, b1)):
-            out += [f"sxtb16 {odd}, {even}, ror #8", f"sxtb16 {even}, {even}"]
+        if self.kernel.is_joined:
+            out = [f"ldrd {b0}, {b1}, [r1], #8", f"sxtb16 {a0}, {b0}", f"sxtb16 {a1}, {b1}"]
+        else:
+            out = [f"ldrd {a0}, {a1}, [r1], #8"]
+            for even, odd in ((a0, b0), (a1, b1)):
+                out += [f"sxtb16 {odd}, {even}, ror #8", f"sxtb16 {even}, {even}"]
         for p in range(self.kernel.columns):
             sa, sb = self.sums[2 * p : 2 * p + 2]
             out += [
@@ -160,7 +197,10 @@ class _Body:
     def single(self) -> list[str]:
         a, b = self.opened[:2]
         x = self.data[0]
-        out = [f"ldr {a}, [r1], #4", f"sxtb16 {b}, {a}, ror #8", f"sxtb16 {a}, {a}"]
+        if self.kernel.is_joined:
+            out = [f"ldr {b}, [r1], #4", f"sxtb16 {a}, {b}"]
+        else:
+            out = [f"ldr {a}, [r1], #4", f"sxtb16 {b}, {a}, ror #8", f"sxtb16 {a}, {a}"]
         for p in range(self.kernel.columns):
             sa, sb = self.sums[2 * p : 2 * p + 2]
             out += [
@@ -207,12 +247,14 @@ def add_constant(to: str, value: str, number: int, scratch: str) -> list[str]:
     return [f"movw {scratch}, #{low}", f"movt {scratch}, #{high}", f"add {to}, {value}, {scratch}"]
 
 
-def as_llvm(name: str, assembly: str, arguments: int) -> str:
-    """Assembly as a module of LLVM's, for `pragma_import_llvm`. What is called is NAME_call, which
+def as_llvm(name: str, assembly: str, pointers: int, integers: int = 0) -> str:
+    """Assembly as a module of LLVM's, for `pragma_import_llvm`. Its arguments are pointers, then
+    integers. What is called is NAME_call, which
     promises that nothing is thrown: or else the linker would want an unwinder."""
     lines = ['module asm "{}"'.format(line.replace('"', "\\22")) for line in assembly.splitlines()]
-    types = ", ".join(["ptr"] * arguments)
-    values = ", ".join(f"ptr %a{i}" for i in range(arguments))
+    kinds = ["ptr"] * pointers + ["i32"] * integers
+    types = ", ".join(kinds)
+    values = ", ".join(f"{kind} %a{i}" for i, kind in enumerate(kinds))
     return "\n".join(
         [
             *lines,

@@ -34,5 +34,5 @@ def pack_weight(
     elif not matrix.takes(changed):
         return None
     else:
-        layout = matrix.LAYOUT.name
+        layout = matrix.layout_of(changed, codes).name
     return changed.replace(weight_layout=layout), pack_codes(changed, codes, layout)
