@@ -18,10 +18,12 @@ _PADDING_LIMIT = 1.07
 _SMALL_WEIGHT_BYTES = 1024
 
 
-def choose_lanes(spec: WeightedSpec) -> int:
+def choose_lanes(spec: WeightedSpec, target: Target) -> int:
     """Outputs of a group of registers: eight of them, or fewer when padding would cost too much."""
     narrow = ceil_div(spec.columns, _LANES[-1]) * _LANES[-1]
     for lanes in _LANES[:-1]:
+        if lanes * 32 > 8 * target.vector_bits:
+            continue
         padded = ceil_div(spec.columns, lanes) * lanes
         small = (padded - narrow) * spec.reduction_size <= _SMALL_WEIGHT_BYTES
         if spec.columns > lanes // 2 and (padded <= narrow * _PADDING_LIMIT or small):
@@ -30,7 +32,7 @@ def choose_lanes(spec: WeightedSpec) -> int:
 
 
 def pack_weight(
-    spec: WeightedSpec, weight: np.ndarray, _target: Target
+    spec: WeightedSpec, weight: np.ndarray, target: Target
 ) -> tuple[WeightedSpec, np.ndarray] | None:
     """The spec and weight array of the same layer in the layout the target's kernel reads; None:
     keep both."""
@@ -42,7 +44,7 @@ def pack_weight(
             return None
         plain = codes.transpose(1, 0, 2).reshape(changed.weight_shape)
         return changed, np.ascontiguousarray(plain)
-    lanes = choose_lanes(changed)
+    lanes = choose_lanes(changed, target)
     if not isinstance(spec, (Conv2dSpec, Conv2dTransposeSpec, MatmulSpec)):
         return None
     if select_dot(changed, lanes) is None:

@@ -21,12 +21,13 @@ from ..arm.rounding import _is_lrint as is_lrint
 from ..arm.rounding import finisher
 from ..emit import Emitter
 from ..fused import FusedFunction, Index, Stage
+from .exact import NAME, exact_product
 
 _FRACTION_BITS = 6
 """So many bits of the fraction decide whether a tie is near: one product in 64 is looked at
 again."""
 _LEAST_SHIFT, _MOST_SHIFT = 3, 14
-_FAST, _EXACT = "tvmc_scaled", "tvmc_scaled_exactly"
+_FAST = "tvmc_scaled"
 
 
 def _int(value: int) -> ir.Expr:
@@ -48,6 +49,10 @@ class ScalarEpilogue(DspEpilogue):
     def start_channel(self, e: Emitter, indices: Index | None = None) -> None:
         super().start_channel(e, indices)
         self._factors = {}
+        if self._in_integers and indices is not None:
+            for constant in self._constants.values():
+                if str(constant.ty.dtype) == "float32":
+                    self._factors[constant] = self._integers(e, constant)
 
     def finish(self, value: ir.Expr) -> ir.Expr:
         value = super().finish(value)
@@ -59,7 +64,8 @@ class ScalarEpilogue(DspEpilogue):
         """LLVM's form of what the expressions call."""
         if not self._is_used:
             return ""
-        return _helpers(_HIGH_PRODUCT if self._has_high_product else _HIGH_PRODUCT_OF_HALVES)
+        high = _HIGH_PRODUCT if self._has_high_product else _HIGH_PRODUCT_OF_HALVES
+        return _helpers(self.target, high)
 
     def _scaled(self, e: Any) -> ir.Expr:
         """`e` with what is rounded to a byte computed in integers."""
@@ -142,9 +148,12 @@ _HIGH_PRODUCT_OF_HALVES = """
 """
 
 
-def _helpers(high_product: str) -> str:
+def _helpers(target: Target, high_product: str) -> str:
     """What is computed of every sum, and what only near a tie."""
-    return f"""
+    lines = exact_product(target).replace('"', "\\22").splitlines()
+    assembly = "\n".join(f'module asm "{line}"' for line in lines)
+    return f"""{assembly}
+declare i32 @{NAME}(i32 %x, i32 %bits) nounwind memory(none)
 define internal i32 @{_FAST}(i32 %x, i32 %bits, i32 %mantissa, i32 %shift, i32 %plus, i32 %near)
     alwaysinline nounwind memory(none) {{
 entry:{high_product}
@@ -153,7 +162,7 @@ entry:{high_product}
   %istie = icmp eq i32 %room, 0
   br i1 %istie, label %again, label %fast
 again:
-  %exact = call i32 @{_EXACT}(i32 %x, i32 %bits)
+  %exact = call i32 @{NAME}(i32 %x, i32 %bits) nounwind memory(none)
   br label %done
 fast:
   %quotient = ashr i32 %raised, %shift
@@ -161,68 +170,5 @@ fast:
 done:
   %r = phi i32 [ %exact, %again ], [ %quotient, %fast ]
   ret i32 %r
-}}
-{_exact()}"""
-
-
-def _exact() -> str:
-    """lrint(float(x) * m) by m's bits, kept within +-2^22."""
-    return f"""
-define internal i32 @{_EXACT}(i32 %x, i32 %bits) noinline nounwind memory(none) {{
-entry:
-  %e = lshr i32 %bits, 23
-  %s = sub i32 150, %e
-  %from = icmp ugt i32 %s, 20
-  %to = icmp ult i32 %s, 48
-  %fits = and i1 %from, %to
-  br i1 %fits, label %integers, label %floats
-integers:
-  %f = and i32 %bits, 8388607
-  %m = or i32 %f, 8388608
-  %m64 = zext i32 %m to i64
-  %x64 = sext i32 %x to i64
-  %p = mul i64 %x64, %m64
-  %t = add i32 %s, -16
-  %t64 = zext i32 %t to i64
-  %q = ashr i64 %p, %t64
-  %rounded = add i64 %q, 32776
-  %low = trunc i64 %rounded to i32
-  %rest = and i32 %low, 65520
-  %near = icmp eq i32 %rest, 0
-  br i1 %near, label %floats, label %done
-done:
-  %n64 = ashr i64 %rounded, 16
-  %above = icmp sgt i64 %n64, 4194304
-  %most = select i1 %above, i64 4194304, i64 %n64
-  %below = icmp slt i64 %most, -4194304
-  %least = select i1 %below, i64 -4194304, i64 %most
-  %n = trunc i64 %least to i32
-  ret i32 %n
-floats:
-  %xf = sitofp i32 %x to float
-  %mf = bitcast i32 %bits to float
-  %r = fmul float %xf, %mf
-  %isbig = fcmp ogt float %r, 4194304.0
-  %r1 = select i1 %isbig, float 4194304.0, float %r
-  %issmall = fcmp olt float %r1, -4194304.0
-  %r2 = select i1 %issmall, float -4194304.0, float %r1
-  %whole = fptosi float %r2 to i32
-  %back = sitofp i32 %whole to float
-  %d = fsub float %r2, %back
-  %up = fcmp ogt float %d, 0.5
-  %down = fcmp olt float %d, -0.5
-  %tieup = fcmp oeq float %d, 0.5
-  %tiedown = fcmp oeq float %d, -0.5
-  %bit = and i32 %whole, 1
-  %odd = icmp ne i32 %bit, 0
-  %oddup = and i1 %tieup, %odd
-  %odddown = and i1 %tiedown, %odd
-  %plus = or i1 %up, %oddup
-  %minus = or i1 %down, %odddown
-  %a = zext i1 %plus to i32
-  %b = zext i1 %minus to i32
-  %c = add i32 %whole, %a
-  %v = sub i32 %c, %b
-  ret i32 %v
 }}
 """

@@ -29,28 +29,32 @@ class Rows:
         dtype: str,
         pad_value: int,
         tile: int,
+        channels: int = 0,
     ) -> None:
+        """`tile`: positions of a 1x1 layer at a time; `channels` of the input, where they are not
+        the window's."""
         self.e, self.window, self.fused, self.operands = e, window, fused, operands
+        self.channels = channels or window.channels
         self.dtype, self.pad_value = dtype, pad_value
         self.data = None if operands.data in fused.producers else e.flat(operands.data)
         self.is_direct = self.data is not None and not any(window.padding)
         self.is_flat = is_flat(window)
         self.rows = (window.kernel[0] - 1) * window.dilation[0] + 1
-        self.row_pitch = window.padded_columns * window.channels
+        self.row_pitch = window.padded_columns * self.channels
         self.ring = 0
         """Elements of the ring; 0: there is none."""
         if self.data is not None and self.is_direct:
             self.buffer = self.data
             return
         if self.is_flat:
-            self.buffer = e.alloc(tile * window.channels, dtype, "tile")
+            self.buffer = e.alloc(tile * self.channels, dtype, "tile")
             return
         self.ring = self.rows * self.row_pitch
         self.buffer = e.alloc(self.ring, dtype, "rows")
 
     def tile(self, first: Any, count: int) -> Any:
         """Where positions `first`.. of a layer without neighbours begin."""
-        channels = self.window.channels
+        channels = self.channels
         if self.is_direct:
             return first * channels
         with self.e.loop("p", count) as p:
@@ -66,9 +70,9 @@ class Rows:
         if left or right:
             with e.loop("row", self.rows) as row:
                 first = row * self.row_pitch
-                self._constant(first, left * window.channels)
+                self._constant(first, left * self.channels)
                 self._constant(
-                    first + (left + window.in_columns) * window.channels, right * window.channels
+                    first + (left + window.in_columns) * self.channels, right * self.channels
                 )
         with e.loop("row", self.rows - self._fresh) as row:
             self._fill(b, row)
@@ -88,12 +92,19 @@ class Rows:
             self._fill(b, first + (self.rows - self._fresh) + row)
         return e.bind("top", first % self.rows * self.row_pitch)
 
+    def row(self, top: Any, ky: int) -> Any:
+        """Where kernel row `ky` begins."""
+        place = top + ky * self.window.dilation[0] * self.row_pitch
+        if not self.ring or not ky:
+            return place
+        return tirx.Select(place >= self.ring, place - self.ring, place)
+
     def _fill(self, b: Any, padded_row: Any) -> None:
         """Row `padded_row`, counted from the border's first, into its place in the ring."""
         e, window = self.e, self.window
         top, left, bottom, _ = window.padding
-        count = window.in_columns * window.channels
-        first = e.bind("start", padded_row % self.rows * self.row_pitch + left * window.channels)
+        count = window.in_columns * self.channels
+        first = e.bind("start", padded_row % self.rows * self.row_pitch + left * self.channels)
         row = padded_row - top
 
         def copy() -> None:
@@ -103,7 +114,7 @@ class Rows:
                     e.store(self.buffer, self.data[origin + i], first + i)
                 return
             with e.loop("x", window.in_columns) as x:
-                self._position(first + x * window.channels, b, row, x)
+                self._position(first + x * self.channels, b, row, x)
 
         if not top and not bottom:
             copy()
@@ -121,7 +132,7 @@ class Rows:
         """The channels of one position, through whatever stages produce them."""
         e, window = self.e, self.window
         buffer = self.operands.data
-        with e.loop("c", window.channels) as c:
+        with e.loop("c", self.channels) as c:
             indices = window.indices(b, row, x, c)
             value = self.fused.inline(buffer, indices, lambda _buffer, _indices: None)
             e.store(self.buffer, value, to + c)
