@@ -1,4 +1,4 @@
-"""Depthwise convolution on cores without vectors: a few neighbouring outputs of a channel at a time.
+"""Depthwise convolution on cores without vectors: a few outputs of a channel at a time.
 
 The input's rows with their border are those of `rows.py`. A channel's weights and constants are
 loaded once for a row of outputs, and a byte that was loaded is used by all outputs of the tile that
