@@ -49,8 +49,8 @@ def _core(
             "mtriple": f"{triple}-unknown-none-gnueabi{'hf' if is_hard else ''}",
             "mcpu": mcpu or name,
             "mfloat-abi": float_abi,
-            # Level 3 unrolls twice as far: 3 % of flash with our loops of `smlad`, for nothing.
-            **({"opt-level": 2} if "dsp" in capabilities and vector_bits == 32 else {}),
+            # Level 3 unrolls twice as far: 3 % of flash with our loops, for nothing.
+            **({"opt-level": 2} if "dsp" in capabilities else {}),
             # The most that is taken for granted of a pointer's alignment.
             "vector-width": vector_bits,
         },

@@ -1,12 +1,13 @@
 """Depthwise convolution with Helium, sixteen channels at a time (`mve_taps.py`).
 
-Rows of a group of channels are copied with their border, then turned so that the rows of a window
-lie in words, channel by channel; channel by channel `vmlav` sums. The sums of a segment, all
-channels of the group again side by side, are requantised in vectors of four channels.
+Columns of input are copied so that the rows of a window lie in words, channel by channel, the
+border among them; channel by channel `vmlav` sums. The sums of a segment of a row, or of a few short
+rows, are requantised in vectors of four channels, which a gathering load collects.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,14 +21,15 @@ from ..layout import PackedLayout
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, ceil_div
 from ..window import window_of
-from .microkernel import as_llvm
-from .mve_rows import Rows, opaque
+from .assembly import as_llvm
+from .mve_rows import opaque
 from .mve_taps import GROUP, WINDOW, Columns, Taps
-from .mve_vector import LANES, VectorEmitter, llvm_helpers
+from .mve_vector import LANES, VectorEmitter, llvm_helpers, picked
 from .rounding import finisher
 
 LAYOUT = PackedLayout(1, 1, "K")
 """Channel by channel, its taps by rows."""
+_COLUMN_BYTES = GROUP * WINDOW
 _SUMS_BYTES = 2048
 _MOST_COLUMNS = 16
 
@@ -57,6 +59,8 @@ def depthwise_kernel(
         return None
     operands = find_operands(fused, anchor, anchor.spec)
     if operands is None or anchor.spec.packed_layout != LAYOUT:
+        return None
+    if operands.data in fused.producers:
         return None
     epilogue = Epilogue(fused, anchor)
     if any(not stage.is_map for stage in epilogue.rest):
@@ -111,7 +115,8 @@ class _DepthwiseKernel:
         most = max(1, _SUMS_BYTES // (row_bytes * self.outputs[0]))
         return min(most, self.window.rows // self.outputs[0])
 
-    def _read_columns(self) -> int:
+    @property
+    def read_columns(self) -> int:
         """Columns of input that the windows of a segment reach over."""
         windows = self._windows(self.columns)
         return (windows - 1) * self.outputs[1] * self.spec.strides[1] + WINDOW
@@ -133,27 +138,22 @@ class _DepthwiseKernel:
     def build(self) -> tirx.PrimFunc:
         e, window, spec = self.e, self.window, self.spec
         self.weight = e.flat(self.operands.weight)
+        self.data = e.flat(self.operands.data)
         self.epilogue.declare(e)
-        down, along = spec.strides
-        read = self._read_columns()
-        beyond = (window.columns - self.columns) * along + read - window.padded_columns
-        self.rows = Rows(
-            e, window, self.fused, self.operands, spec.pad_value, self.read_rows, self.width,
-            GROUP, window.input_rows(window.rows), max(0, beyond) * GROUP + GROUP,
-        )  # fmt: skip
-        self.turned = opaque(e, self.bands * read * GROUP * WINDOW, "int8", "turned")
-        across = self._windows(self.columns) * self.outputs[1]
-        self.row_pitch = across * GROUP
-        self.sums = opaque(e, self.bands * self.outputs[0] * self.row_pitch, "int32", "sums")
+        self.turned = opaque(e, self.bands * self.read_columns * _COLUMN_BYTES, "int8", "turned")
+        self.windows = self._windows(self.columns)
+        places = self.outputs[0] * self.outputs[1]
+        self.sums = opaque(e, self.bands * self.windows * places * self.width, "int32", "sums")
+        self.segments = ceil_div(window.columns, self.columns)
         self.code: dict[str, str] = {}
         groups = ceil_div(spec.in_channels, GROUP)
-        with e.loop("b", window.batch) as b:
-            self.rows.fill_border()
-            with e.loop("group", groups) as group:
-                channel: Any = group * GROUP
-                if spec.in_channels % GROUP and groups > 1:
-                    channel = tirx.min(channel, spec.in_channels - GROUP)
-                self._group(b, e.bind("channel", channel))
+        if self.segments == 1:
+            self._border(tirx.const(0, "int32"))
+        with e.loop("b", window.batch) as b, e.loop("group", groups) as group:
+            channel: Any = group * GROUP
+            if spec.in_channels % GROUP and groups > 1:
+                channel = tirx.min(channel, spec.in_channels - GROUP)
+            self._group(b, e.bind("channel", channel))
         self.epilogue.emit_rest(e, 1)
         code = "".join(self.code.values())
         return e.function(list(self.fused.func.params), {}, code + llvm_helpers())
@@ -172,76 +172,145 @@ class _DepthwiseKernel:
     def _band(self, b: Any, channel: Any, y: Any, bands: int) -> None:
         """Output rows from y on, segment by segment."""
         e, window = self.e, self.window
-        segments = ceil_div(window.columns, self.columns)
-        down = self.spec.strides[0]
-        if segments == 1:
-            with e.loop("i", bands) as i:
-                self.rows.fill(b, (y + i * self.outputs[0]) * down, channel)
-                self._turn(tirx.const(0, "int32"), i)
-            self._segment_results(b, channel, y, tirx.const(0, "int32"), bands)
-            return
-        if bands > 1:
-            # The rows of one window are at hand at a time.
-            with e.loop("i", bands) as i:
-                self._band(b, channel, y + i * self.outputs[0], 1)
-            return
-        self.rows.fill(b, y * down, channel)
-        with e.loop("segment", segments) as segment:
+        with e.loop("segment", self.segments) as segment:
             first = segment * self.columns
             if window.columns % self.columns:
                 first = tirx.min(first, window.columns - self.columns)
             x = e.bind("x", first)
-            self._turn(x, tirx.const(0, "int32"))
-            self._segment_results(b, channel, y, x, 1)
+            if self.segments > 1:
+                self._border(x)
+            with e.loop("i", bands) as i:
+                self._turn(b, channel, y + i * self.outputs[0], x, i)
+            self._sum(channel, bands)
+            self._results(b, channel, y, x, bands)
 
-    def _call(self, loops: Columns | Taps, *pointers: Any) -> None:
+    def _inside(self, x: Any) -> tuple[Any, Any]:
+        """Which columns of a segment are inside the input: from .. to."""
+        window = self.window
+        left = window.padding[1]
+        if self.segments == 1:
+            return left, min(left + window.in_columns, self.read_columns)
+        start = left - x * self.spec.strides[1]
+        return tirx.max(start, 0), tirx.min(start + window.in_columns, self.read_columns)
+
+    def _border(self, x: Any) -> None:
+        """Columns outside the input: they are not written by what copies the others."""
+        e, value = self.e, tirx.const(self.spec.pad_value, "int8")
+        first, end = self._inside(x)
+        left, _, right = self.window.padding[1:]
+        read, bands = self.read_columns, self.bands
+        if not left and not right:
+            return
+
+        def column(band: Any, number: Any) -> None:
+            at = (band * read + number) * _COLUMN_BYTES
+            with e.loop("i", _COLUMN_BYTES // GROUP) as i:
+                wide = tirx.Broadcast(value, GROUP)
+                e.store_vector(self.turned, wide, at + i * GROUP, GROUP)
+
+        with e.loop("band", bands) as band:
+            for number in range(min(left, read)):
+                if self.segments == 1:
+                    column(band, number)
+                else:
+                    with e.when(first > number):
+                        column(band, number)
+            for number in range(max(0, read - right - WINDOW), read):
+                if self.segments > 1:
+                    with e.when(end <= number):
+                        column(band, number)
+                elif number >= end:
+                    column(band, number)
+
+    def _call(self, loops: Columns | Taps, pointers: list[Any], integers: Sequence[Any]) -> None:
         if loops.name not in self.code:
-            self.code[loops.name] = as_llvm(loops.name, loops.assembly(), len(pointers))
-        self.e.evaluate(
-            tirx.call_extern("void", f"{loops.name}_call", *map(tirx.address_of, pointers))
-        )
+            text = as_llvm(loops.name, loops.assembly(), len(pointers), len(integers))
+            self.code[loops.name] = text
+        addresses = map(tirx.address_of, pointers)
+        self.e.evaluate(tirx.call_extern("void", f"{loops.name}_call", *addresses, *integers))
 
-    def _turn(self, x: Any, band: Any) -> None:
-        """Columns of a segment, the rows of a window in words."""
-        read = self._read_columns()
-        loops = Columns(read, self.read_rows, self.rows.row_pitch)
-        self._call(
-            loops,
-            self.turned[band * (read * GROUP * WINDOW)],
-            self.rows.buffer[x * (self.spec.strides[1] * GROUP)],
-        )
-
-    def _segment_results(self, b: Any, channel: Any, y: Any, x: Any, bands: int) -> None:
+    def _turn(self, b: Any, channel: Any, y: Any, x: Any, band: Any) -> None:
+        """The columns of a segment that one row of windows reads."""
         e, spec, window = self.e, self.spec, self.window
+        top, left = window.padding[:2]
+        channels, row_bytes = spec.in_channels, window.in_columns * spec.in_channels
+        loops = Columns(
+            self.read_rows, window.in_rows, row_bytes, channels, self.width, spec.pad_value
+        )
+        first, end = self._inside(x)
+        row = e.bind("row", y * spec.strides[0] - top)
+        offset = row * row_bytes + (x * spec.strides[1] + first - left) * channels
+        image = self.data[b * (window.in_rows * row_bytes) + channel]
+        to = self.turned[(band * self.read_columns + first) * _COLUMN_BYTES]
+        self._call(loops, [to, image], [offset, row, tirx.const(0, "int32") + (end - first)])
+
+    def _sum(self, channel: Any, bands: int) -> None:
+        spec = self.spec
         loops = Taps(
             kernel=spec.kernel, strides=spec.strides, outputs=self.outputs, channels=self.width,
-            bands=bands, columns=self._read_columns(), windows=self._windows(self.columns),
+            bands=bands, columns=self.read_columns, windows=self.windows,
         )  # fmt: skip
-        taps = spec.reduction_size
-        self._call(loops, self.turned[0], self.weight[channel * taps], self.sums[0])
+        taps = self.weight[channel * spec.reduction_size]
+        self._call(loops, [self.turned[0], taps, self.sums[0]], [])
+
+    def _results(self, b: Any, channel: Any, y: Any, x: Any, bands: int) -> None:
+        """What becomes of the sums of a segment."""
+        e = self.e
         blocks = ceil_div(self.width, LANES)
-        with (
-            e.loop("block", blocks) as block,
-            e.loop("row", bands * self.outputs[0]) as row,
-            e.loop("column", self.columns) as column,
-        ):
-            at = row * self.row_pitch + column * GROUP + block * LANES
-            position = (b * window.rows + y + row) * window.columns + x + column
+        with e.loop("block", blocks) as block:
+            first = e.bind("first", channel + block * LANES)
 
             def write(parts: list[tuple[int, int]]) -> None:
                 count = sum(width for _, width in parts)
-                whole = count == LANES
-                for lane, width in [(0, count)] if whole else [(i, 1) for i in range(count)]:
-                    self.epilogue.emit(
-                        e,
-                        partial(window.indices, b, y + row, x + column),
-                        position,
-                        channel + block * LANES + lane,
-                        width,
-                        partial(self._accumulator, at + lane),
-                    )
+                self._block(b, y, x, first, block, count, bands)
 
             e.ragged(block, blocks, self.width % LANES, LANES, write)
 
-    def _accumulator(self, at: Any, lane: Any) -> Any:
-        return self.sums[at + lane]
+    def _block(
+        self, b: Any, y: Any, x: Any, channel: Any, block: Any, count: int, bands: int
+    ) -> None:
+        """Results of a vector of channels, or of `count` of them, at all pixels."""
+        e, (rows, columns) = self.e, self.outputs
+        places = rows * columns
+        distance = bands * self.windows * places  # of two channels
+        start = block * (LANES * distance)
+
+        def window(band: Any, number: Any, width: int) -> None:
+            for cx in range(width):
+                for cy in range(rows):
+                    place = cx * rows + cy
+                    at = start + (band * self.windows + number) * places + place
+                    self._finish(
+                        b, y + band * rows + cy, x + number * columns + cx, channel, count,
+                        at, distance,
+                    )  # fmt: skip
+
+        whole, rest = divmod(self.columns, columns)
+        params = self.fused.func.params
+        with (
+            e.constants_of_channels(self.spec.out_channels, params),
+            e.loop("band", bands) as band,
+        ):
+            if whole:
+                with e.loop("window", whole) as number:
+                    window(band, number, columns)
+            if rest:
+                window(band, tirx.const(whole, "int32"), rest)
+
+    def _finish(
+        self, b: Any, y: Any, x: Any, channel: Any, count: int, at: Any, distance: int
+    ) -> None:
+        window = self.window
+        parts = [(0, LANES)] if count == LANES else [(lane, 1) for lane in range(count)]
+        for lane, width in parts:
+            self.epilogue.emit(
+                self.e,
+                partial(window.indices, b, y, x),
+                (b * window.rows + y) * window.columns + x,
+                channel + lane,
+                width,
+                partial(self._accumulator, at, distance, lane),
+            )
+
+    def _accumulator(self, at: Any, distance: int, first: int, lane: Any) -> Any:
+        return picked(self.sums, at, (lane + first) * (4 * distance))

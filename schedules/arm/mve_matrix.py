@@ -26,7 +26,7 @@ from ..layout import PackedLayout
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..window import window_of
-from .microkernel import as_llvm
+from .assembly import as_llvm
 from .mve_microkernel import CHANNELS, LANES, MOST_OUTPUTS, MicroKernel
 from .mve_rows import Rows, opaque
 from .mve_vector import VectorEmitter, llvm_helpers
@@ -238,14 +238,25 @@ class _MatrixKernel:
             self._sum(1, start + (self.pixels - 1) * step, (self.pixels - 1) * size)
 
         with e.loop("block", self.blocks) as block:
+
+            def write(parts: list[tuple[int, int]]) -> None:
+                self._results(b, y, x, block, sum(width for _, width in parts))
+
+            e.ragged(block, self.blocks, self.window.out_channels % CHANNELS, CHANNELS, write)
+
+    def _results(self, b: Any, y: Any, x: Any, block: Any, count: int) -> None:
+        """Results of a block of channels, or of `count` of them, at all pixels of a segment."""
+        e = self.e
+        pairs, single = divmod(self.pixels, MOST_OUTPUTS)
+        with e.constants_of_channels(self.window.out_channels, self.fused.func.params):
             if pairs:
                 with e.loop("pair", pairs) as pair:
                     for p in range(2):
                         at = (pair * self.blocks + block) * (2 * CHANNELS) + p * CHANNELS
-                        self._finish(b, y, x + pair * 2 + p, block, at)
+                        self._finish(b, y, x + pair * 2 + p, block, at, count)
             if single:
                 at = (pairs * 2 * self.blocks + block) * CHANNELS
-                self._finish(b, y, x + (self.pixels - 1), block, at)
+                self._finish(b, y, x + (self.pixels - 1), block, at, count)
 
     def _sum(self, outputs: int, start: Any, sums: Any) -> None:
         e = self.e
@@ -280,26 +291,21 @@ class _MatrixKernel:
                         LANES,
                     )
 
-    def _finish(self, b: Any, y: Any, x: Any, block: Any, at: Any) -> None:
-        """Results of four channels of a pixel, the sums of which are from `at` on."""
-        e, window = self.e, self.window
+    def _finish(self, b: Any, y: Any, x: Any, block: Any, at: Any, count: int) -> None:
+        """Results of a block of a pixel, the sums of which are from `at` on."""
+        window = self.window
         row, column = (x, 0) if self.flat else (y, x)
         position = x if self.flat else (b * window.rows + y) * window.columns + x
-
-        def write(parts: list[tuple[int, int]]) -> None:
-            count = sum(width for _, width in parts)
-            whole = count == CHANNELS
-            for lane, width in [(0, count)] if whole else [(i, 1) for i in range(count)]:
-                self.epilogue.emit(
-                    e,
-                    partial(window.indices, b, row, column),
-                    position,
-                    block * CHANNELS + lane,
-                    width,
-                    partial(self._accumulator, at + lane),
-                )
-
-        e.ragged(block, self.blocks, window.out_channels % CHANNELS, CHANNELS, write)
+        parts = [(0, CHANNELS)] if count == CHANNELS else [(lane, 1) for lane in range(count)]
+        for lane, width in parts:
+            self.epilogue.emit(
+                self.e,
+                partial(window.indices, b, row, column),
+                position,
+                block * CHANNELS + lane,
+                width,
+                partial(self._accumulator, at + lane),
+            )
 
     def _accumulator(self, at: Any, lane: Any) -> Any:
         return self.sums[at + lane]

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .mve_taps import function
+from .assembly import function
+from .mve_taps import NEAR
 
 LANES = 16
 CHANNELS = 4
 MOST_OUTPUTS = 2
 # Longer reductions are loops: so many steps are at most written out.
 _MOST_STEPS = 12
-_NEAR = 127  # bytes that a load reaches from its address
 _SUMS = ("r0", "r2", "r4", "r6", "r8", "r10", "r12", "lr")
 
 
@@ -51,7 +51,7 @@ class MicroKernel:
     @property
     def is_near(self) -> bool:
         """Whether one address serves both outputs."""
-        return self.column_bytes <= _NEAR
+        return self.column_bytes <= NEAR
 
     @property
     def at_once(self) -> int:

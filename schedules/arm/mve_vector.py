@@ -16,7 +16,8 @@ would saturate. Everything else of such an expression is left to LLVM.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +25,7 @@ import tvm_ffi
 from tvm import ir, tirx
 from tvm.sym import Analyzer
 from tvm.ir.prim.expr import BitwiseAnd, LShift, RShift
-from tvm.tirx.stmt import BufferStore, For, ForKind
+from tvm.tirx.stmt import Bind, BufferStore, For, ForKind
 
 from ..emit import Emitter
 from .rounding import _is_lrint as is_lrint
@@ -32,6 +33,7 @@ from .rounding import _terms as terms
 
 LANES = 4
 _PREFIX = "tvmc_mve_"
+PICK, _GATHER = _PREFIX + "pick", _PREFIX + "gather"
 _HIGH, _MULH, _SHIFT, _DIVIDE, _CONVERT = (
     _PREFIX + name for name in ("vqrdmulh", "vmulh", "vrshl", "divide", "vcvtn")
 )
@@ -49,9 +51,15 @@ def llvm_helpers() -> str:
 
     v = "<4 x i32>"
     shift = "@llvm.arm.mve.vshl.vector.v4i32.v4i32"
+    gather = "@llvm.arm.mve.vldr.gather.offset.v4i32.p0.v4i32"
     signs = f"{v} <i32 31, i32 31, i32 31, i32 31>"
     return "".join(
         [
+            f"define internal i32 @{PICK}(ptr %a, i32 %b) alwaysinline nounwind {{\n"
+            "  %p = getelementptr i8, ptr %a, i32 %b\n  %r = load i32, ptr %p\n  ret i32 %r\n}\n",
+            f"declare {v} {gather}(ptr, {v}, i32, i32, i32)\n",
+            f"define internal {v} @{_GATHER}(ptr %a, {v} %b) alwaysinline nounwind {{\n"
+            f"  %r = call {v} {gather}(ptr %a, {v} %b, i32 32, i32 0, i32 0)\n  ret {v} %r\n}}\n",
             f"declare {v} @llvm.arm.mve.vqrdmulh.v4i32({v}, {v})\n",
             f"declare {v} @llvm.arm.mve.mulh.v4i32({v}, {v}, i32)\n",
             f"declare {v} {shift}({v}, {v}, i32, i32, i32)\n",
@@ -94,6 +102,16 @@ class VectorEmitter(Emitter):
     def __init__(self, finish: Callable[[ir.Expr], ir.Expr] | None = None) -> None:
         super().__init__(finish)
         self._scalar_finish = finish
+        self._constants: _Constants | None = None
+
+    @contextmanager
+    def constants_of_channels(self, channels: int, buffers: Sequence[tirx.Buffer]) -> Iterator[None]:
+        """What is loaded in here of `buffers` with one value a channel, or one, is loaded once, in
+        front of the loops in here: all vectors are of the same channels. (LLVM may not, where a
+        result may lie over an input.)"""
+        self._constants = _Constants(channels, buffers, self._lists[-1])
+        yield
+        self._constants = None
 
     @contextmanager
     def loop(self, name: str, extent: int, kind: str = "serial") -> Iterator[Any]:
@@ -108,7 +126,7 @@ class VectorEmitter(Emitter):
         self._finish = self._scalar_finish
         stores = self._lists.pop()
         for store in stores:
-            vectors = _vectors(store, variable, extent)
+            vectors = _vectors(store, variable, extent, self._constants)
             if vectors is None:
                 self._add(For(variable, 0, extent, ForKind.VECTORIZED, store))
             else:
@@ -116,7 +134,42 @@ class VectorEmitter(Emitter):
                     self._add(vector)
 
 
-def _vectors(store: tirx.Stmt, lane: tirx.Var, extent: int) -> list[tirx.Stmt] | None:
+class _Constants:
+    """Vectors of constants that were loaded already."""
+
+    def __init__(
+        self,
+        channels: int,
+        buffers: Sequence[tirx.Buffer],
+        place: list[tirx.Stmt],
+    ) -> None:
+        self.place = place
+        self.loaded: list[tuple[ir.Expr, tirx.Var]] = []
+        self.buffers = []
+        for buffer in buffers:
+            shape = [int(n) for n in buffer.shape]
+            if math.prod(shape) in (1, channels) and math.prod(shape[:-1]) == 1:
+                self.buffers.append(buffer)
+
+    def value(self, load: ir.Expr) -> ir.Expr:
+        """A load, or the variable that has its value."""
+        inner = load.value if isinstance(load, tirx.Broadcast) else load
+        if not isinstance(inner, ir.TensorLoad):
+            return load
+        if not any(inner.source.same_as(buffer) for buffer in self.buffers):
+            return load
+        for known, variable in self.loaded:
+            if tvm_ffi.structural_equal(known, load):
+                return variable
+        variable = tirx.Var(f"{inner.source.name}_values", load.ty)
+        self.place.append(Bind(variable, load))
+        self.loaded.append((load, variable))
+        return variable
+
+
+def _vectors(
+    store: tirx.Stmt, lane: tirx.Var, extent: int, constants: _Constants | None
+) -> list[tirx.Stmt] | None:
     """The store of all lanes, four at a time; None: nothing in it needs that, or it cannot be."""
     if not isinstance(store, BufferStore):
         return None
@@ -127,7 +180,7 @@ def _vectors(store: tirx.Stmt, lane: tirx.Var, extent: int) -> list[tirx.Stmt] |
     try:
         return [
             BufferStore(store.buffer, four.visit(value), four.indices(store.indices))
-            for four in (_Four(lane, start) for start in range(0, extent, LANES))
+            for four in (_Four(lane, start, constants) for start in range(0, extent, LANES))
         ]
     except _NoVectorError:
         return None
@@ -159,6 +212,7 @@ class _Patterns:
             return self._division(e)
         if isinstance(e, ir.Call) and is_lrint(e):
             return _call(_CONVERT, self.visit(e.args[-1]))
+        self.found |= _is_pick(e)
         return None
 
     def _product(self, e: tirx.Cast) -> ir.Expr | None:
@@ -261,6 +315,20 @@ def rebuilt(e: Any, visit: Callable[[Any], ir.Expr]) -> ir.Expr:
     return e
 
 
+def picked(buffer: tirx.Buffer, at: Any, offset: Any) -> ir.Expr:
+    """buffer[at + offset / 4], for an offset that has the lane in it, in a vector's every lane
+    another distance on. Not a pure function: what assembly writes changes it."""
+    return tirx.call_extern("int32", PICK, tirx.address_of(buffer[at]), offset)
+
+
+def _is_pick(e: Any) -> bool:
+    return (
+        isinstance(e, ir.Call)
+        and str(getattr(e.op, "name", "")) == "tirx.call_extern"
+        and str(e.args[0].value) == PICK
+    )
+
+
 class _NoVectorError(Exception):
     """An expression that has no vector form here."""
 
@@ -268,15 +336,18 @@ class _NoVectorError(Exception):
 class _Four:
     """Scalar expressions => vectors: lane = start .. start + 3."""
 
-    def __init__(self, lane: tirx.Var, start: int) -> None:
+    def __init__(self, lane: tirx.Var, start: int, constants: _Constants | None) -> None:
         self.lane, self.start = lane, tirx.const(start, "int32")
+        self.constants = constants
         self.analyzer = Analyzer()
 
     def visit(self, e: Any) -> ir.Expr:
         if not self._depends(e):
-            return tirx.Broadcast(e, LANES)
+            return self._loaded(tirx.Broadcast(e, LANES))
+        if isinstance(e, tirx.Var):
+            return tirx.Ramp(self.start, 1, LANES)
         if isinstance(e, ir.TensorLoad):
-            return e.source[tuple(self.indices(e.indices))]
+            return self._loaded(e.source[tuple(self.indices(e.indices))])
         if isinstance(e, tirx.Cast):
             return tirx.Cast(f"{e.ty.dtype}x{LANES}", self.visit(e.value))
         if isinstance(e, tirx.Select):
@@ -287,6 +358,9 @@ class _Four:
         if hasattr(e, "a") and hasattr(e, "b"):
             return type(e)(self.visit(e.a), self.visit(e.b))
         raise _NoVectorError
+
+    def _loaded(self, load: ir.Expr) -> ir.Expr:
+        return load if self.constants is None else self.constants.value(load)
 
     def indices(self, indices: Any) -> list[ir.Expr]:
         """A position in a buffer as four neighbouring ones along the last axis."""
@@ -303,6 +377,8 @@ class _Four:
         name = str(getattr(e.op, "name", ""))
         dtype = f"{e.ty.dtype}x{LANES}"
         first, *arguments = e.args
+        if _is_pick(e):
+            return tirx.call_extern(dtype, _GATHER, arguments[0], self.visit(arguments[1]))
         if name == "tirx.call_pure_extern" and str(first.value).startswith(_PREFIX):
             return tirx.call_pure_extern(dtype, str(first.value), *map(self.visit, arguments))
         raise _NoVectorError

@@ -1,0 +1,38 @@
+"""Functions of assembly as modules of LLVM's, which a kernel carries along."""
+
+from __future__ import annotations
+
+
+def as_llvm(name: str, assembly: str, pointers: int, integers: int = 0) -> str:
+    """Assembly as a module of LLVM's, for `pragma_import_llvm`. Its arguments are pointers, then
+    integers. What is called is NAME_call, which promises that nothing is thrown: or else the linker
+    would want an unwinder."""
+    lines = ['module asm "{}"'.format(line.replace('"', "\\22")) for line in assembly.splitlines()]
+    kinds = ["ptr"] * pointers + ["i32"] * integers
+    types = ", ".join(kinds)
+    values = ", ".join(f"{kind} %a{i}" for i, kind in enumerate(kinds))
+    return "\n".join(
+        [
+            *lines,
+            f"declare void @{name}({types}) nounwind",
+            f"define internal void @{name}_call({values}) alwaysinline nounwind {{",
+            f"  call void @{name}({values}) nounwind",
+            "  ret void",
+            "}",
+            "",
+        ]
+    )
+
+
+def function(name: str, body: list[str]) -> str:
+    """A function in a section of its own."""
+    head = [
+        ".syntax unified",
+        ".thumb",
+        f'.section .text.{name},"ax",%progbits',
+        ".balign 4",
+        ".thumb_func",
+        f".type {name}, %function",
+        f"{name}:",
+    ]
+    return "\n".join([*head, *body, f".size {name}, . - {name}"])
