@@ -16,11 +16,13 @@ from tvm_compress.report.arena import Arena, ArenaBuffer
 from tvm_compress.report.html import render_html
 from tvm_compress.report.rows import (
     Accuracy,
+    BoardCost,
     Bytes,
     Check,
     Device,
     Exactness,
     FloatRow,
+    KernelInstructions,
     Latency,
     LayerRow,
     OtherKernelRow,
@@ -215,6 +217,50 @@ def test_page_shows_the_memory_arena_of_a_c_project() -> None:
     page = render_html(report)
     assert "Memory arena" in page and "30.0 % of the board&#x27;s RAM" in page
     assert "Memory arena" not in render_html(make_report())
+
+
+COST = BoardCost(
+    machine="emulator -M board",
+    instructions=1_234_567,
+    least_instructions=1_234_000,
+    most_instructions=1_235_000,
+    inputs=4,
+    kernels=(
+        KernelInstructions("kernel_a", ("conv1", NASTY), 1_000_000, 0.81),
+        KernelInstructions("run", (), 234_567, 0.19),
+    ),
+    flash_bytes=81_300,
+    program_flash_bytes=90_000,
+    arena_bytes=36_040,
+    other_ram_bytes=0,
+    stack_bytes=280,
+)
+
+
+def test_instructions_are_called_so_and_never_a_latency(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tuple(
+        replace(layer(name), instructions=500_000, time_before_us=None, time_after_us=None)
+        for name in ("conv1", NASTY)
+    )
+    arena = Arena(
+        300, 300, True, "by size, lowest gap", "as given", 300, ("a", "fc"), 1,
+        (ArenaBuffer("tensor", False, 0, 300, 0, 1),), 1000,
+    )  # fmt: skip
+    changes = {**BARE, "layers": rows, "board": COST, "is_project": True, "arena": arena}
+    data = as_json(make_report(**changes))
+    assert not errors(data)
+    page = render_html(data)
+    Page(page)
+    assert "1,234,567 (1,234,000 .. 1,235,000)" in page and "no latency" in page
+    assert "C project" in page and "shared libraries" not in page and "kernel_a" in page
+    print_report(data, Path("out"))
+    print_summary(data, Path("out"))
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("1,234,567 (1,234,000 .. 1,235,000)", "no latency", "500,000", "40.5 %", "81.3 kB",
+                 "36.0 kB", "280 B", "C project", "kernel_a", "memory arena", "peak at fc",
+                 "tensor: 300 B"):  # fmt: skip
+        assert part in text, part
+    assert "latency (median)" not in text
 
 
 def test_page_is_the_same_from_json() -> None:

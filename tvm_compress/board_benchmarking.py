@@ -20,6 +20,7 @@ from .runners import Footprint, footprint
 
 if TYPE_CHECKING:
     from .artefact import Artefact
+    from .report.rows import BoardCost
     from .runners import RunResult
     from .targets import Target
 
@@ -122,6 +123,29 @@ def benchmark_board(
         stack_bytes=result.stack_bytes,
         accuracies=accuracies,
         latency=latency,
+    )
+
+
+def board_cost(measured: BoardBenchmark) -> BoardCost:
+    """As rows of a report."""
+    from .report.rows import BoardCost, KernelInstructions
+
+    counted = measured.instructions
+    return BoardCost(
+        machine=measured.machine,
+        instructions=counted.median if counted else None,
+        least_instructions=counted.least if counted else None,
+        most_instructions=counted.most if counted else None,
+        inputs=counted.inputs if counted else 0,
+        kernels=tuple(
+            KernelInstructions(row.symbol, row.layers, row.instructions, row.share)
+            for row in measured.functions
+        ),
+        flash_bytes=measured.memory.model_flash_bytes,
+        program_flash_bytes=measured.memory.flash_bytes,
+        arena_bytes=measured.arena_bytes,
+        other_ram_bytes=measured.memory.model_ram_bytes,
+        stack_bytes=measured.stack_bytes,
     )
 
 

@@ -227,7 +227,7 @@ def compile_project(
         project = planned.built(cached)
     facts = {f.name: getattr(lowered, f.name) for f in fields(Lowered)}
     facts["plan_bytes"] = project.arena_bytes
-    symbols = {name: call.symbol for call in project.program.calls for name in call.outputs}
+    symbols = {call.output: call.symbol for call in project.program.calls}
     facts["calls"] = tuple(
         replace(call, symbol=symbols.get(call.output, call.symbol)) for call in lowered.calls
     )

@@ -765,6 +765,8 @@ class Evidence:
 
     verification: Any
     benchmark: Any
+    board: Any = None
+    """Of a C project, in the place of times: what it costs on its emulated machine."""
 
 
 def _gather_evidence(artefact: Artefact, job: Job, threads: int | None, clock: _Clock) -> Evidence:
@@ -772,7 +774,7 @@ def _gather_evidence(artefact: Artefact, job: Job, threads: int | None, clock: _
     from .verification import verify
 
     if job.target.is_cross:
-        return Evidence(_verify_project(artefact, job, clock), None)
+        return _project_evidence(artefact, job, clock)
     if not job.target.runs_here():
         clock.progress.note(
             f"{job.target.name} does not run on this machine: built, but neither verified nor timed"
@@ -787,17 +789,23 @@ def _gather_evidence(artefact: Artefact, job: Job, threads: int | None, clock: _
     return Evidence(verification, measured)
 
 
-def _verify_project(artefact: Artefact, job: Job, clock: _Clock) -> Any:
+def _project_evidence(artefact: Artefact, job: Job, clock: _Clock) -> Evidence:
     """On the emulated machine, where there is one."""
     from .bare.session import cannot_run
+    from .board_benchmarking import benchmark_board, board_cost
     from .verification import verify
 
     reason = cannot_run(job.target)
     if reason is not None:
         clock.progress.note(f"{job.target.name}: built, but not verified: {reason}")
-        return None
+        return Evidence(None, None)
     with clock.step("verify", shown=False):
-        return verify(artefact, job.evaluate, progress=clock.progress)
+        verification = verify(artefact, job.evaluate, progress=clock.progress)
+    if job.target.runner == "rpc":
+        return Evidence(verification, None)
+    with clock.step("count", shown=False):
+        measured = benchmark_board(artefact, progress=clock.progress)
+    return Evidence(verification, None, board_cost(measured))
 
 
 def _write_manifest(artefact: Artefact, staging: Path) -> None:

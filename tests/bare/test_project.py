@@ -309,3 +309,11 @@ def test_code_counts_against_flash(tiny: Tiny) -> None:
         require_project_fits(built, describe_project(built))
     enough = replace(built, target=replace(built.target, flash_bytes=weights + 100_000))
     require_project_fits(enough, describe_project(enough))
+
+
+def test_every_layer_is_named(tiny: Tiny) -> None:
+    """Also the one whose result the caller owns; the library's facts have the same symbols."""
+    built = compile_project(lower(tiny.module, PORTABLE))
+    program = built.project.program
+    assert [layer for call in program.calls for layer in call.layers] == ["conv", "fc"]
+    assert {call.symbol for call in built.calls} == {call.symbol for call in program.calls}

@@ -121,7 +121,7 @@ class BareBuilt:
 
 def steps_of(program: Program) -> tuple[str, ...]:
     """The layers of each call, or what it writes where it belongs to none."""
-    return tuple(", ".join(call.layers or call.outputs) for call in program.calls)
+    return tuple(", ".join(c.layers) or c.output or ", ".join(c.outputs) for c in program.calls)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,8 @@ class KernelCall:
     arguments: tuple[str, ...]
     results: int = 1
     layers: tuple[str, ...] = ()
+    output: str = ""
+    """What the graph calls the result, which passes may rename."""
     workspaces: tuple[tuple[str, int], ...] = ()
     """Name of the kernel's parameter, and its offset in the workspace of the call."""
     workspace_bytes: int = 0
@@ -79,14 +82,15 @@ def program_of(module: tvm.IRModule, calls: tuple[Call, ...]) -> Program:
 
     Raises `TargetError` for what a list of calls cannot hold: branches, dynamic shapes.
     """
-    layers = {call.output: call.layers for call in calls}
-    return _Walk(module, layers).program()
+    return _Walk(module, calls).program()
 
 
 class _Walk:
-    def __init__(self, module: tvm.IRModule, layers: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(self, module: tvm.IRModule, calls: tuple[Call, ...]) -> None:
         self.module = module
-        self.layers = layers
+        self.noted: dict[str, deque[Call]] = {}  # by symbol, in order of execution
+        for call in calls:
+            self.noted.setdefault(call.symbol, deque()).append(call)
         self.tensors: dict[str, Tensor] = {}
         self.of_var: dict[Any, Any] = {}  # Relax variable => tensor's name, or names of a tuple
         self.constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
@@ -165,9 +169,10 @@ class _Walk:
             raise TargetError(f"kernel {symbol} takes something that is no tensor")
         function = self.module[call.op]
         results = int((function.attrs or {}).get("num_outputs", 1))
-        written = arguments[len(arguments) - results :]
-        layers = next((self.layers[name] for name in written if name in self.layers), ())
-        self.calls.append(KernelCall(symbol, tuple(arguments), results, tuple(layers)))
+        noted = self.noted.get(symbol)
+        found = noted.popleft() if noted else None
+        layers, output = (found.layers, found.output) if found is not None else ((), "")
+        self.calls.append(KernelCall(symbol, tuple(arguments), results, tuple(layers), output))
 
     def _value(self, expr: Any) -> Any:
         """Name of a tensor; a tuple of such."""

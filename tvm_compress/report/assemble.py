@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..kernels import LibraryInfo
 from .arena import Arena
 from .rows import (
+    BoardCost,
     FloatRow,
     Latency,
     LayerRow,
@@ -49,7 +51,11 @@ def assemble(
     arena = artefact.kernels.get("arena")
     for name in artefact.kernels.get("decoded_per_call", []):
         schemes[name] = f"{schemes.get(name, FLOAT)}, decoded per call"
+    for name, share in artefact.kernels.get("sparse_kernels", {}).items():
+        schemes[name] = f"{schemes.get(name, FLOAT)}, {100 * share:.0f} % stored"
     layers, others = _rows(profile, before, after, benchmark, tensors, schemes)
+    if evidence.board is not None:
+        layers = _counted(layers, evidence.board)
     left_float = [FloatRow(**_float_fields(entry)) for entry in artefact.kernels["left_float"]]
     return Report(
         model=job.model.name,
@@ -76,6 +82,8 @@ def assemble(
         steps=tuple(steps),
         versions=dict(artefact.manifest["versions"]),
         arena=None if arena is None else Arena.from_json(arena),
+        board=evidence.board,
+        is_project=artefact.is_project,
     )
 
 
@@ -151,6 +159,16 @@ def _rows(
         if not kernel.layers
     )
     return tuple(layers), others
+
+
+def _counted(layers: tuple[LayerRow, ...], cost: BoardCost) -> tuple[LayerRow, ...]:
+    """With the instructions of their kernels."""
+    counts: dict[str, int] = {}
+    for kernel in cost.kernels:
+        for name in kernel.layers:
+            share = kernel.instructions // len(kernel.layers)
+            counts[name] = counts.get(name, 0) + share
+    return tuple(replace(row, instructions=counts.get(row.name)) for row in layers)
 
 
 def _layer_times(kernels: Iterable[KernelTime]) -> dict[str, float]:

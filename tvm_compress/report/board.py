@@ -1,36 +1,36 @@
-"""The terminal form of `board_benchmarking.BoardBenchmark`."""
+"""What a C project costs on its machine, on a terminal: of reports and of `benchmark`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from .terminal import new_console, new_table
-from .text import bytes_text, percent_text, points, short_name, time_text
+from .text import (
+    NO_CYCLES,
+    bytes_text,
+    instructions_text,
+    percent_text,
+    points,
+    short_name,
+    time_text,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..board_benchmarking import BoardBenchmark, BoardLatency
 
-_FUNCTIONS_SHOWN = 20
+_KERNELS_SHOWN = 20
 
 
 def print_board_benchmark(result: BoardBenchmark, original: str) -> None:
     """`original` says what the artefact's accuracy is compared with: `Artefact.original`."""
+    from ..board_benchmarking import board_cost
+
     console = new_console()
-    _print_memory(console, result)
-    counted = result.instructions
-    if counted is not None:
-        table = new_table("", ">median", ">least", ">most", ">inputs")
-        numbers = (counted.median, counted.least, counted.most)
-        table.add_row("instructions", *(f"{n:,}" for n in numbers), str(counted.inputs))
-        console.print(table)
-        _print_functions(console, result)
-        console.print(
-            f"{result.target}, {result.machine}: instructions are counted exactly; they are no "
-            "cycles, for the emulator has no pipeline and no slow memory",
-            style="dim",
-        )
+    print_board(console, asdict(board_cost(result)))
     if result.latency is not None:
         _print_latency(console, result, result.latency)
     if result.accuracies:
@@ -46,18 +46,29 @@ def print_board_benchmark(result: BoardBenchmark, original: str) -> None:
         console.print(table)
 
 
-def _print_memory(console: Console, result: BoardBenchmark) -> None:
-    memory = result.memory
-    stack = "" if result.stack_bytes is None else bytes_text(result.stack_bytes)
-    table = new_table("", ">flash", ">arena", ">other RAM", ">stack")
+def print_board(console: Console, cost: Mapping[str, Any]) -> None:
+    """A `BoardCost`, with its kernels."""
+    print_cost(console, cost)
+    if cost["instructions"] is not None:
+        _print_kernels(console, cost["kernels"])
+
+
+def print_cost(console: Console, cost: Mapping[str, Any]) -> None:
+    """A `BoardCost` in a line."""
+    table = new_table("", ">flash", ">arena", ">other RAM", ">stack", ">instructions", ">inputs")
+    counted = cost["instructions"]
     table.add_row(
         "network",
-        bytes_text(memory.model_flash_bytes),
-        bytes_text(result.arena_bytes),
-        bytes_text(memory.model_ram_bytes),
-        stack,
+        bytes_text(cost["flash_bytes"]),
+        bytes_text(cost["arena_bytes"]),
+        bytes_text(cost["other_ram_bytes"]),
+        "" if cost["stack_bytes"] is None else bytes_text(cost["stack_bytes"]),
+        "" if counted is None else instructions_text(cost),
+        str(cost["inputs"]),
     )
     console.print(table)
+    if counted is not None:
+        console.print(f"{cost['machine']}: {NO_CYCLES}", style="dim")
 
 
 def _print_latency(console: Console, result: BoardBenchmark, latency: BoardLatency) -> None:
@@ -68,18 +79,18 @@ def _print_latency(console: Console, result: BoardBenchmark, latency: BoardLaten
     console.print(f"{result.target}, {result.machine}: measured there", style="dim")
 
 
-def _print_functions(console: Console, result: BoardBenchmark) -> None:
+def _print_kernels(console: Console, kernels: list[Mapping[str, Any]]) -> None:
     table = new_table("function", "layers", ">instructions", ">share")
-    for row in result.functions[:_FUNCTIONS_SHOWN]:
+    for row in kernels[:_KERNELS_SHOWN]:
         table.add_row(
-            short_name(row.symbol, 40),
-            short_name(", ".join(row.layers)),
-            f"{row.instructions:,}",
-            percent_text(row.share),
+            short_name(row["symbol"], 40),
+            short_name(", ".join(row["layers"])),
+            f"{row['instructions']:,}",
+            percent_text(row["share"]),
         )
-    rest = result.functions[_FUNCTIONS_SHOWN:]
+    rest = kernels[_KERNELS_SHOWN:]
     if rest:
-        count = sum(row.instructions for row in rest)
-        share = percent_text(sum(row.share for row in rest))
+        count = sum(row["instructions"] for row in rest)
+        share = percent_text(sum(row["share"] for row in rest))
         table.add_row(f"{len(rest)} others", "", f"{count:,}", share)
     console.print(table)

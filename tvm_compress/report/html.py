@@ -16,9 +16,11 @@ from .arena import arena_section
 from .assemble import plain
 from .rows import Report
 from .text import (
+    NO_CYCLES,
     bytes_text,
     count_text,
     db_text,
+    instructions_text,
     percent_text,
     points,
     ratio_text,
@@ -61,6 +63,7 @@ def render_html(report: Report | Mapping[str, Any]) -> str:
         _cards(data),
         _checks(data["checks"]),
         _composition(data),
+        _board(data["board"]) if data.get("board") else "",
         arena_section(data["arena"]) if data.get("arena") else "",
         _layer_plot(data),
         _layer_table(data),
@@ -99,7 +102,7 @@ def _cards(data: Mapping[str, Any]) -> str:
     before, after = data["before"], data["after"]
     cards = [
         _card(
-            "Library",
+            "Flash" if data.get("is_project") else "Library",
             ratio_text(before["bytes"]["total"], after["bytes"]["total"]),
             "smaller",
             [
@@ -234,9 +237,15 @@ def _composition(data: Mapping[str, Any]) -> str:
         f"<td>{ratio_text(before[key], after[key])}</td></tr>"
         for key, label, css in used
     )
+    emitted = "Sections of the two shared libraries, as emitted."
+    if data.get("is_project"):
+        emitted = (
+            "Sections of the original's shared library, and of the C project's objects: without "
+            "start-up code and C library."
+        )
     return (
         "<section><h2>What the bytes are</h2>"
-        f'<p class="quiet">Sections of the two shared libraries, as emitted.</p>{rows}'
+        f'<p class="quiet">{escape(emitted)}</p>{rows}'
         '<table class="small"><thead><tr><th>part</th><th>float</th><th>compressed</th>'
         f"<th>ratio</th></tr></thead><tbody>{lines}</tbody></table></section>"
     )
@@ -251,6 +260,40 @@ def _stack(side: Mapping[str, Any], largest: int, used: list[tuple[str, str, str
     )
 
 
+# --- what it costs on a board -------------------------------------------------------------------
+
+
+def _board(cost: Mapping[str, Any]) -> str:
+    facts = [
+        ("flash of the model, linked", bytes_text(cost["flash_bytes"])),
+        ("arena", bytes_text(cost["arena_bytes"])),
+        ("other RAM of the model", bytes_text(cost["other_ram_bytes"])),
+    ]
+    if cost["stack_bytes"] is not None:
+        facts.append(("stack, deepest", bytes_text(cost["stack_bytes"])))
+    table = kernels = note = ""
+    if cost["instructions"] is not None:
+        facts.append((f"instructions, {cost['inputs']} inputs", instructions_text(cost)))
+        note = f'<p class="quiet">{escape(cost["machine"])}: {escape(NO_CYCLES)}.</p>'
+        kernels = "".join(
+            f"<tr><td>{escape(row['symbol'])}</td><td>{escape(', '.join(row['layers']))}</td>"
+            + _cell(row["instructions"], f"{row['instructions']:,}")
+            + _cell(row["share"], percent_text(row["share"]))
+            + "</tr>"
+            for row in cost["kernels"]
+        )
+        table = (
+            '<div class="scroll"><table class="sortable"><thead><tr><th>function</th><th>layers'
+            f"</th><th>instructions</th><th>share</th></tr></thead><tbody>{kernels}</tbody></table>"
+            "</div>"
+        )
+    lines = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in facts)
+    return (
+        f'<section><h2>On the board</h2><table class="small"><tbody>{lines}</tbody></table>'
+        f"{note}{table}</section>"
+    )
+
+
 # --- layers -------------------------------------------------------------------------------------
 
 
@@ -261,6 +304,8 @@ def _layer_plot(data: Mapping[str, Any]) -> str:
     panels: list[tuple[str, str, str, Any]] = [("Size", "bytes_before", "bytes_after", bytes_text)]
     if any(row["time_after_us"] is not None for row in layers):
         panels.append(("Time", "time_before_us", "time_after_us", time_text))
+    if any(row.get("instructions") is not None for row in layers):
+        panels.append(("Instructions", "", "instructions", _count_or_dash))
     height = ROW * len(layers) + 46
     width = LABEL + (PANEL + GAP) * (len(panels) + 1) - GAP + MARGIN
     parts = []
@@ -302,7 +347,7 @@ def _bar_panel(
     key_after: str,
     text: Any,
 ) -> str:
-    values = [row[key] or 0 for row in layers for key in (key_before, key_after)]
+    values = [row.get(key) or 0 for row in layers for key in (key_before, key_after)]
     largest = max(values) or 1
     parts = [
         f'<text class="head" x="{x}" y="16">{title}</text>',
@@ -311,8 +356,9 @@ def _bar_panel(
     ]
     for index, row in enumerate(layers):
         y = 40 + index * ROW
-        before, after = row[key_before], row[key_after]
-        tip = f"{row['name']}: {text(before)} → {text(after)}"
+        before, after = row.get(key_before), row.get(key_after)
+        was = f"{text(before)} → " if key_before else ""
+        tip = f"{row['name']}: {was}{text(after)}"
         parts.append(f"<g><title>{escape(tip)}</title>")
         for value, css, offset, thick in ((before, "float", 3, 6), (after, "compressed", 10, 6)):
             if value:
@@ -323,6 +369,10 @@ def _bar_panel(
                 )
         parts.append("</g>")
     return "".join(parts)
+
+
+def _count_or_dash(count: int | None) -> str:
+    return "-" if count is None else count_text(count)
 
 
 def _error_panel(data: Mapping[str, Any], x: float) -> str:

@@ -16,9 +16,9 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes of one emitted library, by what they hold."""
+    """Bytes of one emitted library or C project, by what they hold."""
 
-    total: Annotated[int, "size of the library file"]
+    total: Annotated[int, "size of the library file; of a C project, what it takes in flash"]
     weights: Annotated[int, "encoded weights as stored, packed for the kernels"]
     scales: Annotated[int, "scales, zero points, multipliers and shifts"]
     biases: Annotated[int, "biases"]
@@ -80,6 +80,9 @@ class LayerRow:
     cosine: float | None
     max_abs_error: float | None
     kernels: Annotated[tuple[str, ...], "symbols of the kernels that compute it"]
+    instructions: Annotated[
+        int | None, "of its kernels, counted on an emulator; those of several layers shared evenly"
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,34 @@ class Device:
 
 
 @dataclass(frozen=True)
+class KernelInstructions:
+    """A function of the linked program; a kernel with its own parts."""
+
+    symbol: str
+    layers: Annotated[tuple[str, ...], "that it computes; empty: copies, glue"]
+    instructions: Annotated[int, "median over the counted inputs"]
+    share: Annotated[float, "of all, 0 to 1"]
+
+
+@dataclass(frozen=True)
+class BoardCost:
+    """What one inference of a C project costs. Instructions are counted exactly on an emulator:
+    they are neither cycles nor a latency."""
+
+    machine: Annotated[str, "what ran the program"]
+    instructions: Annotated[int | None, "of one inference, median; None: not counted"]
+    least_instructions: int | None
+    most_instructions: int | None
+    inputs: Annotated[int, "inputs that were counted"]
+    kernels: Annotated[tuple[KernelInstructions, ...], "the most expensive first"]
+    flash_bytes: Annotated[int, "of the model as linked: constants, kernels, calls"]
+    program_flash_bytes: Annotated[int, "of the whole program, start-up code and C library too"]
+    arena_bytes: int
+    other_ram_bytes: Annotated[int, "of the model as linked, besides the arena"]
+    stack_bytes: Annotated[int | None, "deepest use below `main`"]
+
+
+@dataclass(frozen=True)
 class StepTime:
     """How long one step of the flow took; `cached` steps were taken over from an earlier run."""
 
@@ -211,6 +242,8 @@ class Report:
     steps: tuple[StepTime, ...]
     versions: dict[str, str]
     arena: Annotated[Arena | None, "of a C project: where everything lies in its memory"] = None
+    board: Annotated[BoardCost | None, "of a C project that was run"] = None
+    is_project: Annotated[bool, "C for the compiler of a board, not a shared library"] = False
     format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:

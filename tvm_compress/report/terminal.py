@@ -125,6 +125,14 @@ def print_summary(report: Mapping[str, Any], path: Path) -> None:
     """What `compress` ends with: totals, checks, and where the rest is."""
     console = new_console()
     _print_totals(console, report)
+    if report.get("board"):
+        from .board import print_cost
+
+        print_cost(console, report["board"])
+    if report.get("arena"):
+        from .arena import facts
+
+        console.print(f"arena     {facts(report['arena'])[0]}")
     _print_checks(console, report["checks"])
     _print_kernels(console, report["steps"])
     console.print(f"artefact  {path}", soft_wrap=True)
@@ -147,6 +155,15 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
     console = new_console()
     _print_totals(console, report)
     _print_layers(console, report)
+    if report.get("board"):
+        from .board import print_board
+
+        print_board(console, report["board"])
+    if report.get("arena"):
+        from .arena import arena_lines
+
+        for line in arena_lines(report["arena"]):
+            console.print(line, no_wrap=True)
     _print_float(console, report["stayed_float"])
     _print_checks(console, report["checks"])
     steps = ", ".join(
@@ -176,7 +193,8 @@ def _print_totals(console: Console, report: Mapping[str, Any]) -> None:
         if x or y:
             table.add_row(f"  {label}", bytes_text(x), bytes_text(y), ratio_text(x, y))
     x, y = before["bytes"]["total"], after["bytes"]["total"]
-    table.add_row("library file", bytes_text(x), bytes_text(y), ratio_text(x, y), style="bold")
+    whole = "library file => C project" if report.get("is_project") else "library file"
+    table.add_row(whole, bytes_text(x), bytes_text(y), ratio_text(x, y), style="bold")
     x, y = before["plan_bytes"], after["plan_bytes"]
     table.add_row("memory at run time", bytes_text(x), bytes_text(y), ratio_text(x, y))
     if before["latency"] and after["latency"]:
@@ -234,9 +252,10 @@ def _interval(low: float, high: float) -> str:
 
 
 def _print_layers(console: Console, report: Mapping[str, Any]) -> None:
-    table = new_table(
-        "layer", "scheme", ">MACs", ">bytes", "", ">time", "", ">share", ">SQNR", ">own"
-    )
+    """With times, or where a board ran it with instructions."""
+    cost = report.get("board")
+    costs = (">instructions",) if cost else (">time", "")
+    table = new_table("layer", "scheme", ">MACs", ">bytes", "", *costs, ">share", ">SQNR", ">own")
     for row in report["layers"]:
         table.add_row(
             short_name(row["name"]),
@@ -244,20 +263,14 @@ def _print_layers(console: Console, report: Mapping[str, Any]) -> None:
             count_text(row["macs"]),
             f"{bytes_text(row['bytes_before'])} →",
             bytes_text(row["bytes_after"]),
-            f"{time_text(row['time_before_us'])} →",
-            time_text(row["time_after_us"]),
-            percent_text(row["time_share"]),
+            *(_counted(row, cost) if cost else _timed(row)),
             db_text(row["sqnr_db"]),
             db_text(row["own_sqnr_db"]),
         )
     for row in report["other_kernels"]:
         table.add_row(
             short_name(row["name"]),
-            "",
-            "",
-            "",
-            "",
-            "",
+            *[""] * (4 + len(costs) - 1),
             time_text(row["time_us"]),
             percent_text(row["time_share"]),
             db_text(row["sqnr_db"]),
@@ -268,6 +281,21 @@ def _print_layers(console: Console, report: Mapping[str, Any]) -> None:
     console.print(f"SQNR in dB against the {report['original']}. {OWN_NOTE}", style="dim")
     if report["worst_layer"]:
         console.print(_bold("", "largest own error: ", report["worst_layer"]))
+
+
+def _timed(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{time_text(row['time_before_us'])} →",
+        time_text(row["time_after_us"]),
+        percent_text(row["time_share"]),
+    )
+
+
+def _counted(row: Mapping[str, Any], cost: Mapping[str, Any]) -> tuple[str, ...]:
+    count = row.get("instructions")
+    if count is None or not cost["instructions"]:
+        return ("-", "-")
+    return (f"{count:,}", percent_text(count / cost["instructions"]))
 
 
 def _print_float(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+NO_CYCLES = (
+    "instructions are counted exactly; they are no cycles and no latency, for the emulator has no "
+    "pipeline and no slow memory"
+)
+
 
 def bytes_text(count: float) -> str:
     """`1.2 MB`: decimal units, three digits."""
@@ -76,3 +81,11 @@ def tuned_text(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         f"{before['tuned_kernels']} of {before['tunable_kernels']} of the original; "
         "the others have the default"
     )
+
+
+def instructions_text(cost: Mapping[str, Any]) -> str:
+    """Median, and the range where there is one."""
+    median, least, most = (
+        cost[key] for key in ("instructions", "least_instructions", "most_instructions")
+    )
+    return f"{median:,}" if least == most else f"{median:,} ({least:,} .. {most:,})"
