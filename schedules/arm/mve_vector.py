@@ -61,13 +61,13 @@ def llvm_helpers() -> str:
             f"define internal {v} @{_GATHER}(ptr %a, {v} %b) alwaysinline nounwind {{\n"
             f"  %r = call {v} {gather}(ptr %a, {v} %b, i32 32, i32 0, i32 0)\n  ret {v} %r\n}}\n",
             f"declare {v} @llvm.arm.mve.vqrdmulh.v4i32({v}, {v})\n",
-            f"declare {v} @llvm.arm.mve.mulh.v4i32({v}, {v}, i32)\n",
+            f"declare {v} @llvm.arm.mve.vmulh.v4i32({v}, {v}, i32)\n",
             f"declare {v} {shift}({v}, {v}, i32, i32, i32)\n",
             f"declare {v} @llvm.sadd.sat.v4i32({v}, {v})\n",
             f"declare {v} @llvm.arm.mve.vcvtn.v4i32.v4f32(i32, <4 x float>)\n",
             helper(_HIGH, [v, v], f"  %r = call {v} @llvm.arm.mve.vqrdmulh.v4i32({v} %a, {v} %b)\n"),
             helper(
-                _MULH, [v, v], f"  %r = call {v} @llvm.arm.mve.mulh.v4i32({v} %a, {v} %b, i32 0)\n"
+                _MULH, [v, v], f"  %r = call {v} @llvm.arm.mve.vmulh.v4i32({v} %a, {v} %b, i32 0)\n"
             ),
             # a / 2^b: rounding, not saturating, signed
             helper(
