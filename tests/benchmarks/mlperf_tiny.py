@@ -89,6 +89,8 @@ class PeerCost:
     arena_bytes: int
     stack_bytes: int
     flash_bytes: int
+    usual_flash_bytes: int
+    """With the operators' usual registrations, which bring the kernels of all types."""
     least_flash_bytes: int
 
 
@@ -106,6 +108,7 @@ def peer_costs() -> dict[tuple[str, str], PeerCost]:
             arena_bytes=min(row["arena_bytes"] for row in rows),
             stack_bytes=best["stack_bytes"],
             flash_bytes=best["flash_bytes"],
+            usual_flash_bytes=best["flash_all_types_bytes"],
             least_flash_bytes=min(row["flash_bytes"] for row in rows),
         )
     return costs
@@ -144,7 +147,8 @@ def verdicts(core: str, network: str, cost: Cost, peer: PeerCost) -> dict[str, V
         "arena with input, output B": Verdict(with_ports, peer.arena_bytes, None),
         "stack B": Verdict(cost.stack_bytes, peer.stack_bytes, None),
         "flash B": Verdict(cost.flash_bytes, peer.flash_bytes, FLASH_BAR),
-        "against its smallest": Verdict(cost.flash_bytes, peer.least_flash_bytes, None),
+        "flash, its usual operators": Verdict(cost.flash_bytes, peer.usual_flash_bytes, None),
+        "flash, its smallest build": Verdict(cost.flash_bytes, peer.least_flash_bytes, None),
     }
 
 
