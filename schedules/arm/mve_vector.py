@@ -224,12 +224,17 @@ class _Patterns:
 
     def _small(self, e: RShift) -> ir.Expr | None:
         parts = terms(e.a)
-        if len(parts) != 3 or not isinstance(parts[0], tirx.Cast):
+        product = parts[0]
+        if len(parts) != 3 or not isinstance(product, tirx.Cast):
             return None
-        product, half, sign = parts
-        if not isinstance(sign, RShift) or not tvm_ffi.structural_equal(sign.a, product):
+        for sign, half in (parts[1:], parts[:0:-1]):
+            if isinstance(sign, RShift) and tvm_ffi.structural_equal(sign.a, product):
+                break
+        else:
             return None
-        if not _is_half(half, e.b) or _factors(product, 31, 1 << 30) is None:
+        if not _is_number(sign.b, 31) or not _is_half(half, e.b):
+            return None
+        if _factors(product, 31, 1 << 30) is None:
             return None
         high = self.visit(product)
         return _call(_SHIFT, high + (high >> tirx.const(31, "int32")), self.visit(e.b))
@@ -256,10 +261,20 @@ def _factors(e: tirx.Cast, places: int, half: int) -> tuple[ir.Expr, ir.Expr] | 
         if not isinstance(product, tirx.Add) or not _is_number(product.b, half):
             return None
         product = product.a
-    if not isinstance(product, tirx.Mul):
-        return None
-    x, mantissa = _narrow(product.a), _narrow(product.b)
-    return None if x is None or mantissa is None else (x, mantissa)
+    return _product_of(product)
+
+
+def _product_of(e: ir.Expr) -> tuple[ir.Expr, ir.Expr] | None:
+    """x and m of int64(x) * int64(m). TE makes a * m + b * m of (a + b) * m."""
+    if isinstance(e, tirx.Mul):
+        x, mantissa = _narrow(e.a), _narrow(e.b)
+        return None if x is None or mantissa is None else (x, mantissa)
+    if isinstance(e, (tirx.Add, tirx.Sub)):
+        left, right = _product_of(e.a), _product_of(e.b)
+        if left is None or right is None or not tvm_ffi.structural_equal(left[1], right[1]):
+            return None
+        return type(e)(left[0], right[0]), left[1]
+    return None
 
 
 def _narrow(e: ir.Expr) -> ir.Expr | None:
