@@ -7,7 +7,11 @@
 Packing happens in NumPy at compile time; the kernel's description changes with it, so the module
 still runs anywhere. The last form is for weight-only codes that no kernel of the target reads:
 every call decodes them into a float weight. `tvm_compress.decoded` of `main` (JSON) lists these
-layers.
+layers. A float weight with enough zeros for a kernel that skips them becomes
+
+    conv2d(x, w)              =>  sparse_conv2d(x, values, offsets, starts)
+
+and `tvm_compress.sparse_kernels` (JSON) says of these layers what share of the weights is stored.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from ..targets import Target
 
 DECODED_ATTR = "tvm_compress.decoded"
+SPARSE_ATTR = "tvm_compress.sparse_kernels"
 
 
 @tvm.transform.module_pass(opt_level=0, name="PackWeights")
@@ -44,7 +49,12 @@ class PackWeights:
             if isinstance(function, relax.Function):
                 packing.builder_.update_func(global_var, packing.visit_expr(function))
         packed = packing.builder_.get()
-        packed["main"] = packed["main"].with_attr(DECODED_ATTR, json.dumps(packing.decoded))
+        packed["main"] = packed["main"].with_attrs(
+            {
+                DECODED_ATTR: json.dumps(packing.decoded),
+                SPARSE_ATTR: json.dumps(packing.sparse),
+            }
+        )
         return relax.transform.DeadCodeElimination(["main"])(packed)
 
 
@@ -55,6 +65,7 @@ class _Packing(relax.PyExprMutator):
         self.module = module
         self.target = target
         self.decoded: list[str] = []
+        self.sparse: dict[str, float] = {}
         self.layer = ""
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
@@ -73,6 +84,11 @@ class _Packing(relax.PyExprMutator):
         parts = [array for array in arrays if array is not None]
         if not parts or len(parts) != len(others):
             return super().visit_call_(call)
+        sparse = schedules.sparse_parts(spec, parts, self.target)
+        if sparse is not None:
+            self.sparse[self.layer] = round(sparse[1][0].size / parts[0].size, 4)
+            roles = ["data", "weights", "indices", "indices"]
+            return self._kernel(call, sparse[0], [relax.const(part) for part in sparse[1]], roles)
         decoded = schedules.decode_weight(spec, parts, self.target)
         if decoded is not None:
             return self._decoded(call, decoded)
@@ -97,7 +113,7 @@ class _Packing(relax.PyExprMutator):
     def _kernel(
         self,
         call: tvm.ir.Call,
-        spec: schedules.WeightedSpec,
+        spec: schedules.KernelSpec,
         weights: list[tvm.ir.Expr],
         roles: list[str],
     ) -> tvm.ir.Expr:

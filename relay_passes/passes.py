@@ -103,6 +103,13 @@ PASSES: dict[str, PassEntry] = {
         observe_at="equalize_inputs:observe",
         keeps_statistics=False,
     ),
+    "sparsify": PassEntry(
+        summary="set weights to zero where they matter least, and let the others make up for it",
+        config_at="sparsify_config:SparsifyConfig",
+        pass_at="sparsify:Sparsify",
+        observe_at="sparsify:observe",
+        keeps_statistics=False,
+    ),
     "quantize": PassEntry(
         summary="integer weights and activations, or integer weights alone",
         config_at="quantize_config:QuantizeConfig",

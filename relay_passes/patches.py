@@ -52,3 +52,13 @@ def weight_matrix(weight: NDArray, call: relax.Call) -> NDArray:
     rows = weight.transpose([layout.index(axis) for axis in order])  # [O, *kernel, I]
     outputs = rows.shape[0]
     return np.ascontiguousarray(rows).reshape(groups, outputs // groups, -1)
+
+
+def weight_of_matrix(matrix: NDArray, call: relax.Call, shape: tuple[int, ...]) -> NDArray:
+    """Inverse of `weight_matrix`: [groups, O // groups, K] => the weight of `shape`."""
+    if op_name(call) == "relax.matmul":
+        return np.ascontiguousarray(matrix[0].T)
+    layout = str(call.attrs.kernel_layout)
+    order = "O" + "".join(axis for axis in layout if axis not in "OI") + "I"
+    rows = matrix.reshape([shape[layout.index(axis)] for axis in order])
+    return np.ascontiguousarray(rows.transpose([order.index(axis) for axis in layout]))

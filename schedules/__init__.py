@@ -9,7 +9,14 @@ from .choice import (
     choice_to_json,
 )
 from .decode_weight import DecodedWeight
-from .dispatch import decode_weight, pack_parts, pack_weight, schedule, search_space
+from .dispatch import (
+    decode_weight,
+    pack_parts,
+    pack_weight,
+    schedule,
+    search_space,
+    sparse_parts,
+)
 from .spec import (
     KERNEL_ATTR,
     SCHEDULE_ATTR,
@@ -49,5 +56,6 @@ __all__ = [
     "reference",
     "schedule",
     "search_space",
+    "sparse_parts",
     "spec_from_json",
 ]

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..targets import Target
 from .choice import CHOICE_ATTR, Choice, SearchSpace, choice_to_json
-from .spec import SCHEDULE_ATTR, KernelSpec, WeightedSpec
+from .spec import SCHEDULE_ATTR, KernelSpec, SparseConv2dSpec, WeightedSpec
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -60,6 +60,18 @@ def pack_parts(
         return pack(spec, parts, target)
     packed = pack_weight(spec, parts[0], target)
     return None if packed is None else (packed[0], [packed[1], *parts[1:]])
+
+
+def sparse_parts(
+    spec: KernelSpec, parts: list[np.ndarray], target: Target
+) -> tuple[SparseConv2dSpec, list[np.ndarray]] | None:
+    """The layer without its zeros and what its kernel reads; None: there are too few, or no kernel
+    of the target skips them."""
+    if not isinstance(spec, WeightedSpec) or len(parts) != 1:
+        return None
+    from .sparse_weight import sparse_form
+
+    return sparse_form(spec, parts[0], target)
 
 
 def decode_weight(

@@ -7,6 +7,7 @@ of an entry are read once for all positions. Blocks of at least four channels.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -102,6 +103,8 @@ class SparseKernel:
         self.fused, self.spec, self.target, self.epilogue = fused, spec, target, epilogue
         self.operands, self.offsets, self.starts = operands
         self.lanes, self.window = lanes, window_of(spec.dense)
+        if spec.is_flat:
+            self.window = replace(self.window, shape=(spec.width,))
         self.dot = FloatDot(lanes, "float32", target.has("fma"))
         vectors = spec.block // lanes
         # A block wider than the registers is read in parts, each with all of its entries.

@@ -27,25 +27,31 @@ def describe(spec: SparseConv2dSpec) -> tuple[list[te.Tensor], te.Tensor]:
     values = te.placeholder((spec.entries, spec.block), spec.weight_dtype, name="values")
     offsets = te.placeholder((spec.entries,), spec.offsets_dtype, name="offsets")
     starts = te.placeholder((spec.blocks + 1,), "int32", name="starts")
-    padded = pad(data, spec.padding, spec.pad_value)
+    padded = data if spec.is_flat else pad(data, spec.padding, spec.pad_value)
     row, column = spec.pitches
     e = te.reduce_axis((0, spec.longest), name="e")
 
-    def term(b: tirx.Var, y: tirx.Var, x: tirx.Var, o: tirx.Var) -> tirx.PrimExpr:
-        block = o // spec.block
-        entry = starts[block] + e
-        offset = offsets[entry].astype("int32")
-        product = padded[
+    def source(place: tuple[tirx.Var, ...], offset: tirx.PrimExpr) -> tirx.PrimExpr:
+        if spec.is_flat:
+            return padded[place[0], offset]
+        b, y, x = place
+        return padded[
             b,
             y * spec.strides[0] + offset // row,
             x * spec.strides[1] + offset % row // column,
             offset % column,
-        ].astype(spec.acc_dtype) * values[entry, o % spec.block].astype(spec.acc_dtype)
+        ]
+
+    def term(*index: tirx.Var) -> tirx.PrimExpr:
+        block, channel = index[-1] // spec.block, index[-1] % spec.block
+        entry = starts[block] + e
+        data_value = source(index[:-1], offsets[entry].astype("int32"))
+        product = data_value.astype(spec.acc_dtype) * values[entry, channel].astype(spec.acc_dtype)
         return tirx.if_then_else(entry < starts[block + 1], product, tirx.const(0, spec.acc_dtype))
 
     acc = te.compute(
         spec.output_shape,
-        lambda b, y, x, o: te.sum(term(b, y, x, o), axis=e),
+        lambda *index: te.sum(term(*index), axis=e),
         name="sparse_conv2d",
         attrs=kernel_attrs(spec),
     )
@@ -110,4 +116,7 @@ def reference(
     positions = (ky * spec.kernel[1] + kx) * spec.in_channels + channel
     reduction = spec.dense.reduction_size
     weight = decode(values, positions, starts, (reduction, spec.out_channels))
-    return dense_reference(spec.dense, data, weight.reshape(spec.dense.weight_shape))
+    result = dense_reference(
+        spec.dense, data.reshape(spec.dense.data_shape), weight.reshape(spec.dense.weight_shape)
+    )
+    return result.reshape(spec.output_shape)

@@ -419,6 +419,8 @@ class SparseConv2dSpec(KernelSpec):
     entries: int
     longest: int
     """Most entries of a block."""
+    is_flat: bool = False
+    """A linear layer: data [width, in_channels], result [width, out_channels]."""
 
     def __post_init__(self) -> None:
         _require(
@@ -429,6 +431,10 @@ class SparseConv2dSpec(KernelSpec):
         _require(
             0 <= self.longest <= self.entries <= self.blocks * self.longest,
             f"{self.entries} entries, at most {self.longest} in each of {self.blocks} blocks",
+        )
+        _require(
+            not self.is_flat or (self.batch, self.height, self.kernel) == (1, 1, (1, 1)),
+            f"a linear layer with a window: {self}",
         )
         assert self.dense  # checks the sizes
 
@@ -471,19 +477,19 @@ class SparseConv2dSpec(KernelSpec):
 
     @property
     def data_shape(self) -> tuple[int, ...]:
-        """[batch, height, width, in_channels]."""
-        return self.dense.data_shape
+        """[batch, height, width, in_channels], or [width, in_channels]."""
+        return self.dense.data_shape[2 if self.is_flat else 0 :]
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """[batch, out_height, out_width, out_channels]."""
-        return self.dense.output_shape
+        """[batch, out_height, out_width, out_channels], or [width, out_channels]."""
+        return self.dense.output_shape[2 if self.is_flat else 0 :]
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one call: those of the weights that are there."""
-        batch, rows, columns, _ = self.output_shape
-        return batch * rows * columns * self.entries * self.block
+        positions = self.dense.macs // (self.dense.reduction_size * self.out_channels)
+        return positions * self.entries * self.block
 
 
 @dataclass(frozen=True, kw_only=True)

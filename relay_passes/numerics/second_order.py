@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .sparsity_pattern import Block, NOfM, SparsityPattern
+from .sparsity_pattern import Block, SemiStructured, SparsityPattern
 
 Matrix = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -89,14 +89,18 @@ def prune_in_order(
 
 def _run_of_inputs(pattern: SparsityPattern) -> int:
     """How many inputs are decided on together: whole units."""
-    if isinstance(pattern, NOfM):
+    if isinstance(pattern, SemiStructured):
         return pattern.of
     unit = pattern.inputs if isinstance(pattern, Block) else 1
     return max(1, _ORDERED_INPUTS // unit) * unit
 
 
 def prune_greedily(
-    weight: Matrix, hessian: Matrix, pattern: Block | NOfM, sparsity: float, together: int = 1
+    weight: Matrix,
+    hessian: Matrix,
+    pattern: Block | SemiStructured,
+    sparsity: float,
+    together: int = 1,
 ) -> tuple[Matrix, Mask]:
     """(ŵ, kept), both [K, N]. Outputs that share a pattern are pruned unit by unit; how many units
     each such group of outputs gives is decided over all of them, by what each would cost.
@@ -110,7 +114,7 @@ def prune_greedily(
         for start in range(0, weight.shape[1], pattern.outputs)
     ]
     traces = [_remove_units(weight[:, group], inverse, pattern, together) for group in groups]
-    if isinstance(pattern, NOfM):
+    if isinstance(pattern, SemiStructured):
         counts = np.array([len(order) for order, _ in traces])
     else:
         # Where a later unit of a trace is cheaper it still waits for the one before it.
@@ -127,7 +131,7 @@ def prune_greedily(
 
 
 def _remove_units(
-    weight: Matrix, inverse: Matrix, pattern: Block | NOfM, together: int
+    weight: Matrix, inverse: Matrix, pattern: Block | SemiStructured, together: int
 ) -> tuple[list[NDArray[np.int64]], NDArray[np.float64]]:
     """(units in the order in which they go, what each costs) for outputs [K, n] that share all
     zeros. A unit is some neighbouring inputs; of N:M those that must go go."""
@@ -136,7 +140,7 @@ def _remove_units(
     units = [np.arange(start, min(start + unit, size)) for start in range(0, size, unit)]
     may_go = np.ones(len(units), bool)
     room: NDArray[np.int64] | None = None  # how many may still go, by window
-    if isinstance(pattern, NOfM):
+    if isinstance(pattern, SemiStructured):
         lengths = np.minimum(pattern.of, size - np.arange(0, size, pattern.of))
         room = lengths - -(-pattern.kept * lengths // pattern.of)
     left, inverse = weight.astype(np.float64, copy=True), inverse.copy()
@@ -150,7 +154,7 @@ def _remove_units(
                 break
             chosen.append(int(index))
             may_go[index] = False
-            if room is not None and isinstance(pattern, NOfM):
+            if room is not None and isinstance(pattern, SemiStructured):
                 window = index // pattern.of
                 room[window] -= 1
                 if room[window] == 0:

@@ -8,7 +8,7 @@ directions between weights and units.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,11 @@ class SparsityPattern(ABC):
     @abstractmethod
     def words(self) -> str:
         """What it is, for reports."""
+
+    def of_layer(self, positions: int) -> SparsityPattern | None:
+        """The pattern for a layer whose kernel has that many spatial positions; None: it has
+        none."""
+        return self
 
     @abstractmethod
     def pool(self, scores: Scores) -> Scores:
@@ -50,10 +55,9 @@ def keep_largest(units: Scores, sparsity: float) -> Mask:
 
 @dataclass(frozen=True)
 class Block(SparsityPattern):
-    """Blocks of `outputs` x `inputs` weights; (1, 1) is unstructured. The last ones may be
-    smaller."""
+    """Blocks of `outputs` x `inputs` weights. The last ones may be smaller."""
 
-    outputs: int = 1
+    outputs: int = 16
     inputs: int = 1
 
     def __post_init__(self) -> None:
@@ -78,7 +82,15 @@ class Block(SparsityPattern):
 
 
 @dataclass(frozen=True)
-class NOfM(SparsityPattern):
+class Unstructured(Block):
+    """Every weight for itself."""
+
+    outputs: int = field(default=1, init=False)
+    inputs: int = field(default=1, init=False)
+
+
+@dataclass(frozen=True)
+class SemiStructured(SparsityPattern):
     """`kept` of every `of` consecutive inputs, one choice for `outputs` neighbouring outputs.
 
     With one output it is what sparse tensor cores read (Mishra et al. 2021, section 3); shared by a
@@ -130,20 +142,28 @@ class KernelShape(SparsityPattern):
     """Every spatial kernel keeps `entries` of its positions, in one of `shapes` shapes.
 
     Ma et al. 2020, "PCONV", section 4: the shapes are those that most kernels would choose for
-    themselves. `positions` is the kernel's area, `outputs` neighbouring kernels share a shape.
+    themselves. `outputs` neighbouring kernels share a shape. `positions` is the kernel's area,
+    known for a layer (`of_layer`).
     """
 
-    positions: int
     entries: int = 4
     shapes: int = 8
     outputs: int = 1
+    positions: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.entries < self.positions or self.shapes < 1 or self.outputs < 1:
+        if min(self.entries, self.shapes, self.outputs) < 1:
             raise ValueError(
-                f"{self.entries} entries of {self.positions} positions in {self.shapes} shapes; "
-                "entries are fewer than positions, shapes from 1 on"
+                f"{self.shapes} shapes of {self.entries} entries for {self.outputs} outputs; all "
+                "are from 1 on"
             )
+
+    def of_layer(self, positions: int) -> KernelShape | None:
+        if self.entries >= positions:
+            return None
+        bound = replace(self)
+        object.__setattr__(bound, "positions", positions)
+        return bound
 
     @property
     def sparsity(self) -> float:

@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks.kernels_x86 import calls, onnxruntime, openvino, ours
+from kernels_x86 import calls, onnxruntime, openvino, ours
 
 # (name, height, width, in, out, kernel)
 LAYERS: list[tuple[str, int, int, int, int, int]] = [

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tvm import te
 
 from tvm_compress.schedules import (
     SCHEDULE_ATTR,
     SparseConv2dSpec,
+    describe,
     prim_func,
     reference,
     schedule,
@@ -25,6 +27,8 @@ from .kernels import FLOAT_TOLERANCE, random_array, run
 LEVELS = ["x86-64-v2", "x86-64-v3", "x86-64-v4"]
 SHAPES: list[dict[str, Any]] = [
     {"height": 1, "width": 7, "in_channels": 33, "out_channels": 16, "kernel": (1, 1)},
+    {"height": 1, "width": 5, "in_channels": 20, "out_channels": 37, "kernel": (1, 1),
+     "is_flat": True},
     {"height": 5, "width": 5, "in_channels": 16, "out_channels": 40, "kernel": (1, 1)},
     {"height": 9, "width": 11, "in_channels": 8, "out_channels": 21, "kernel": (3, 3),
      "padding": (1, 1, 1, 1)},
@@ -57,7 +61,11 @@ def problem(
 
 
 def expected(spec: SparseConv2dSpec, data: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    return dense_reference(spec.dense, data, weight.reshape(spec.dense.weight_shape))
+    dense = spec.dense
+    result = dense_reference(
+        dense, data.reshape(dense.data_shape), weight.reshape(dense.weight_shape)
+    )
+    return result.reshape(spec.output_shape)
 
 
 @pytest.mark.parametrize("block", [1, 3, 16])
@@ -99,10 +107,27 @@ def test_blocks(fields: dict[str, Any], level: str) -> None:
     compare(spec, target, inputs, func)
 
 
+@pytest.mark.parametrize("fields", SHAPES[1:3])
+def test_epilogue(fields: dict[str, Any]) -> None:
+    """Bias and ReLU behind the sums, in one kernel."""
+    target = get_target("x86-64-v3")
+    spec, inputs, _ = problem(16, 0.7, **fields)
+    arguments, acc = describe(spec)
+    bias = te.placeholder((spec.out_channels,), "float32", name="bias")
+    total = te.compute(acc.shape, lambda *i: acc[i] + bias[i[-1]], name="total")
+    out = te.compute(acc.shape, lambda *i: te.max(total[i], 0.0), name="out")
+    func = schedule(te.create_prim_func([*arguments, bias, out]), target)
+    assert func.attrs[SCHEDULE_ATTR] == "sparse"
+    added = random_array(np.random.default_rng(9), (spec.out_channels,), "float32")
+    result = run(func, target, [*inputs, added], (spec.output_shape, "float32"))[0]
+    wanted = np.maximum(reference(spec, *inputs) + added, 0)
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("block", [4, 8, 32, 64])
 def test_other_blocks(block: int) -> None:
     target = get_target("x86-64-v3")
-    spec, inputs, _ = problem(block, 0.6, seed=2, **SHAPES[2])
+    spec, inputs, _ = problem(block, 0.6, seed=2, **SHAPES[3])
     func = schedule(prim_func(spec), target)
     assert func.attrs[SCHEDULE_ATTR] == "sparse"
     compare(spec, target, inputs, func)
@@ -111,7 +136,7 @@ def test_other_blocks(block: int) -> None:
 @pytest.mark.parametrize("block", [1, 3])
 def test_without_a_vector_form(block: int) -> None:
     target = get_target("x86-64-v3")
-    spec, inputs, _ = problem(block, 0.6, seed=3, **SHAPES[2])
+    spec, inputs, _ = problem(block, 0.6, seed=3, **SHAPES[3])
     compare(spec, target, inputs, schedule(prim_func(spec), target))
 
 
@@ -119,13 +144,13 @@ def test_all_and_nothing() -> None:
     """Blocks without entries, and a layer with all of them."""
     target = get_target("x86-64-v3")
     for sparsity in (0.0, 0.97):
-        spec, inputs, _ = problem(16, sparsity, seed=4, **SHAPES[4])
+        spec, inputs, _ = problem(16, sparsity, seed=4, **SHAPES[5])
         compare(spec, target, inputs, schedule(prim_func(spec), target))
 
 
 def test_every_choice_is_exact() -> None:
     target = replace(get_target("x86-64-v3"), threads=2)
-    spec, inputs, _ = problem(32, 0.7, seed=5, **SHAPES[4])
+    spec, inputs, _ = problem(32, 0.7, seed=5, **SHAPES[5])
     space = search_space(prim_func(spec), target)
     assert space is not None
     choices = list(space)

@@ -20,10 +20,12 @@ MOVES = {
 
 
 def describe_schemes(module: tvm.IRModule) -> dict[str, str]:
-    """Layer name => weights x activations, e.g. `int8/channel × int8`, `int4/group 32 × float`."""
+    """Layer name => weights x activations, e.g. `int8/channel × int8`, `int4/group 32 × float`; and
+    what a step made sparse."""
     from ..relay_passes.branches import functions_in_order
     from ..relay_passes.graph import Graph
     from ..relay_passes.op_kinds import ANCHORS
+    from ..relay_passes.sparsify import read_sparsified
 
     schemes = {}
     graphs = [Graph(module[global_var]) for global_var in functions_in_order(module)]
@@ -37,6 +39,8 @@ def describe_schemes(module: tvm.IRModule) -> dict[str, str]:
         schemes[variable.name] = (
             FLOAT if is_plain else f"{weights or activations or FLOAT} × {activations or FLOAT}"
         )
+    for name, pattern in read_sparsified(module).items():
+        schemes[name] = f"{schemes.get(name, FLOAT)}, {pattern}"
     return schemes
 
 

@@ -14,9 +14,22 @@ from tvm_compress.relay_passes.numerics.second_order import (
     prune_in_order,
     reconstruct,
 )
-from tvm_compress.relay_passes.numerics.sparsity_pattern import Block, KernelShape, NOfM
+from tvm_compress.relay_passes.numerics.sparsity_pattern import (
+    Block,
+    KernelShape,
+    SemiStructured,
+    Unstructured,
+)
 
-PATTERNS = [Block(), Block(16, 1), Block(4, 4), Block(1, 8), NOfM(2, 4), NOfM(2, 4, 16), NOfM(1, 3)]
+PATTERNS = [
+    Unstructured(),
+    Block(16, 1),
+    Block(4, 4),
+    Block(1, 8),
+    SemiStructured(2, 4),
+    SemiStructured(2, 4, 16),
+    SemiStructured(1, 3),
+]
 
 
 def problem(inputs: int, outputs: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -29,14 +42,14 @@ def problem(inputs: int, outputs: int, seed: int = 0) -> tuple[np.ndarray, np.nd
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.words)
 @pytest.mark.parametrize("shape", [(1, 1), (17, 5), (32, 32), (33, 17), (36, 40)])
-def test_units_stay_whole(pattern: Block | NOfM, shape: tuple[int, int]) -> None:
+def test_units_stay_whole(pattern: Block | SemiStructured, shape: tuple[int, int]) -> None:
     scores = np.random.default_rng(1).random(shape)
     kept = pattern.choose(scores, 0.5)
     assert kept.shape == shape and kept.dtype == bool
     for column in range(0, shape[1], pattern.outputs):
         together = kept[:, column : column + pattern.outputs]
         assert (together == together[:, :1]).all()
-    if isinstance(pattern, NOfM):
+    if isinstance(pattern, SemiStructured):
         for start in range(0, shape[0], pattern.of):
             window = kept[start : start + pattern.of]
             assert (window.sum(axis=0) == -(-pattern.kept * len(window) // pattern.of)).all()
@@ -52,27 +65,34 @@ def test_units_stay_whole(pattern: Block | NOfM, shape: tuple[int, int]) -> None
 def test_the_smallest_scores_go() -> None:
     scores = np.array([[4.0, 1.0], [3.0, 2.0], [9.0, 0.5], [8.0, 7.0]])
     expected = [[True, False], [True, False], [True, False], [True, True]]
-    assert Block().choose(scores, 3 / 8).tolist() == expected
+    assert Unstructured().choose(scores, 3 / 8).tolist() == expected
     # 2 x 2 blocks have the sums 10 and 24.5.
     assert Block(2, 2).choose(scores, 0.5).tolist() == [[False] * 2] * 2 + [[True] * 2] * 2
-    assert NOfM(2, 4).choose(scores).sum(axis=0).tolist() == [2, 2]
+    assert SemiStructured(2, 4).choose(scores).sum(axis=0).tolist() == [2, 2]
+
+
+def kernel_shape(entries: int, shapes: int) -> KernelShape:
+    bound = KernelShape(entries, shapes).of_layer(9)
+    assert bound is not None
+    return bound
 
 
 def test_kernel_shapes() -> None:
     rng = np.random.default_rng(2)
     scores = rng.random((9 * 6, 10))
-    kept = KernelShape(9, 4, 3).choose(scores).reshape(9, -1).T
+    kept = kernel_shape(4, 3).choose(scores).reshape(9, -1).T
     assert (kept.sum(axis=1) == 4).all()
     assert len(np.unique(kept, axis=0)) <= 3
+    assert KernelShape(4).of_layer(1) is None
     # With a shape for everyone, each kernel keeps its own best.
-    free = KernelShape(9, 4, 1000).choose(scores).reshape(9, -1)
+    free = kernel_shape(4, 1000).choose(scores).reshape(9, -1)
     flat = scores.reshape(9, -1)
     threshold = np.sort(flat, axis=0)[-4]
     assert np.array_equal(free, flat >= threshold)
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Block(0, 1), lambda: NOfM(4, 4), lambda: KernelShape(9, 9)]
+    "make", [lambda: Block(0, 1), lambda: SemiStructured(4, 4), lambda: KernelShape(0)]
 )
 def test_impossible_patterns(make: object) -> None:
     with pytest.raises(ValueError):
@@ -158,18 +178,18 @@ def brain_surgeon(weight: np.ndarray, hessian: np.ndarray, sparsity: float) -> n
 def test_agrees_with_published_algorithms(sparsity: float) -> None:
     weight, second = problem(24, 7)
     hessian = damped(second)
-    found, kept = prune_in_order(weight, hessian, Block(), sparsity)
+    found, kept = prune_in_order(weight, hessian, Unstructured(), sparsity)
     expected = sparse_gpt(weight, hessian, sparsity)
     np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-9)
     assert np.array_equal(kept, expected != 0)
-    found, kept = prune_greedily(weight, hessian, Block(), sparsity)
+    found, kept = prune_greedily(weight, hessian, Unstructured(), sparsity)
     expected = brain_surgeon(weight, hessian, sparsity)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
     assert np.array_equal(kept, expected != 0)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.words)
-def test_second_order_beats_magnitude(pattern: Block | NOfM) -> None:
+def test_second_order_beats_magnitude(pattern: Block | SemiStructured) -> None:
     weight, second = problem(150, 33, seed=4)
     hessian = damped(second)
     by_size = pattern.choose(saliency.magnitude(weight), 0.6)
@@ -190,5 +210,5 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
     weight, second = problem(16, 4)
     second[:, 3] = second[3, :] = 0
     for solve in (prune_in_order, prune_greedily):
-        pruned, kept = solve(weight, damped(second), Block(), 0.5)
+        pruned, kept = solve(weight, damped(second), Unstructured(), 0.5)
         assert np.isfinite(pruned).all() and (~kept).sum() == 32

@@ -1,0 +1,74 @@
+"""What is asked of a sparse layer. The recipe's step `sparsify` has these fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..errors import RecipeError
+from .numerics.sparsity_pattern import Block, KernelShape, SemiStructured, Unstructured
+
+CRITERIA_WITHOUT_DATA = ("magnitude",)
+
+
+@dataclass(frozen=True)
+class SparsifyConfig:
+    """Set weights to zero; shapes stay, and kernels that skip zeros are used where they pay."""
+
+    sparsity: float | None = field(
+        default=None,
+        metadata={"help": "share of the weights that become zero, 0 to 1; semi_structured and kernel_shape "
+                  "have their own"},
+    )  # fmt: skip
+    pattern: Unstructured | Block | SemiStructured | KernelShape = field(
+        default=Block(16, 1),
+        metadata={
+            "help": "which weights go together; block: {outputs: 16, inputs: 1} fits the vectors "
+            "of every CPU, layers with one output a group (depthwise) are left alone by patterns "
+            "of several outputs"
+        },
+    )
+    criterion: Literal[
+        "magnitude", "diagonal_hessian", "activation_aware", "output_correlation", "second_order"
+    ] = field(
+        default="second_order",
+        metadata={"help": "what a weight is worth; all but magnitude need calibration data"},
+    )
+    scope: Literal["layer", "network"] = field(
+        default="layer",
+        metadata={
+            "help": "layer: each has the sparsity; network: all selected layers together, by what "
+            "a weight is worth relative to its layer's mean"
+        },
+    )
+    reconstruct: bool = field(
+        default=True,
+        metadata={
+            "help": "weights that are kept make up for those that go (least squares on the "
+            "calibration data); always so with second_order"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        has_own = isinstance(self.pattern, (SemiStructured, KernelShape))
+        if has_own and self.sparsity is not None:
+            raise RecipeError(
+                f"sparsity: {self.sparsity} with {self.pattern.words}, which has its own; leave "
+                "one of them out"
+            )
+        if not has_own and self.sparsity is None:
+            raise RecipeError(
+                f"sparsity: is missing; with {self.pattern.words} say 0.8, for example"
+            )
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise RecipeError(f"sparsity is between 0 and 1, not {self.sparsity}")
+        if self.scope == "network" and (has_own or self.criterion == "second_order"):
+            raise RecipeError(
+                f"scope: network with {self.pattern.words} and criterion: {self.criterion}: one "
+                "threshold for all layers needs blocks or unstructured, and another criterion"
+            )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration has to sum X·Xᵀ."""
+        return self.reconstruct or self.criterion not in CRITERIA_WITHOUT_DATA
