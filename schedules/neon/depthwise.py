@@ -15,13 +15,14 @@ from ..dot import flip_sign
 from ..emit import splat, vector
 from ..epilogue import Epilogue
 from ..fused import FusedFunction, Stage
-from ..spec import WeightedSpec, ceil_div
-from .dot import multiplies_bytes
+from ..spec import WeightedSpec
+from .dot import multiplies_bytes, multiply_halves
 from .epilogue import NeonEpilogue
 
-_LANES = 8
+_LANES = 16
+_HALF = 8  # that one instruction multiplies
 _OFFSET = 128
-_OUTPUTS_64, _OUTPUTS_32 = 4, 2
+_LONG_ROW = 10  # outputs; two at a time save 6 % (counted)
 
 
 def depthwise_kernel(
@@ -62,9 +63,10 @@ class NeonDepthwiseKernel(DepthwiseKernel):
     def _outputs(self) -> int:
         if not self.is_bytes:
             return super()._outputs()
-        most = _OUTPUTS_64 if self.target.vector_registers > 16 else _OUTPUTS_32
+        # An odd row would be computed half an output longer (the last tile is moved back inside).
         columns = self.window.columns
-        return ceil_div(columns, ceil_div(columns, most))  # the last tile is moved back inside
+        pays = self.target.vector_registers > 16 and (columns % 2 == 0 or columns > _LONG_ROW)
+        return 2 if pays else 1
 
     def _data_dtype(self) -> str:
         return "int8" if self.is_flipped else super()._data_dtype()
@@ -98,13 +100,13 @@ class NeonDepthwiseKernel(DepthwiseKernel):
         lanes: int,
         count: int,
     ) -> None:
-        if not self.is_bytes or lanes != _LANES:
+        if not self.is_bytes or lanes < _HALF:
             super()._taps(acc, source, start, rows, channel, lanes, count)
             return
         e, spec = self.e, self.spec
         (dy, dx), width = spec.dilation, spec.kernel[1]
         taps = [(ky, kx) for ky in rows for kx in range(width)]
-        chain = max(1, spec.chain)
+        chain, is_64 = max(1, spec.chain), self.target.has("aarch64")
         loaded: dict[tuple[Any, int], Any] = {}
 
         def data(ky: Any, offset: int) -> Any:
@@ -113,17 +115,25 @@ class NeonDepthwiseKernel(DepthwiseKernel):
                 loaded[ky, offset] = e.bind("v", vector(source.buffer, at, lanes))
             return loaded[ky, offset]
 
-        wide = f"int16x{lanes}"
         for begin in range(0, len(taps), chain):
             some = taps[begin : begin + chain]
             weights = [
                 e.bind("w", self._weight(ky * width + kx, channel, lanes)) for ky, kx in some
             ]
             for c in range(count):
-                sums: Any = None
-                for (ky, kx), weight in zip(some, weights, strict=True):
-                    x = data(ky, c * source.column_stride + kx * dx)
-                    product = x.astype(wide) * weight.astype(wide)
-                    sums = product if sums is None else sums + product
-                value = vector(acc, c * lanes, lanes) + sums.astype(f"int32x{lanes}")
-                e.store_vector(acc, value, c * lanes, lanes)
+                values = [data(ky, c * source.column_stride + kx * dx) for ky, kx in some]
+                for half in range(0, lanes, _HALF):
+                    at = c * lanes + half
+                    sums: Any = None
+                    for value, weight in zip(values, weights, strict=True):
+                        product = multiply_halves(is_64, _half(value, half), _half(weight, half))
+                        sums = product if sums is None else sums + product
+                    total = vector(acc, at, _HALF) + sums.astype(f"int32x{_HALF}")
+                    e.store_vector(acc, total, at, _HALF)
+
+
+def _half(value: Any, first: int) -> ir.Expr:
+    """Eight channels from lane `first` on."""
+    if str(value.ty.dtype) == f"int8x{_HALF}":
+        return value
+    return tirx.Shuffle([value], [tirx.const(first + i, "int32") for i in range(_HALF)])
