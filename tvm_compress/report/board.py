@@ -64,7 +64,7 @@ def print_cost(console: Console, cost: Mapping[str, Any]) -> None:
         bytes_text(cost["other_ram_bytes"]),
         "" if cost["stack_bytes"] is None else bytes_text(cost["stack_bytes"]),
         "" if counted is None else instructions_text(cost),
-        str(cost["inputs"]),
+        "" if counted is None else str(cost["inputs"]),
     )
     console.print(table)
     if counted is not None:
