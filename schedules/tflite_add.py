@@ -45,15 +45,27 @@ def tflite_add(
         half = const(1 << (-exponent - 1)) + (product >> const(31))
         return (product + half) >> const(-exponent)
 
+    def result(total: tirx.PrimExpr) -> tirx.PrimExpr:
+        """Scaled, plus the zero point."""
+        mantissa, exponent = multipliers[2]
+        addend = (1 << max(-exponent - 1, 0)) + (zero_points[2] << max(-exponent, 0))
+        if exponent < 0 and bounds[0] >= zero_points[2] and abs(addend) < 1 << 30:
+            # What rounds the other way is clamped (`rounded_once` of numerics/tflite.py).
+            product = rounding_doubling_high_mul(total, const(mantissa))
+            return (product + const(addend)) >> const(-exponent)
+        return scaled(total, multipliers[2]) + const(zero_points[2])
+
     def term(operand: te.Tensor, i: Sequence[tirx.Var], which: int) -> tirx.PrimExpr:
         centred = at(operand, i).astype("int32") - const(zero_points[which])
+        if multipliers[which] == (1 << 30, 0):  # exactly a half, of the operand with more scale
+            return centred << const(left_shift - 1)
         return scaled(centred << const(left_shift), multipliers[which])
 
     def compute(*i: tirx.Var) -> tirx.PrimExpr:
         left, right = term(a, i, 0), term(b, i, 1)
         total = left + right if sign > 0 else left - right
-        result = scaled(total, multipliers[2]) + const(zero_points[2])
-        return te.max(te.min(result, const(bounds[1])), const(bounds[0])).astype(out_dtype)
+        code = result(total)
+        return te.max(te.min(code, const(bounds[1])), const(bounds[0])).astype(out_dtype)
 
     out = te.compute(out_shape, compute, name="tflite_add")
     return make_prim_func("tflite_add", [a, b], out, ["data", "data"], BROADCAST, {"sign": sign})

@@ -5,7 +5,7 @@
     clamp(v)             =>  ssat(v), usat(v)           bounds of a byte; a compiler that sees
                                                         comparisons moves the addition behind them
     (p + half) >> n      =>  smmulr for p                TFLite's multiplication of small sums
-    (p + a) >> n         =>  smmlar for p + a            the same where nothing is below the zero point
+    (p + a) >> n         =>  smmlar for p + a            the same without codes below zero point
 
 The integers are the same for every input.
 """
@@ -13,27 +13,29 @@ The integers are the same for every input.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, reduce
 
 import tvm_ffi
 from tvm import ir, tirx
-from tvm.ir.prim.expr import RShift
+from tvm.ir.prim.expr import LShift, RShift
 
 from ...targets import Target
 
+_SHORT = ("int8", "uint8", "int16")
 HIGH_PRODUCT = "tvmc_smmulr"
 HIGH_PRODUCT_ADDED = "tvmc_smmlar"
 
 
 def llvm_helpers() -> str:
     """LLVM's form of what `finisher` calls."""
+    pure = "nounwind memory(none)"
     return f"""
-define internal i32 @{HIGH_PRODUCT}(i32 %a, i32 %b) alwaysinline nounwind memory(none) {{
-  %r = call i32 asm "smmulr $0, $1, $2", "=r,r,r"(i32 %a, i32 %b) nounwind memory(none)
+define internal i32 @{HIGH_PRODUCT}(i32 %a, i32 %b) alwaysinline {pure} {{
+  %r = call i32 asm "smmulr $0, $1, $2", "=r,r,r"(i32 %a, i32 %b) {pure}
   ret i32 %r
 }}
-define internal i32 @{HIGH_PRODUCT_ADDED}(i32 %a, i32 %b, i32 %c) alwaysinline nounwind memory(none) {{
-  %r = call i32 asm "smmlar $0, $1, $2, $3", "=r,r,r,r"(i32 %a, i32 %b, i32 %c) nounwind memory(none)
+define internal i32 @{HIGH_PRODUCT_ADDED}(i32 %a, i32 %b, i32 %c) alwaysinline {pure} {{
+  %r = call i32 asm "smmlar $0, $1, $2, $3", "=r,r,r,r"(i32 %a, i32 %b, i32 %c) {pure}
   ret i32 %r
 }}
 """
@@ -124,7 +126,9 @@ class _Finish:
             return self._rounded_once(*terms, right)
         if len(terms) != 3:
             return None
-        product, half, sign = terms
+        product, *others = terms
+        others.sort(key=lambda term: isinstance(term, RShift))
+        half, sign = others
         if not isinstance(sign, RShift) or not tvm_ffi.structural_equal(sign.a, product):
             return None
         factors = _factors(product)
@@ -170,27 +174,44 @@ class _Finish:
 
 def _terms(e: ir.Expr) -> list[ir.Expr]:
     """What is added up."""
+    if isinstance(e, tirx.Sub) and isinstance(e.b, tirx.IntImm):
+        return [*_terms(e.a), tirx.IntImm(e.b.ty, -int(e.b.value))]
     return [*_terms(e.a), *_terms(e.b)] if isinstance(e, tirx.Add) else [e]
 
 
 def _factors(product: ir.Expr) -> tuple[ir.Expr, ir.Expr] | None:
-    """x and m of int32((int64(x) * int64(m) + 2^30) >> 31)."""
+    """x and m of int32((int64(x) * int64(m) + 2^30) >> 31). TE writes a sum x as several
+    products."""
     if not isinstance(product, tirx.Cast) or not isinstance(product.value, RShift):
         return None
     total, places = product.value.a, product.value.b
     if not isinstance(places, tirx.IntImm) or int(places.value) != 31:
         return None
-    if not isinstance(total, tirx.Add) or not isinstance(total.a, tirx.Mul):
+    *products, half = _terms(total)
+    if not isinstance(half, tirx.IntImm) or int(half.value) != 1 << 30 or not products:
         return None
-    if not isinstance(total.b, tirx.IntImm) or int(total.b.value) != 1 << 30:
+    if not all(isinstance(each, tirx.Mul) for each in products):
         return None
-    x, mantissa = total.a.a, total.a.b
-    if isinstance(mantissa, tirx.IntImm):
-        mantissa = tirx.Cast(mantissa.ty, tirx.const(int(mantissa.value), "int32"))
-    if not isinstance(x, tirx.Cast) or not isinstance(mantissa, tirx.Cast):
+    if not all(tvm_ffi.structural_equal(each.b, products[0].b) for each in products):
         return None
-    narrow = all(str(factor.value.ty.dtype) == "int32" for factor in (x, mantissa))
-    return (x.value, mantissa.value) if narrow else None
+    parts, mantissa = [_narrowed(each.a) for each in products], _narrowed(products[0].b)
+    if mantissa is None or any(part is None for part in parts):
+        return None
+    return reduce(tirx.Add, parts), mantissa
+
+
+def _narrowed(e: ir.Expr) -> ir.Expr | None:
+    """The int32 that int64(e) was made of: TE moves the conversion to what is added and shifted."""
+    if isinstance(e, tirx.Cast):
+        if str(e.value.ty.dtype) == "int32":
+            return e.value
+        return tirx.Cast(_int(0).ty, e.value) if str(e.value.ty.dtype) in _SHORT else None
+    if isinstance(e, tirx.IntImm):
+        return _int(int(e.value)) if abs(int(e.value)) < 1 << 31 else None
+    if isinstance(e, (tirx.Add, tirx.Sub, tirx.Mul, LShift)):
+        a, b = _narrowed(e.a), _narrowed(e.b)
+        return None if a is None or b is None else type(e)(a, b)
+    return None
 
 
 def _is_lrint(e: ir.Call) -> bool:

@@ -149,6 +149,7 @@ def test_wide_multiplication(real: float) -> None:
     [
         ("int8", (0.05, 0.083, 0.11)),
         ("int8", (0.5, 0.0007, 0.5)),
+        ("int8", (0.05, 0.05, 0.0012)),
         ("uint8", (0.02, 0.02, 0.02)),
         ("int16", (2e-4, 3e-4, 5e-4)),
     ],
@@ -172,11 +173,13 @@ def test_sums(dtype: str, scales: tuple[float, float, float], sign: int) -> None
         expected[index] = min(max(total, info.min), info.max)
     parameters = tuple(zip(scales, zeros, strict=True))
     np.testing.assert_array_equal(numerics.add(a, b, parameters, dtype, sign), expected)
-    bounds = (info.min, info.max)
-    kernel = tflite_add(
-        (a.shape, b.shape), dtype, zeros, multipliers, shift, sign, bounds, a.shape, dtype
-    )  # fmt: skip
-    np.testing.assert_array_equal(run(kernel, a, b, shape=a.shape, dtype=dtype), expected)
+    for bounds in ((info.min, info.max), (zeros[2], info.max)):  # without and with ReLU
+        kernel = tflite_add(
+            (a.shape, b.shape), dtype, zeros, multipliers, shift, sign, bounds, a.shape, dtype
+        )  # fmt: skip
+        np.testing.assert_array_equal(
+            run(kernel, a, b, shape=a.shape, dtype=dtype), np.maximum(expected, bounds[0])
+        )
     real = (
         scales[0] * (a.astype(float) - zeros[0]) + sign * scales[1] * (b.astype(float) - zeros[1])
     ) / scales[2]
