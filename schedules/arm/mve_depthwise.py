@@ -1,8 +1,8 @@
 """Depthwise convolution with Helium, sixteen channels at a time (`mve_taps.py`).
 
 Columns of input are copied so that the rows of a window lie in words, channel by channel, the
-border among them; channel by channel `vmlav` sums. The sums of a segment of a row, or of a few short
-rows, are requantised in vectors of four channels, which a gathering load collects.
+border among them; channel by channel `vmlav` sums. The sums of a segment of a row, or of a few
+short rows, are requantised in vectors of four channels, which a gathering load collects.
 """
 
 from __future__ import annotations

@@ -102,9 +102,7 @@ class _MatrixKernel:
         self.is_together = spec.packed_layout == TOGETHER
         self.flat = window.columns == 1 and window.kernel == (1, 1)
         self.extent = window.rows if self.flat else window.columns
-        self.is_copied = (
-            self.is_together or any(window.padding) or operands.data in fused.producers
-        )
+        self.is_copied = self.is_together or any(window.padding) or operands.data in fused.producers
         self.blocks = ceil_div(window.out_channels, CHANNELS)
         self.unroll = MicroKernel.unroll if choice is None else choice["unroll"]
         self.pixels = self._pixels() if choice is None else choice["pixels"]

@@ -1,8 +1,8 @@
 """Rows of the input with their border, bytes as they are: a kernel then asks nothing.
 
 Every output row copies the rows that it reads. Copying sixteen bytes takes two instructions, so
-that a 3x3 layer of 16 channels spends 0.003 instructions a multiply-add on it; a ring of rows, where
-each is copied once, would spend more on finding where it begins.
+that a 3x3 layer of 16 channels spends 0.003 instructions a multiply-add on it; a ring of rows,
+where each is copied once, would spend more on finding where it begins.
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ class Rows:
         first = (b * window.in_rows + row) * window.in_columns
         if self.data is None:
             with e.loop("x", window.in_columns) as x, e.loop("c", self.width) as c:
-                e.store(
-                    self.buffer, self._element(b, row, x, channel + c), to + x * self.pitch + c
-                )
+                e.store(self.buffer, self._element(b, row, x, channel + c), to + x * self.pitch + c)
         elif self.width == self.channels == self.pitch:
             self.run(to, first * self.channels, window.in_columns * self.channels)
         else:

@@ -151,7 +151,9 @@ class Taps:
             out += ["subs r10, #1", "bne.w 2b"]
         out += ["adds r0, #4", "subs r11, #1", "bne.w 1b"]
         out += ["vpop {d8-d15}", "pop {r4-r11, pc}", ".balign 4", "9:"]
-        taps = [y * kw + x if x < kw and y < kh else 0 for x in range(WINDOW) for y in range(WINDOW)]
+        taps = [
+            y * kw + x if x < kw and y < kh else 0 for x in range(WINDOW) for y in range(WINDOW)
+        ]
         out += [f".byte {', '.join(map(str, taps))}"]
         # Loads go forward before they read.
         out += [f".word {', '.join(str(x * _COLUMN_BYTES - step) for x in range(WINDOW))}"]

@@ -23,13 +23,14 @@ from typing import Any
 
 import tvm_ffi
 from tvm import ir, tirx
-from tvm.sym import Analyzer
 from tvm.ir.prim.expr import BitwiseAnd, LShift, RShift
+from tvm.sym import Analyzer
 from tvm.tirx.stmt import Bind, BufferStore, For, ForKind
 
 from ..emit import Emitter
 from .rounding import _is_lrint as is_lrint
 from .rounding import _terms as terms
+from .rounding import llvm_helpers as scalar_helpers
 
 LANES = 4
 _PREFIX = "tvmc_mve_"
@@ -40,58 +41,55 @@ _HIGH, _MULH, _SHIFT, _DIVIDE, _CONVERT = (
 
 
 def llvm_helpers() -> str:
-    """LLVM's form of what the vectors call."""
-
-    def helper(name: str, arguments: list[str], body: str) -> str:
-        named = ", ".join(f"{kind} %{'abc'[i]}" for i, kind in enumerate(arguments))
-        return (
-            f"define internal <4 x i32> @{name}({named}) alwaysinline nounwind memory(none) {{\n"
-            f"{body}  ret <4 x i32> %r\n}}\n"
-        )
-
-    v = "<4 x i32>"
-    shift = "@llvm.arm.mve.vshl.vector.v4i32.v4i32"
+    """LLVM's form of what vectors, and scalars where channels are left over, call."""
+    v, pure = "<4 x i32>", "alwaysinline nounwind memory(none)"
+    high, product = "@llvm.arm.mve.vqrdmulh.v4i32", "@llvm.arm.mve.vmulh.v4i32"
+    shift, add = "@llvm.arm.mve.vshl.vector.v4i32.v4i32", "@llvm.sadd.sat.v4i32"
+    convert = "@llvm.arm.mve.vcvtn.v4i32.v4f32"
     gather = "@llvm.arm.mve.vldr.gather.offset.v4i32.p0.v4i32"
-    signs = f"{v} <i32 31, i32 31, i32 31, i32 31>"
-    return "".join(
-        [
-            f"define internal i32 @{PICK}(ptr %a, i32 %b) alwaysinline nounwind {{\n"
-            "  %p = getelementptr i8, ptr %a, i32 %b\n  %r = load i32, ptr %p\n  ret i32 %r\n}\n",
-            f"declare {v} {gather}(ptr, {v}, i32, i32, i32)\n",
-            f"define internal {v} @{_GATHER}(ptr %a, {v} %b) alwaysinline nounwind {{\n"
-            f"  %r = call {v} {gather}(ptr %a, {v} %b, i32 32, i32 0, i32 0)\n  ret {v} %r\n}}\n",
-            f"declare {v} @llvm.arm.mve.vqrdmulh.v4i32({v}, {v})\n",
-            f"declare {v} @llvm.arm.mve.vmulh.v4i32({v}, {v}, i32)\n",
-            f"declare {v} {shift}({v}, {v}, i32, i32, i32)\n",
-            f"declare {v} @llvm.sadd.sat.v4i32({v}, {v})\n",
-            f"declare {v} @llvm.arm.mve.vcvtn.v4i32.v4f32(i32, <4 x float>)\n",
-            helper(_HIGH, [v, v], f"  %r = call {v} @llvm.arm.mve.vqrdmulh.v4i32({v} %a, {v} %b)\n"),
-            helper(
-                _MULH, [v, v], f"  %r = call {v} @llvm.arm.mve.vmulh.v4i32({v} %a, {v} %b, i32 0)\n"
-            ),
-            # a / 2^b: rounding, not saturating, signed
-            helper(
-                _SHIFT,
-                [v, v],
-                f"  %n = sub {v} zeroinitializer, %b\n"
-                f"  %r = call {v} {shift}({v} %a, {v} %n, i32 0, i32 1, i32 0)\n",
-            ),
-            helper(
-                _DIVIDE,
-                [v, v],
-                f"  %n = sub {v} zeroinitializer, %b\n"
-                f"  %m = and {v} %a, %n\n"
-                f"  %s = ashr {signs.replace(v, v + ' %m,', 1)}\n"
-                f"  %t = call {v} @llvm.sadd.sat.v4i32({v} %a, {v} %s)\n"
-                f"  %r = call {v} {shift}({v} %t, {v} %n, i32 0, i32 1, i32 0)\n",
-            ),
-            helper(
-                _CONVERT,
-                ["<4 x float>"],
-                f"  %r = call {v} @llvm.arm.mve.vcvtn.v4i32.v4f32(i32 0, <4 x float> %a)\n",
-            ),
-        ]
-    )
+    # Shifts: neither saturating, rounding, signed.
+    return f"""{scalar_helpers()}
+declare {v} {high}({v}, {v})
+declare {v} {product}({v}, {v}, i32)
+declare {v} {shift}({v}, {v}, i32, i32, i32)
+declare {v} {add}({v}, {v})
+declare {v} {convert}(i32, <4 x float>)
+declare {v} {gather}(ptr, {v}, i32, i32, i32)
+define internal i32 @{PICK}(ptr %a, i32 %b) alwaysinline nounwind {{
+  %p = getelementptr i8, ptr %a, i32 %b
+  %r = load i32, ptr %p
+  ret i32 %r
+}}
+define internal {v} @{_GATHER}(ptr %a, {v} %b) alwaysinline nounwind {{
+  %r = call {v} {gather}(ptr %a, {v} %b, i32 32, i32 0, i32 0)
+  ret {v} %r
+}}
+define internal {v} @{_HIGH}({v} %a, {v} %b) {pure} {{
+  %r = call {v} {high}({v} %a, {v} %b)
+  ret {v} %r
+}}
+define internal {v} @{_MULH}({v} %a, {v} %b) {pure} {{
+  %r = call {v} {product}({v} %a, {v} %b, i32 0)
+  ret {v} %r
+}}
+define internal {v} @{_SHIFT}({v} %a, {v} %b) {pure} {{
+  %n = sub {v} zeroinitializer, %b
+  %r = call {v} {shift}({v} %a, {v} %n, i32 0, i32 1, i32 0)
+  ret {v} %r
+}}
+define internal {v} @{_DIVIDE}({v} %a, {v} %b) {pure} {{
+  %n = sub {v} zeroinitializer, %b
+  %m = and {v} %a, %n
+  %s = ashr {v} %m, <i32 31, i32 31, i32 31, i32 31>
+  %t = call {v} {add}({v} %a, {v} %s)
+  %r = call {v} {shift}({v} %t, {v} %n, i32 0, i32 1, i32 0)
+  ret {v} %r
+}}
+define internal {v} @{_CONVERT}(<4 x float> %a) {pure} {{
+  %r = call {v} {convert}(i32 0, <4 x float> %a)
+  ret {v} %r
+}}
+"""
 
 
 class VectorEmitter(Emitter):
@@ -105,7 +103,9 @@ class VectorEmitter(Emitter):
         self._constants: _Constants | None = None
 
     @contextmanager
-    def constants_of_channels(self, channels: int, buffers: Sequence[tirx.Buffer]) -> Iterator[None]:
+    def constants_of_channels(
+        self, channels: int, buffers: Sequence[tirx.Buffer]
+    ) -> Iterator[None]:
         """What is loaded in here of `buffers` with one value a channel, or one, is loaded once, in
         front of the loops in here: all vectors are of the same channels. (LLVM may not, where a
         result may lie over an input.)"""
@@ -227,10 +227,9 @@ class _Patterns:
         product = parts[0]
         if len(parts) != 3 or not isinstance(product, tirx.Cast):
             return None
-        for sign, half in (parts[1:], parts[:0:-1]):
-            if isinstance(sign, RShift) and tvm_ffi.structural_equal(sign.a, product):
-                break
-        else:
+        # TE moves numbers behind everything else.
+        sign, half = parts[1:] if isinstance(parts[1], RShift) else parts[:0:-1]
+        if not isinstance(sign, RShift) or not tvm_ffi.structural_equal(sign.a, product):
             return None
         if not _is_number(sign.b, 31) or not _is_half(half, e.b):
             return None

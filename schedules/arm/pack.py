@@ -19,7 +19,7 @@ def pack_weight(
     if spec.weight_layout != spec.plain_layout or not target.has("dsp"):
         return None
     changed, codes = without_zero_point(spec, weight_codes(spec, weight))
-    if isinstance(changed, Conv2dSpec) and spec.is_depthwise:
+    if isinstance(changed, Conv2dSpec) and changed.is_depthwise:
         if target.has("mve") and mve_depthwise.takes(changed):
             layout = mve_depthwise.LAYOUT.name
             return changed.replace(weight_layout=layout), pack_codes(changed, codes, layout)
