@@ -91,6 +91,7 @@ class DepthwiseKernel:
         # A group is one channel; all of them together are the pixel that vectors run along.
         self.window = window_of(spec)
         self.compute = "float32" if not spec.is_integer else "int32"
+        self.operand = self._operand()
         self.lanes = self._lanes()
         self.parallel = target.threads > 1 and spec.macs >= _PARALLEL_MACS
         self.band = self._choose_band()
@@ -105,6 +106,10 @@ class DepthwiseKernel:
     def _lanes(self) -> int:
         """Channels computed together."""
         return min(self.target.lanes(32), 16)
+
+    def _operand(self) -> str:
+        """What data and weights are when they are loaded; products are of `compute`."""
+        return self.compute
 
     def _data_dtype(self) -> str:
         """What data are in the copy."""
@@ -170,7 +175,11 @@ class DepthwiseKernel:
             for channel, lanes in e.chunks(self.spec.out_channels, self.lanes):
                 self._block(source, b, y, channel, lanes)
         self.epilogue.emit_rest(e, self.lanes)
-        return e.function(list(self.fused.func.params), {})
+        return e.function(list(self.fused.func.params), {}, self._code())
+
+    def _code(self) -> str:
+        """What the function calls, as a module of LLVM's."""
+        return ""
 
     def _block(self, source: Source, b: Any, y: Any, channel: Any, lanes: int) -> None:
         """All outputs of the band for `lanes` channels."""
@@ -255,11 +264,12 @@ class DepthwiseKernel:
         e, spec = self.e, self.spec
         dy, dx = spec.dilation
         loaded: dict[int, Any] = {}
+        at_weight = self._channel_of_weights(channel, start)
         for kx in range(spec.kernel[1]):
-            place = (ky * spec.kernel[1] + kx) * spec.out_channels + channel
-            weight = vector(self.weight, place, lanes).astype(_vector_type(self.compute, lanes))
+            place = (ky * spec.kernel[1] + kx) * spec.out_channels + at_weight
+            weight = vector(self.weight, place, lanes).astype(_vector_type(self.operand, lanes))
             if spec.weight_zero_point:
-                zero_point = tirx.const(spec.weight_zero_point, self.compute)
+                zero_point = tirx.const(spec.weight_zero_point, self.operand)
                 weight = weight - (zero_point if lanes == 1 else tirx.Broadcast(zero_point, lanes))
             weight = e.bind("w", weight)
             for c in range(count):
@@ -267,14 +277,19 @@ class DepthwiseKernel:
                 if offset not in loaded:
                     at = start + ky * (dy * source.row_pitch) + offset * source.column_pitch
                     loaded[offset] = e.bind("v", self._load(source.buffer, at, lanes))
-                value = vector(acc, c * lanes, lanes) + loaded[offset] * weight
-                e.store_vector(acc, value, c * lanes, lanes)
+                wide = _vector_type(self.compute, lanes)
+                product = loaded[offset].astype(wide) * weight.astype(wide)
+                e.store_vector(acc, vector(acc, c * lanes, lanes) + product, c * lanes, lanes)
+
+    def _channel_of_weights(self, channel: Any, _start: Any) -> Any:
+        """`channel`, as the address of weights is computed from it."""
+        return channel
 
     def _load(self, buffer: tirx.Buffer, at: Any, lanes: int) -> ir.Expr:
         value = vector(buffer, at, lanes)
         if dtype_bits(self.spec.data_dtype) == 32:
             return value
-        return value.astype(_vector_type(self.compute, lanes))
+        return value.astype(_vector_type(self.operand, lanes))
 
 
 def _vector_type(dtype: str, lanes: int) -> str:

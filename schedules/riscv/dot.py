@@ -16,6 +16,9 @@ from ..spec import WeightedSpec
 if TYPE_CHECKING:
     from tvm import ir
 
+MOST_REGISTERS = 8
+"""Of a group."""
+
 
 class WideningDot(Dot):
     """acc[l] += x * w[l] (`vwmacc.vx` on 16-bit operands)"""

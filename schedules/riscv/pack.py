@@ -9,7 +9,7 @@ from ..layout import PackedLayout
 from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..weights import pack_codes, weight_codes
 from ..x86.pack import without_zero_point
-from .dot import select_dot
+from .dot import MOST_REGISTERS, select_dot
 
 _LANES = (32, 16, 8, 4)
 # A wider group is worth so much more memory for padded channels...
@@ -22,7 +22,7 @@ def choose_lanes(spec: WeightedSpec, target: Target) -> int:
     """Outputs of a group of registers: eight of them, or fewer when padding would cost too much."""
     narrow = ceil_div(spec.columns, _LANES[-1]) * _LANES[-1]
     for lanes in _LANES[:-1]:
-        if lanes * 32 > 8 * target.vector_bits:
+        if lanes * 32 > MOST_REGISTERS * target.vector_bits:
             continue
         padded = ceil_div(spec.columns, lanes) * lanes
         small = (padded - narrow) * spec.reduction_size <= _SMALL_WEIGHT_BYTES

@@ -12,7 +12,7 @@ from typing import Any
 from tvm import ir, tirx
 
 from ...targets import Target
-from ..arm.microkernel import as_llvm
+from ..arm.assembly import as_llvm
 from ..choice import Choice, SearchSpace
 from ..emit import Emitter
 from ..fused import FusedFunction, Stage
