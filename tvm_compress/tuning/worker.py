@@ -190,10 +190,15 @@ class _Remote:
         self.session = rpc.connect_tracker(host, int(port)).request(key, session_timeout=600)
         self.device = self.session.cpu(0)
         self.session.get_function("runtime.config_threadpool")(1, threads)
+        self._uploaded: set[str] = set()
 
     def load(self, path: str) -> Any:
-        self.session.upload(path)
-        self._module = self.session.load_module(Path(path).name)
+        # Once, and no two by one name: the file of a library that is loaded must not change.
+        name = f"{Path(path).parent.name}-{Path(path).name}"
+        if name not in self._uploaded:
+            self.session.upload(path, target=name)
+            self._uploaded.add(name)
+        self._module = self.session.load_module(name)
         return self._module[KERNEL]
 
     def tensor(self, array: np.ndarray) -> Any:
