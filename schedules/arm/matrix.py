@@ -213,11 +213,11 @@ class _MatrixKernel:
         stride = window.strides[0]
         rows.fill_border()
         fresh = min(stride, rows.rows)
-        with e.loop("row", rows.rows - fresh) as row:
-            rows.fill_row(b, row)
         with e.loop("y", window.rows) as y:
-            with e.loop("row", fresh) as row:
-                rows.fill_row(b, y * stride + (rows.rows - fresh) + row)
+            # All of them first, then those that are new: in one place, for it is much code.
+            with e.loop("row", rows.rows) as row:
+                with e.when(tirx.any(y == 0, row >= rows.rows - fresh)):
+                    rows.fill_row(b, y * stride + row)
             oldest = e.bind("oldest", y * stride % rows.rows)
             with e.loop("tile", self._tiles()) as tile:
                 x = self._first(tile)

@@ -93,9 +93,15 @@ class Widened:
         return padded_row % self.rows * self.row_pitch
 
     def _constant(self, start: Any, count: int) -> None:
+        """`count` times the border's value, by words where they are whole."""
         value = tirx.const(self.pad_value, "int16")
-        with self.e.loop("i", count) as i:
-            self.e.store(self.buffer, value, start + i)
+        if count % 2 or self.pitch % 2:
+            with self.e.loop("i", count) as i:
+                self.e.store(self.buffer, value, start + i)
+            return
+        pair = (self.pad_value & 0xFFFF) * 0x10001
+        with self.e.loop("i", count // 2) as i:
+            self._store(start + i * 2, tirx.const(pair - (pair >> 31 << 32), "int32"))
 
     def _run(self, to: Any, origin: Any, count: int) -> None:
         """`count` neighbouring elements."""
