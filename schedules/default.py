@@ -17,6 +17,7 @@ from tvm import ir, tirx
 
 from ..targets import Target
 from .emit import Emitter, dtype_bits, vector
+from .emitters import emitter_for
 from .fast_math import vectorised
 from .fused import FusedFunction, Index, Stage, is_lookup, rewrite
 from .interleave import write_interleaved
@@ -45,7 +46,7 @@ def schedule_default(
         by_rows = schedule_rows(fused, target)
         if by_rows is not None:
             return by_rows, "default.rows"
-    e = Emitter()
+    e = emitter_for(target)
     buffers: dict[tirx.Buffer, tirx.Buffer] = {}
     kept = _kept_stages(fused)
     tail = [] if target.is_x86 else _tail(fused, kept)

@@ -24,7 +24,7 @@ from ..window import window_of
 from .assembly import as_llvm
 from .mve_rows import opaque
 from .mve_taps import GROUP, WINDOW, Columns, Taps
-from .mve_vector import LANES, VectorEmitter, llvm_helpers, picked
+from .mve_vector import LANES, VectorEmitter, picked
 from .rounding import finisher
 
 LAYOUT = PackedLayout(1, 1, "K")
@@ -156,7 +156,7 @@ class _DepthwiseKernel:
             self._group(b, e.bind("channel", channel))
         self.epilogue.emit_rest(e, 1)
         code = "".join(self.code.values())
-        return e.function(list(self.fused.func.params), {}, code + llvm_helpers())
+        return e.function(list(self.fused.func.params), {}, code)
 
     def _group(self, b: Any, channel: Any) -> None:
         """All outputs of some channels: bands of rows, the last of which is moved back."""

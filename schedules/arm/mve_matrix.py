@@ -29,7 +29,7 @@ from ..window import window_of
 from .assembly import as_llvm
 from .mve_microkernel import CHANNELS, LANES, MOST_OUTPUTS, MicroKernel
 from .mve_rows import Rows, opaque
-from .mve_vector import VectorEmitter, llvm_helpers
+from .mve_vector import VectorEmitter
 from .rounding import finisher
 
 BY_ROWS, TOGETHER = (PackedLayout(CHANNELS, LANES, axis) for axis in "RK")
@@ -186,7 +186,7 @@ class _MatrixKernel:
         self.epilogue.emit_rest(e, 1)
         loops = [self._loops(outputs) for outputs in sorted(self.used)]
         code = "".join(as_llvm(each.name, each.assembly(), 3) for each in loops)
-        return e.function(list(self.fused.func.params), {}, code + llvm_helpers())
+        return e.function(list(self.fused.func.params), {}, code)
 
     def _first(self, segment: Any) -> Any:
         """The last segment is moved back inside."""

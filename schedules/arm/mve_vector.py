@@ -17,7 +17,7 @@ would saturate. Everything else of such an expression is left to LLVM.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,6 +101,11 @@ class VectorEmitter(Emitter):
         super().__init__(finish)
         self._scalar_finish = finish
         self._constants: _Constants | None = None
+
+    def function(
+        self, params: list[tirx.Buffer], attrs: Mapping[str, Any], llvm: str = ""
+    ) -> tirx.PrimFunc:
+        return super().function(params, attrs, llvm + llvm_helpers())
 
     @contextmanager
     def constants_of_channels(
