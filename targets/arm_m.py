@@ -165,7 +165,7 @@ CORTEX_M_TARGETS: tuple[Target, ...] = (
         "nucleo-l4r5zi",
         "ST Nucleo, STM32L4R5ZI: Cortex-M4F at 120 MHz, 2 MiB flash, 640 KiB RAM",
         (0x08000000, 2 * _MIB),
-        (0x20000000, 640 * _KIB),  # SRAM1, 2 and 3 are adjacent
+        (0x20000000, 640 * _KIB),  # SRAM1, 2 (by its second address) and 3 are adjacent
     ),
     _board(
         M7,
@@ -173,6 +173,48 @@ CORTEX_M_TARGETS: tuple[Target, ...] = (
         "ST Nucleo, STM32H743ZI: Cortex-M7 at 480 MHz, 2 MiB flash, 512 KiB of AXI RAM",
         (0x08000000, 2 * _MIB),
         (0x24000000, 512 * _KIB),  # of 1 MiB in all: the largest piece that is one
+    ),
+    _board(
+        M0_PLUS,
+        "raspberry-pi-pico",
+        "Raspberry Pi Pico, RP2040: two Cortex-M0+ at 133 MHz, 2 MiB flash, 264 KiB RAM",
+        (0x10000000, 2 * _MIB),
+        (0x20000000, 264 * _KIB),
+    ),
+    _board(
+        M33,
+        "raspberry-pi-pico-2",
+        "Raspberry Pi Pico 2, RP2350: two Cortex-M33 at 150 MHz, 4 MiB flash, 520 KiB RAM",
+        (0x10000000, 4 * _MIB),
+        (0x20000000, 520 * _KIB),
+    ),
+    _board(
+        M3,
+        "bluepill-f103c8",
+        "Blue Pill, STM32F103C8: Cortex-M3 at 72 MHz, 64 KiB flash, 20 KiB RAM",
+        (0x08000000, 64 * _KIB),
+        (0x20000000, 20 * _KIB),
+    ),
+    _board(
+        M4,
+        "nucleo-f446re",
+        "ST Nucleo, STM32F446RE: Cortex-M4F at 180 MHz, 512 KiB flash, 128 KiB RAM",
+        (0x08000000, 512 * _KIB),
+        (0x20000000, 128 * _KIB),
+    ),
+    _board(
+        M4,
+        "nrf52840-dk",
+        "Nordic nRF52840 DK: Cortex-M4F at 64 MHz, 1 MiB flash, 256 KiB RAM",
+        (0x00000000, 1 * _MIB),
+        (0x20000000, 256 * _KIB),
+    ),
+    _board(
+        M33,
+        "nucleo-u575zi-q",
+        "ST Nucleo, STM32U575ZI: Cortex-M33 at 160 MHz, 2 MiB flash, 768 KiB RAM",
+        (0x08000000, 2 * _MIB),
+        (0x20000000, 768 * _KIB),  # SRAM1, 2 and 3 are adjacent; 16 KiB more are elsewhere
     ),
     _board(
         M4,

@@ -142,3 +142,19 @@ def test_cpuinfo_is_spelled_as_llvm_does() -> None:
 def test_importing_targets_is_cheap() -> None:
     code = "import sys, tvm_compress.targets as t; t.list_targets(); sys.exit('tvm' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_boards_have_memory_that_its_users_can_link_to() -> None:
+    """Addresses and sizes are whole KiB; code and data do not overlap."""
+    boards = [
+        t for t in list_targets() if t.flash_address is not None and t.ram_address is not None
+    ]
+    assert len(boards) >= 10
+    for board in boards:
+        assert board.flash_bytes and board.ram_bytes and board.is_bare_metal, board.name
+        starts = {
+            board.flash_address: board.flash_bytes, board.ram_address: board.ram_bytes
+        }  # fmt: skip
+        assert all(n % 1024 == 0 for item in starts.items() for n in item if n), board.name
+        (first, size), (second, _) = sorted(starts.items())  # type: ignore[type-var]
+        assert first + size <= second, board.name  # type: ignore[operator]
