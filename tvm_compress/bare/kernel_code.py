@@ -70,6 +70,7 @@ def to_bare(scheduled: tirx.PrimFunc, symbol: str, target: Target, is_c: bool) -
     from .rewrite_body import rewrite_statement
     from .rounding import rounder, without_library
 
+    code = c_target() if is_c else target.tvm_target()
     lowered = _lower(scheduled, target, is_c)
     over = leads(lowered, int((lowered.attrs or {}).get("num_outputs", 1)), LEAST_GAIN)
     overlapping = {number for pair in over for number in pair}
@@ -124,7 +125,7 @@ def to_bare(scheduled: tirx.PrimFunc, symbol: str, target: Target, is_c: bool) -
     attributes = {
         "global_symbol": symbol,
         "tirx.noalias": not overlapping,
-        "target": lowered.attrs["target"],
+        "target": code.with_host(code),
         "calling_conv": 0,
     }
     function = tirx.PrimFunc(pointers, body).with_attr(attributes)
@@ -168,12 +169,21 @@ def c_target() -> tvm.target.Target:
     return tvm.target.Target({"kind": "c"})
 
 
+def _of_fixed_length(target: Target) -> Target:
+    """The target as schedules see it: where vectors may have any length, TVM would write vectorised
+    loops for a length that is known at run time only, and half of a kernel's accesses."""
+    if not target.has("rvv"):
+        return target
+    attributes = [a for a in target.tvm_options["mattr"] if a != "+v"]
+    return replace(target, tvm_options={**target.tvm_options, "mattr": attributes})
+
+
 def _lower(scheduled: tirx.PrimFunc, target: Target, is_c: bool) -> tirx.PrimFunc:
     """TVM's own lowering, up to where it would make a packed function of the kernel."""
     import tvm
     from tvm import s_tir, tirx
 
-    code = c_target() if is_c else target.tvm_target()
+    code = c_target() if is_c else _of_fixed_length(target).tvm_target()
     block, flat = s_tir.transform, tirx.transform
     passes = [
         flat.BindTarget(code.with_host(code)),
