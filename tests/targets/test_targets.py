@@ -157,4 +157,4 @@ def test_boards_have_memory_that_its_users_can_link_to() -> None:
         }  # fmt: skip
         assert all(n % 1024 == 0 for item in starts.items() for n in item if n), board.name
         (first, size), (second, _) = sorted(starts.items())  # type: ignore[type-var]
-        assert first + size <= second, board.name  # type: ignore[operator]
+        assert (first or 0) + (size or 0) <= (second or 0), board.name
