@@ -17,9 +17,11 @@ class SparsifyConfig:
 
     sparsity: float | None = field(
         default=None,
-        metadata={"help": "share of the weights that become zero, 0 to 1; semi_structured and kernel_shape "
-                  "have their own"},
-    )  # fmt: skip
+        metadata={
+            "help": "share of the weights that become zero, 0 to 1; semi_structured and "
+            "kernel_shape have their own"
+        },
+    )
     pattern: Unstructured | Block | SemiStructured | KernelShape = field(
         default=Block(16, 1),
         metadata={

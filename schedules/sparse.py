@@ -7,7 +7,6 @@ of an entry are read once for all positions. Blocks of at least four channels.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,7 +40,7 @@ def sparse_kernel(
         return None
     spec = anchor.spec
     lanes = _lanes(spec.block, target)
-    operands = _operands(fused, anchor, spec)
+    operands = sparse_operands(fused, anchor, spec)
     if spec.is_integer or spec.weight_dtype != "float32" or lanes is None or operands is None:
         return None
     epilogue = Epilogue(fused, anchor)
@@ -56,14 +55,14 @@ def _lanes(block: int, target: Target) -> int | None:
     return next((lanes for lanes in (16, 8, 4) if lanes <= widest and block % lanes == 0), None)
 
 
-def _operands(
+def sparse_operands(
     fused: FusedFunction, anchor: Stage, spec: SparseConv2dSpec
 ) -> tuple[Operands, tirx.Buffer, tirx.Buffer] | None:
     """(data and values, offsets, starts); None where the block reads something else."""
     by_shape: dict[str, tirx.Buffer] = {}
     window: tirx.Buffer | None = None
     expected = {
-        "values": ((spec.entries, spec.block), spec.weight_dtype),
+        "values": (spec.values_shape, spec.weight_dtype),
         "offsets": ((spec.entries,), spec.offsets_dtype),
         "starts": ((spec.blocks + 1,), "int32"),
     }
@@ -102,9 +101,7 @@ class SparseKernel:
     ) -> None:
         self.fused, self.spec, self.target, self.epilogue = fused, spec, target, epilogue
         self.operands, self.offsets, self.starts = operands
-        self.lanes, self.window = lanes, window_of(spec.dense)
-        if spec.is_flat:
-            self.window = replace(self.window, shape=(spec.width,))
+        self.lanes, self.window = lanes, window_of(spec)
         self.dot = FloatDot(lanes, "float32", target.has("fma"))
         vectors = spec.block // lanes
         # A block wider than the registers is read in parts, each with all of its entries.

@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from tvm import te
 
 
+# Entries of bytes that one instruction multiplies and adds.
+GROUP = 4
+
+
 def describe(spec: SparseConv2dSpec) -> tuple[list[te.Tensor], te.Tensor]:
     """TE description: arguments (data, values, offsets, starts) and the accumulators."""
     from tvm import te, tirx
 
     data = te.placeholder(spec.data_shape, spec.data_dtype, name="data")
-    values = te.placeholder((spec.entries, spec.block), spec.weight_dtype, name="values")
+    values = te.placeholder(spec.values_shape, spec.weight_dtype, name="values")
     offsets = te.placeholder((spec.entries,), spec.offsets_dtype, name="offsets")
     starts = te.placeholder((spec.blocks + 1,), "int32", name="starts")
     padded = data if spec.is_flat else pad(data, spec.padding, spec.pad_value)
@@ -45,8 +49,11 @@ def describe(spec: SparseConv2dSpec) -> tuple[list[te.Tensor], te.Tensor]:
     def term(*index: tirx.Var) -> tirx.PrimExpr:
         block, channel = index[-1] // spec.block, index[-1] % spec.block
         entry = starts[block] + e
+        place = (entry, channel)
+        if spec.group > 1:
+            place = (entry // spec.group, channel, entry % spec.group)
         data_value = source(index[:-1], offsets[entry].astype("int32"))
-        product = data_value.astype(spec.acc_dtype) * values[entry, channel].astype(spec.acc_dtype)
+        product = data_value.astype(spec.acc_dtype) * values[place].astype(spec.acc_dtype)
         return tirx.if_then_else(entry < starts[block + 1], product, tirx.const(0, spec.acc_dtype))
 
     acc = te.compute(
@@ -83,13 +90,38 @@ def encode(
     return np.ascontiguousarray(by_block[used]), positions.astype(np.int32), starts
 
 
+def group_entries(
+    values: np.ndarray, positions: np.ndarray, starts: np.ndarray, group: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The parts of `encode` with entries in groups: values [entries / group, block, group].
+
+    What a block lacks to a whole group are zeros at its last position.
+    """
+    counts = np.diff(starts)
+    padded = -(-counts // group) * group
+    ends = np.concatenate([[0], np.cumsum(padded)]).astype(np.int32)
+    new_values = np.zeros((ends[-1], values.shape[1]), values.dtype)
+    new_positions = np.zeros(ends[-1], positions.dtype)
+    for block, count in enumerate(counts):
+        old = slice(starts[block], starts[block + 1])
+        new_values[ends[block] : ends[block] + count] = values[old]
+        if count:
+            new_positions[ends[block] : ends[block + 1]] = positions[old][-1]
+            new_positions[ends[block] : ends[block] + count] = positions[old]
+    grouped = new_values.reshape(-1, group, values.shape[1]).transpose(0, 2, 1)
+    return np.ascontiguousarray(grouped), new_positions, ends
+
+
 def decode(
     values: np.ndarray, positions: np.ndarray, starts: np.ndarray, shape: tuple[int, int]
 ) -> np.ndarray:
-    """Inverse of `encode`: the weight [K, N] of `shape`."""
+    """Inverse of `encode`, and of `group_entries`: the weight [K, N] of `shape`."""
     blocks, block = len(starts) - 1, values.shape[1]
+    if values.ndim == 3:
+        values = values.transpose(0, 2, 1).reshape(-1, block)
     full = np.zeros((blocks, shape[0], block), values.dtype)
-    full[np.repeat(np.arange(blocks), np.diff(starts)), positions] = values
+    # Added, since the last position of a block may be there again with zeros.
+    np.add.at(full, (np.repeat(np.arange(blocks), np.diff(starts)), positions), values)
     return np.ascontiguousarray(full.transpose(1, 0, 2).reshape(shape[0], -1)[:, : shape[1]])
 
 

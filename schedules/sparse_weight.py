@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 
 from ..targets import Target
-from .sparse_conv2d import encode, offsets_of
+from .sparse_conv2d import GROUP, encode, group_entries, offsets_of
 from .spec import Conv2dSpec, MatmulSpec, SparseConv2dSpec, WeightedSpec
 from .weights import weight_codes
 
-# Outputs that may share their inputs, in the order in which they are tried: wide blocks have fewer
-# indices and waste less of a vector.
-_BLOCKS = (16, 8, 4)
-# Cycles of a sparse multiply-add against a dense one: indices, and data without an order (measured
-# on Zen 4: 1.05 to 1.3 for blocks of 16).
+# Outputs that share their inputs => cycles of a sparse multiply-add against a dense one: indices,
+# data without an order, narrow vectors (measured on Zen 4: 1.05 to 1.3 for blocks of 16).
 _COST = {16: 1.15, 8: 1.4, 4: 2.0}
+# The same of bytes in blocks of 16: gathering them costs as much as some products, and channels
+# first a copy that short sums do not repay (measured on Zen 4: 3.9 for 64 inputs, 1.6-1.9 for more).
+_COST_BYTES, _COPY_BYTES = 1.6, 150
 # Winograd's filtering makes a dense 3x3 layer so much cheaper (measured, 14x14 and up).
 _WINOGRAD = 0.42
 
@@ -37,25 +37,34 @@ def sparse_form(
     kept = codes != 0
     if kept.mean() > 0.9:
         return None
-    best: tuple[float, int] | None = None
-    for block in _BLOCKS:
-        share = _entries(kept, block) * block / kept.size
-        cost = share * _COST[block]
-        if best is None or cost < best[0]:
-            best = cost, block
-    assert best is not None
-    if best[0] >= _dense_cost(spec):
+    costs = _COST
+    if spec.is_integer:
+        costs = {16: _COST_BYTES + _COPY_BYTES / spec.reduction_size}
+    cost, block = min(
+        (_entries(kept, block) * block / kept.size * cost, block) for block, cost in costs.items()
+    )
+    if cost >= _dense_cost(spec):
         return None
-    return _encoded(spec, codes, best[1])
+    return _encoded(spec, codes, block, GROUP if spec.is_integer else 1)
 
 
 def _has_kernel(spec: WeightedSpec, target: Target) -> bool:
+    if not target.is_x86 or not isinstance(spec, (Conv2dSpec, MatmulSpec)):
+        return False
+    if spec.groups_of_channels > 1 or spec.weight_layout != spec.plain_layout:
+        return False
+    dtypes = spec.data_dtype, spec.weight_dtype, spec.acc_dtype
+    if dtypes == ("float32",) * 3:
+        return True
+    has_bytes = target.has("avx512vnni") or target.has("avxvnni")
+    is_dense_window = isinstance(spec, MatmulSpec) or (
+        spec.strides == (1, 1) or (spec.kernel == (1, 1) and not any(spec.padding))
+    )
     return (
-        target.is_x86
-        and isinstance(spec, (Conv2dSpec, MatmulSpec))
-        and spec.groups_of_channels == 1
-        and spec.weight_layout == spec.plain_layout
-        and spec.data_dtype == spec.weight_dtype == "float32"
+        has_bytes
+        and is_dense_window
+        and dtypes == ("uint8", "int8", "int32")
+        and not spec.weight_zero_point
     )
 
 
@@ -63,6 +72,7 @@ def _dense_cost(spec: WeightedSpec) -> float:
     """Of a multiply-add of the dense layer."""
     is_filtered = (
         isinstance(spec, Conv2dSpec)
+        and not spec.is_integer
         and (spec.kernel, spec.strides, spec.dilation) == ((3, 3), (1, 1), (1, 1))
         and min(spec.out_height, spec.out_width) >= 8
     )
@@ -76,16 +86,18 @@ def _entries(kept: np.ndarray, block: int) -> int:
 
 
 def _encoded(
-    spec: WeightedSpec, codes: np.ndarray, block: int
+    spec: WeightedSpec, codes: np.ndarray, block: int, group: int
 ) -> tuple[SparseConv2dSpec, list[np.ndarray]]:
     values, positions, starts = encode(codes, block)
     if not len(values):  # nothing is left of the layer, and arrays are not empty
         values, positions = np.zeros((1, block), codes.dtype), np.zeros(1, np.int32)
         starts[1:] = 1
+    if group > 1:
+        values, positions, starts = group_entries(values, positions, starts, group)
     common: dict[str, Any] = {
         "data_dtype": spec.data_dtype, "weight_dtype": spec.weight_dtype,
-        "acc_dtype": spec.acc_dtype, "block": block, "entries": len(values),
-        "longest": int(np.diff(starts).max()),
+        "acc_dtype": spec.acc_dtype, "block": block, "group": group,
+        "entries": len(positions), "longest": int(np.diff(starts).max()),
     }  # fmt: skip
     if isinstance(spec, MatmulSpec):
         sparse = SparseConv2dSpec(

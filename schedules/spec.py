@@ -419,6 +419,9 @@ class SparseConv2dSpec(KernelSpec):
     entries: int
     longest: int
     """Most entries of a block."""
+    group: int = 1
+    """Entries of a block whose weights lie side by side: values [entries / group, block, group].
+    Blocks have a multiple of it; those that are too many have zeros."""
     is_flat: bool = False
     """A linear layer: data [width, in_channels], result [width, out_channels]."""
 
@@ -431,6 +434,10 @@ class SparseConv2dSpec(KernelSpec):
         _require(
             0 <= self.longest <= self.entries <= self.blocks * self.longest,
             f"{self.entries} entries, at most {self.longest} in each of {self.blocks} blocks",
+        )
+        _require(
+            self.group >= 1 and self.entries % self.group == 0 and self.longest % self.group == 0,
+            f"{self.entries} entries in groups of {self.group}",
         )
         _require(
             not self.is_flat or (self.batch, self.height, self.kernel) == (1, 1, (1, 1)),
@@ -457,6 +464,13 @@ class SparseConv2dSpec(KernelSpec):
     def is_integer(self) -> bool:
         """Whether the sum is exact, in integers."""
         return self.acc_dtype != "float32"
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        """[entries, block] or [entries / group, block, group]."""
+        if self.group == 1:
+            return (self.entries, self.block)
+        return (self.entries // self.group, self.block, self.group)
 
     @property
     def pitches(self) -> tuple[int, int]:

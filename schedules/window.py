@@ -7,11 +7,11 @@ kernel turned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .conv2d_transpose import spread_shape
-from .spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec
+from .spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, SparseConv2dSpec, WeightedSpec
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,11 @@ class Window:
         return self.in_columns + self.padding[1] + self.padding[3]
 
 
-def window_of(spec: WeightedSpec) -> Window:
+def window_of(spec: WeightedSpec | SparseConv2dSpec) -> Window:
     """The window of a convolution, transposed convolution or linear layer."""
+    if isinstance(spec, SparseConv2dSpec):
+        window = window_of(spec.dense)
+        return replace(window, shape=(spec.width,)) if spec.is_flat else window
     if isinstance(spec, MatmulSpec):
         return Window(
             1,

@@ -1,13 +1,28 @@
 """Kernels for x86-64, selected by capability. See the README of `schedules/`."""
 
+from ...targets import Target
+from ..choice import Choice
+from ..fused import FusedFunction
 from ..sparse import sparse_kernel
+from ..sparse_bytes import SparseBytesKernel, sparse_bytes_kernel
 from ..template import Template
 from .batch_matmul import batch_matmul_kernel
 from .depthwise import depthwise_kernel
+from .dot import ByteDot, has_byte_dot
 from .matrix import matrix_kernel
 from .nibbles import NAME as NIBBLES
 from .nibbles import nibble_kernel
 from .winograd import winograd_kernel
+
+
+def _sparse_bytes(
+    fused: FusedFunction, target: Target, choice: Choice | None
+) -> SparseBytesKernel | None:
+    """With vpdpbusd, in the widest registers that have it."""
+    lanes = next((lanes for lanes in (16, 8) if has_byte_dot(target, lanes)), None)
+    dot = None if lanes is None else ByteDot(lanes, "int8", True)
+    return sparse_bytes_kernel(fused, target, choice, dot)
+
 
 TEMPLATES = (
     Template("x86.depthwise", depthwise_kernel),
@@ -16,4 +31,5 @@ TEMPLATES = (
     Template("x86.matrix", matrix_kernel),
     Template("x86.batch_matmul", batch_matmul_kernel),
     Template("sparse", sparse_kernel),
+    Template("x86.sparse_bytes", _sparse_bytes),
 )

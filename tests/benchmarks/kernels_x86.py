@@ -114,10 +114,7 @@ def compare(layer: tuple[Any, ...], target: Any, threads: int) -> None:
 def ours(spec: Any, target: Any) -> Callable[[], float]:
     """The layer as this project builds it, with the epilogue of its kind: returns seconds of one
     call."""
-    import tvm
-    from tvm import te, tirx
-
-    from tvm_compress.schedules import describe, pack_weight, schedule
+    from tvm_compress.schedules import pack_weight
 
     rng = np.random.default_rng(0)
     integer = spec.is_integer
@@ -129,6 +126,18 @@ def ours(spec: Any, target: Any) -> Callable[[], float]:
     packed = pack_weight(spec, weight, target)
     if packed is not None:
         spec, weight = packed
+    return timed(spec, [weight], target)
+
+
+def timed(spec: Any, weights: list[np.ndarray], target: Any) -> Callable[[], float]:
+    """A kernel with the epilogue of its kind."""
+    import tvm
+    from tvm import te, tirx
+
+    from tvm_compress.schedules import describe, schedule
+
+    rng = np.random.default_rng(0)
+    integer = spec.is_integer
     inputs, acc = describe(spec)
     shape, channels = spec.output_shape, spec.out_channels
     bias = te.placeholder((channels,), spec.acc_dtype, name="bias")
@@ -152,7 +161,7 @@ def ours(spec: Any, target: Any) -> Callable[[], float]:
     func = schedule(te.create_prim_func([*inputs, *constants, out]), target)
     library = tvm.compile(func, target.tvm_target())
     data = rng.integers(-128, 128, spec.data_shape).astype(spec.data_dtype)
-    arrays = [data, weight, np.zeros(channels, spec.acc_dtype)]
+    arrays = [data, *weights, np.zeros(channels, spec.acc_dtype)]
     if integer:
         arrays.append(np.full(channels, 1e-4, "float32"))
     arguments = [tvm.runtime.tensor(a) for a in (*arrays, np.zeros(shape, str(out.dtype)))]
@@ -160,7 +169,7 @@ def ours(spec: Any, target: Any) -> Callable[[], float]:
     return lambda: float(timer(*arguments).mean)
 
 
-def onnx_layer(spec: Any, quantised: bool) -> tuple[bytes, np.ndarray]:
+def onnx_layer(spec: Any, quantised: bool, as_qdq: bool = False) -> tuple[bytes, np.ndarray]:
     """The same layer alone in an ONNX model, and data for it."""
     from onnx import TensorProto, helper, numpy_helper
 
@@ -185,8 +194,17 @@ def onnx_layer(spec: Any, quantised: bool) -> tuple[bytes, np.ndarray]:
             "yz": np.uint8(128),
             "b": np.zeros(spec.out_channels, "int32"),
         }
-        names = ["x", "xs", "xz", "w", "ws", "wz", "ys", "yz", "b"]
-        nodes = [helper.make_node("QLinearConv", names, ["y"], **geometry)]
+        names = ("x", "xs", "xz", "w", "ws", "wz", "ys", "yz", "b")
+        nodes = [helper.make_node("QLinearConv", list(names), ["y"], **geometry)]
+        if as_qdq:  # OpenVINO takes QLinearConv with one scale a tensor only
+            values["bs"] = np.full(spec.out_channels, 0.001, "float32")
+            nodes = [
+                helper.make_node("DequantizeLinear", ["x", "xs", "xz"], ["xf"]),
+                helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wf"], axis=0),
+                helper.make_node("DequantizeLinear", ["b", "bs"], ["bf"], axis=0),
+                helper.make_node("Conv", ["xf", "wf", "bf"], ["yf"], **geometry),
+                helper.make_node("QuantizeLinear", ["yf", "ys", "yz"], ["y"]),
+            ]
         element, data = TensorProto.UINT8, rng.integers(0, 256, data_shape).astype("uint8")
     else:
         values = {
@@ -232,7 +250,7 @@ def openvino(spec: Any, threads: int, quantised: bool) -> Callable[[], float]:
     """The layer in OpenVINO."""
     import openvino as ov
 
-    model, data = onnx_layer(spec, quantised)
+    model, data = onnx_layer(spec, quantised, as_qdq=True)
     core = ov.Core()
     config = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     request = core.compile_model(core.read_model(model), "CPU", config).create_infer_request()

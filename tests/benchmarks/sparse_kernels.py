@@ -1,10 +1,11 @@
-"""Speed of sparse x86 kernels beside the dense float32 layers of ONNX Runtime and OpenVINO.
+"""Speed of sparse x86 kernels beside the dense layers of ONNX Runtime and OpenVINO.
 
     python tests/benchmarks/sparse_kernels.py [--target x86-64-v3] [--threads 1] [--block 16]
+                                              [--int8]
 
-Random patterns; bias and ReLU everywhere. The contestants take turns; figures are the best of many
-runs: microseconds of the dense layers, and how many times faster than the faster library each
-sparsity is (`dense`: our own dense kernel).
+Random patterns; bias and ReLU everywhere, or bias and requantisation to bytes. The contestants take
+turns; figures are the best of many runs: microseconds of the dense layers, and how many times
+faster than the faster library each sparsity is (`dense`: our own dense kernel).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from kernels_x86 import calls, onnxruntime, openvino, ours
+from kernels_x86 import onnxruntime, openvino, ours, timed
 
 # (name, height, width, in, out, kernel)
 LAYERS: list[tuple[str, int, int, int, int, int]] = [
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--target", default="host")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--block", type=int, default=16, help="outputs that share a pattern")
+    parser.add_argument("--int8", action="store_true", help="bytes instead of float32")
     parser.add_argument("--sparsity", default="0.5,0.7,0.8,0.9,0.95")
     parser.add_argument("--only", default="", help="layers whose name contains this")
     arguments = parser.parse_args()
@@ -65,14 +67,16 @@ def main() -> None:
         if arguments.only not in name:
             continue
         side = kernel // 2
-        spec = Conv2dSpec(
+        spec: Any = Conv2dSpec(
             batch=1, height=height, width=width, in_channels=channels, out_channels=outputs,
             kernel=(kernel, kernel), padding=(side, side, side, side),
         )  # fmt: skip
+        if arguments.int8:
+            spec = spec.replace(data_dtype="uint8", weight_dtype="int8", acc_dtype="int32")
         best = contest(
             [
-                onnxruntime(spec, arguments.threads, quantised=False),
-                openvino(spec, arguments.threads, quantised=False),
+                onnxruntime(spec, arguments.threads, quantised=arguments.int8),
+                openvino(spec, arguments.threads, quantised=arguments.int8),
                 ours(spec, target),
                 *(sparse(spec, arguments.block, s, target) for s in sparsities),
             ]
@@ -101,36 +105,27 @@ def contest(contestants: list[Callable[[], float]]) -> list[float]:
 
 def sparse(dense: Any, block: int, sparsity: float, target: Any) -> Callable[[], float]:
     """The layer without `sparsity` of its weights, in the same number for every block."""
-    import tvm
-    from tvm import te
-
-    from tvm_compress.schedules import SparseConv2dSpec, describe, schedule
-    from tvm_compress.schedules.sparse_conv2d import encode, offsets_of
+    from tvm_compress.schedules import SparseConv2dSpec
+    from tvm_compress.schedules.sparse_conv2d import GROUP, encode, group_entries, offsets_of
 
     rng = np.random.default_rng(0)
     reduction, outputs = dense.reduction_size, dense.out_channels
     entries = round(reduction * (1 - sparsity))
     kept = rng.random((reduction, outputs // block)).argsort(axis=0) < entries
     weight = rng.standard_normal((reduction, outputs), dtype="float32")
+    if dense.is_integer:
+        weight = rng.integers(-127, 128, weight.shape, dtype="int8")
     values, positions, starts = encode(weight, block, kept.repeat(block, axis=1))
+    group = GROUP if dense.is_integer else 1
+    if group > 1:
+        values, positions, starts = group_entries(values, positions, starts, group)
     spec = SparseConv2dSpec(
         batch=1, height=dense.height, width=dense.width, in_channels=dense.in_channels,
         out_channels=outputs, kernel=dense.kernel, padding=dense.padding, block=block,
-        entries=len(values), longest=entries,
+        entries=len(positions), longest=int(np.diff(starts).max()), group=group,
+        data_dtype=dense.data_dtype, weight_dtype=dense.weight_dtype, acc_dtype=dense.acc_dtype,
     )  # fmt: skip
-    inputs, acc = describe(spec)
-    bias = te.placeholder((outputs,), "float32", name="bias")
-    out = te.compute(spec.output_shape, lambda *i: te.max(acc[i] + bias[i[-1]], 0.0), name="out")
-    func = schedule(te.create_prim_func([*inputs, bias, out]), target)
-    library = tvm.compile(func, target.tvm_target())
-    arrays = [
-        rng.standard_normal(spec.data_shape, dtype="float32"), values,
-        offsets_of(spec, positions), starts, np.zeros(outputs, "float32"),
-        np.zeros(spec.output_shape, "float32"),
-    ]  # fmt: skip
-    arguments = [tvm.runtime.tensor(array) for array in arrays]
-    timer = library.mod.time_evaluator("main", tvm.cpu(), number=calls(spec.macs))
-    return lambda: float(timer(*arguments).mean)
+    return timed(spec, [values, offsets_of(spec, positions), starts], target)
 
 
 if __name__ == "__main__":

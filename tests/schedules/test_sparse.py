@@ -19,7 +19,13 @@ from tvm_compress.schedules import (
     search_space,
 )
 from tvm_compress.schedules.conv2d import reference as dense_reference
-from tvm_compress.schedules.sparse_conv2d import decode, encode, offsets_of
+from tvm_compress.schedules.sparse_conv2d import (
+    GROUP,
+    decode,
+    encode,
+    group_entries,
+    offsets_of,
+)
 from tvm_compress.targets import Target, get_target
 
 from .kernels import FLOAT_TOLERANCE, random_array, run
@@ -122,6 +128,45 @@ def test_epilogue(fields: dict[str, Any]) -> None:
     result = run(func, target, [*inputs, added], (spec.output_shape, "float32"))[0]
     wanted = np.maximum(reference(spec, *inputs) + added, 0)
     np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-4)
+
+
+def byte_problem(
+    sparsity: float, seed: int = 0, **fields: Any
+) -> tuple[SparseConv2dSpec, list[np.ndarray]]:
+    """The same with bytes, in groups of four."""
+    rng = np.random.default_rng(seed)
+    float_spec, _, weight = problem(16, sparsity, seed, **fields)
+    codes = np.where(weight != 0, rng.integers(-127, 128, weight.shape), 0).astype(np.int8)
+    values, positions, starts = group_entries(*encode(codes, 16, weight != 0), GROUP)
+    spec = float_spec.replace(
+        data_dtype="uint8", weight_dtype="int8", acc_dtype="int32", group=GROUP,
+        entries=len(positions), longest=int(np.diff(starts).max()), pad_value=7,
+    )  # fmt: skip
+    data = rng.integers(0, 256, spec.data_shape).astype(np.uint8)
+    return spec, [data, values, offsets_of(spec, positions), starts]
+
+
+BYTE_SHAPES: list[dict[str, Any]] = [
+    *(fields for fields in SHAPES if fields["kernel"] == (1, 1) or "strides" not in fields),
+    {"height": 7, "width": 7, "in_channels": 64, "out_channels": 32, "kernel": (3, 3),
+     "padding": (1, 1, 1, 1), "batch": 2},
+    {"height": 18, "width": 35, "in_channels": 19, "out_channels": 21, "kernel": (3, 3),
+     "padding": (1, 1, 1, 1)},
+    {"height": 17, "width": 17, "in_channels": 48, "out_channels": 16, "kernel": (1, 1),
+     "strides": (2, 2)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", BYTE_SHAPES)
+def test_bytes(fields: dict[str, Any]) -> None:
+    target = get_target("x86-64-v4-vnni")
+    for sparsity in (0.8, 0.0):
+        spec, inputs = byte_problem(sparsity, **fields)
+        func = schedule(prim_func(spec), target)
+        assert func.attrs[SCHEDULE_ATTR] == "x86.sparse_bytes"
+        result = run(func, target, inputs, (spec.output_shape, "int32"))[0]
+        if target.runs_here():
+            np.testing.assert_array_equal(result, reference(spec, *inputs))
 
 
 @pytest.mark.parametrize("block", [4, 8, 32, 64])
