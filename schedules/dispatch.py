@@ -58,6 +58,10 @@ def pack_parts(
         from .x86.pack_nibbles import pack_parts as pack
 
         return pack(spec, parts, target)
+    if target.has("dsp") and spec.is_integer and spec.group_size and not spec.table_channels:
+        from .arm.pack import pack_parts as pack_groups
+
+        return pack_groups(spec, parts, target)
     packed = pack_weight(spec, parts[0], target)
     return None if packed is None else (packed[0], [packed[1], *parts[1:]])
 

@@ -26,7 +26,7 @@ from ..window import window_of
 from .depthwise_loops import DepthwiseLoops, Product
 from .dsp import join_low, multiply_add, multiply_add_halves, word
 from .epilogue import DspEpilogue
-from .microkernel import as_llvm
+from .assembly import as_llvm
 from .rounding import finisher, llvm_helpers
 
 _PLANE_BYTES = 4096

@@ -23,8 +23,10 @@ from ..layout import PackedLayout
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..window import window_of
+from .assembly import as_llvm
 from .epilogue import DspEpilogue
-from .microkernel import MOST_COLUMNS, MicroKernel, as_llvm
+from .microkernel import MOST_COLUMNS, MicroKernel
+from .nibble_kernel import SUM_LIMIT, NibbleKernel
 from .rounding import finisher, llvm_helpers
 from .rows import Widened
 
@@ -44,13 +46,40 @@ def takes(spec: WeightedSpec) -> bool:
         isinstance(spec, (Conv2dSpec, MatmulSpec))
         and spec.data_dtype in ("int8", "uint8", "int16")
         and spec.acc_dtype == "int32"
-        and spec.weight_dtype == "int8"
+        and (_takes_nibbles(spec) or (spec.weight_dtype == "int8" and not spec.group_size))
         and not spec.weight_zero_point
-        and not spec.group_size
         and spec.groups_of_channels == 1
         # Columns of a kernel row side by side.
         and not (isinstance(spec, Conv2dSpec) and spec.dilation[1] != 1 and spec.kernel[1] != 1)
     )
+
+
+def _takes_nibbles(spec: WeightedSpec) -> bool:
+    """Whether kernel rows are whole words of 4-bit codes, and whole groups."""
+    rows, columns, channels = spec.reduction
+    row = columns * channels
+    return (
+        spec.weight_dtype == "int4"
+        and spec.data_dtype != "int16"
+        and not spec.table_channels
+        and not spec.group_zero_points
+        and (row % 4 == 0 or (rows == 1 and not spec.group_size))
+        and (not spec.group_size or (spec.group_size % 4 == 0 and row % spec.group_size == 0))
+    )
+
+
+def fits_nibbles(spec: WeightedSpec, codes: np.ndarray) -> bool:
+    """Whether the sums of 4-bit codes [1, K, N] fit the kernel, those of a group where there are
+    groups."""
+    if codes.min() < -8 or codes.max() > 7:
+        return False
+    low, high = (-128, 127) if spec.data_dtype == "int8" else (0, 255)
+    wide = codes[0].astype(np.int64)
+    size = spec.group_size or len(wide)
+    starts = np.arange(0, len(wide), size)
+    most = np.add.reduceat(np.maximum(wide * low, wide * high), starts, axis=0)
+    least = np.add.reduceat(np.minimum(wide * low, wide * high), starts, axis=0)
+    return bool(most.max() < SUM_LIMIT and least.min() >= -SUM_LIMIT)
 
 
 def layout_of(spec: WeightedSpec, codes: np.ndarray) -> PackedLayout:
@@ -116,6 +145,10 @@ class _MatrixKernel:
         row, column = packed.pitches(spec.reduction)
         self.pitch = column
         self.run = row // 2
+        self.groups = row // spec.group_size if spec.group_size else 0
+        self.is_nibbles = spec.weight_dtype == "int4"
+        if self.is_nibbles:
+            self.run = spec.group_size // 2 if self.groups else ceil_div(self.run, 2) * 2
         self.unroll = self._unroll()
         self.columns = self._columns()
         if choice is not None:
@@ -141,9 +174,10 @@ class _MatrixKernel:
 
     def _loops(self, columns: int) -> MicroKernel:
         window = self.window
+        kind = partial(NibbleKernel, groups=self.groups) if self.is_nibbles else MicroKernel
         rows = (window.kernel[0] - 1) * window.dilation[0] + 1
         pitch = window.padded_columns * self.pitch
-        return MicroKernel(
+        return kind(
             columns=columns,
             run=self.run,
             rows=window.kernel[0],
@@ -157,11 +191,14 @@ class _MatrixKernel:
 
     def space(self) -> SearchSpace:
         """The default and what lies around it."""
-        unrolls = {*(n for n in (1, 2, *_STEPS) if n <= self.run), self.unroll}
+        least = () if self.is_nibbles else (1,)
+        unrolls = {*(n for n in (*least, 2, *_STEPS) if n <= self.run), self.unroll}
+        most = min(self.extent, MOST_COLUMNS)
+        columns = tuple(n for n in range(1, most + 1) if self._loops(n).is_possible)
         return SearchSpace(
             "arm.matrix",
             {
-                "columns": tuple(range(1, min(self.extent, MOST_COLUMNS) + 1)),
+                "columns": columns,
                 "unroll": tuple(sorted(unrolls)),
             },
             {"columns": self.columns, "unroll": self.unroll},
@@ -171,6 +208,9 @@ class _MatrixKernel:
     def build(self) -> tirx.PrimFunc:
         e, window, spec = self.e, self.window, self.spec
         self.weight = e.flat(self.operands.weight)
+        if self.groups:
+            assert self.operands.scales is not None
+            self.scales = e.flat(self.operands.scales)
         self.epilogue.declare(e)
         self.loops = self._loops(self.columns)
         if self.epilogue.bias_buffer is not None:
@@ -178,7 +218,7 @@ class _MatrixKernel:
         pad_value = 0 if isinstance(spec, MatmulSpec) else spec.pad_value
         self.rows = Widened(
             e, window, self.fused, self.operands, spec.data_dtype, pad_value, self.pitch,
-            self.columns, slack=2,
+            self.columns, slack=4 if self.is_nibbles else 2,
         )  # fmt: skip
         if self.flat:
             self._flat()
@@ -186,7 +226,10 @@ class _MatrixKernel:
             with e.loop("b", window.batch) as b:
                 self._image(b)
         self.epilogue.emit_rest(e, 1)
-        code = as_llvm(self.loops.name, self.loops.assembly(), 5) + llvm_helpers()
+        code = (
+            as_llvm(self.loops.name, self.loops.assembly(), 6 if self.groups else 5)
+            + llvm_helpers()
+        )
         return e.function(list(self.fused.func.params), {}, code)
 
     def _tiles(self) -> int:
@@ -235,7 +278,8 @@ class _MatrixKernel:
         e, window = self.e, self.window
         sums = e.alloc(self.columns * CHANNELS, "int32", "sums", registers=True)
         ragged = window.out_channels % CHANNELS
-        weights = e.bind("weights", block * (self.steps * 4))
+        size = ceil_div(self.steps, 2) * 4 if self.is_nibbles else self.steps * 4
+        weights = e.bind("weights", block * size)
         self._call(sums, base, weights, block)
 
         def write(parts: list[tuple[int, int]]) -> None:
@@ -262,11 +306,15 @@ class _MatrixKernel:
     def _call(self, sums: tirx.Buffer, data: Any, weights: Any, block: Any) -> None:
         rows = self.rows.buffer
         end = 0 if self.flat else self.rows.rows * self.rows.row_pitch
+        further = []
+        if self.groups:
+            count = self.groups * self.window.kernel[0] * CHANNELS
+            further.append(tirx.address_of(self.scales[block * count]))
         self.e.evaluate(
             tirx.call_extern(
                 "void", f"{self.loops.name}_call", tirx.address_of(rows[data]),
                 tirx.address_of(self.weight[weights]), self._initial(sums, block),
-                tirx.address_of(sums[0]), tirx.address_of(rows[end]),
+                tirx.address_of(sums[0]), tirx.address_of(rows[end]), *further,
             )
         )  # fmt: skip
 

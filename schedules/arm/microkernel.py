@@ -245,24 +245,3 @@ def add_constant(to: str, value: str, number: int, scratch: str) -> list[str]:
         return [f"{'addw' if number >= 0 else 'subw'} {to}, {value}, #{abs(number)}"]
     low, high = number & 0xFFFF, number >> 16 & 0xFFFF
     return [f"movw {scratch}, #{low}", f"movt {scratch}, #{high}", f"add {to}, {value}, {scratch}"]
-
-
-def as_llvm(name: str, assembly: str, pointers: int, integers: int = 0) -> str:
-    """Assembly as a module of LLVM's, for `pragma_import_llvm`. Its arguments are pointers, then
-    integers. What is called is NAME_call, which
-    promises that nothing is thrown: or else the linker would want an unwinder."""
-    lines = ['module asm "{}"'.format(line.replace('"', "\\22")) for line in assembly.splitlines()]
-    kinds = ["ptr"] * pointers + ["i32"] * integers
-    types = ", ".join(kinds)
-    values = ", ".join(f"{kind} %a{i}" for i, kind in enumerate(kinds))
-    return "\n".join(
-        [
-            *lines,
-            f"declare void @{name}({types}) nounwind",
-            f"define internal void @{name}_call({values}) alwaysinline nounwind {{",
-            f"  call void @{name}({values}) nounwind",
-            "  ret void",
-            "}",
-            "",
-        ]
-    )

@@ -34,5 +34,26 @@ def pack_weight(
     elif not matrix.takes(changed):
         return None
     else:
-        layout = matrix.layout_of(changed, codes).name
+        halved = changed.replace(weight_dtype="int4")
+        if matrix.takes(halved) and matrix.fits_nibbles(halved, codes):
+            changed, layout = halved, matrix.LAYOUT.name
+        else:
+            changed = changed.replace(weight_dtype="int8")
+            layout = matrix.layout_of(changed, codes).name
     return changed.replace(weight_layout=layout), pack_codes(changed, codes, layout)
+
+
+def pack_parts(
+    spec: WeightedSpec, parts: list[np.ndarray], target: Target
+) -> tuple[WeightedSpec, list[np.ndarray]] | None:
+    """The same for codes of four bits with whole-number scales of groups, [G, N] => [O, G, 2]."""
+    if spec.weight_layout != spec.plain_layout or target.has("mve") or not matrix.takes(spec):
+        return None
+    codes = weight_codes(spec, parts[0])
+    if not matrix.fits_nibbles(spec, codes):
+        return None
+    layout = matrix.LAYOUT
+    scales = np.pad(parts[1], ((0, 0), (0, -parts[1].shape[1] % layout.width)))
+    turned = scales.reshape(len(scales), -1, layout.width).transpose(1, 0, 2)
+    packed = spec.replace(weight_layout=layout.name)
+    return packed, [pack_codes(spec, codes, layout.name), np.ascontiguousarray(turned)]

@@ -21,13 +21,14 @@ from tvm_compress.schedules import (
     MatmulSpec,
     WeightedSpec,
     describe,
+    pack_parts,
     pack_weight,
     reference,
     schedule,
     search_space,
 )
 from tvm_compress.schedules.requantize import INTEGER_RULES, rounded_once, scale_float32
-from tvm_compress.schedules.weights import unpack_weight
+from tvm_compress.schedules.weights import pack_int4, unpack_weight
 from tvm_compress.targets import get_target
 from tvm_compress.targets.toolchains import missing_tools
 
@@ -170,8 +171,8 @@ def project(
 
 def count(
     spec: WeightedSpec, folder: Path, form: str, rule: str = "float32", name: str = "cortex-m4",
-    choice: dict[str, int] | None = None, least_weight: int = -127, extremes: bool = False,
-    **more: Any,
+    choice: dict[str, int] | None = None, weights: tuple[int, int] = (-127, 127),
+    extremes: bool = False, **more: Any,
 ) -> float:  # fmt: skip
     """Pack, schedule, run under QEMU, compare; instructions a multiply-add, everything counted."""
     target = get_target(name)
@@ -181,17 +182,22 @@ def count(
     rng = np.random.default_rng(0)
     info = np.iinfo(spec.data_dtype)
     data = rng.integers(info.min, info.max, spec.data_shape, spec.data_dtype, endpoint=True)
-    weight = rng.integers(least_weight, 127, spec.plain_weight_shape, "int8", endpoint=True)
+    weight = rng.integers(*weights, spec.plain_weight_shape, "int8", endpoint=True)
     if extremes:
         data[:] = info.min
-        weight[:] = np.where(np.arange(weight.shape[-1]) % 4 < 2, 127, -127)
-    acc = reference(spec, data, weight)
+        weight[:] = np.where(np.arange(weight.shape[-1]) % 4 < 2, weights[1], weights[0])
+    parts = [weight]
+    if spec.weight_dtype == "int4":
+        parts = [pack_int4(weight.reshape(spec.reduction_size, -1))]
+    if spec.group_size:
+        parts.append(rng.integers(1, 255, spec.scales_shape, "uint8", endpoint=True))
+    acc = reference(spec, data, *parts)
     macs = acc.size * spec.reduction_size
     wanted = requantisation(acc, rule, rng, **more)
-    packed = pack_weight(spec, weight, target)
+    packed = pack_parts(spec, parts, target)
     if packed is not None:
-        spec, weight = packed
-        np.testing.assert_array_equal(reference(spec, data, weight), acc)
+        spec, parts = packed
+        np.testing.assert_array_equal(reference(spec, data, *parts), acc)
     inputs, sums = describe(spec)
     constants = [
         te.placeholder(array.shape, str(array.dtype), name=f"constant{i}")
@@ -201,7 +207,7 @@ def count(
     scheduled = schedule(naive.without_attr("global_symbol"), target, choice)
     assert scheduled.attrs[SCHEDULE_ATTR] == form
     kernel = to_bare(scheduled, "kernel", target, False)
-    arrays = [data, weight, wanted.bias, *wanted.factors]
+    arrays = [data, *parts, wanted.bias, *wanted.factors]
     program = build_program(project(kernel, target, arrays, acc.shape, folder), target, folder)
     result = run_program(program, [{"data": data}])
     np.testing.assert_array_equal(result.outputs[0]["out"], wanted.expected(acc))
@@ -254,7 +260,7 @@ def test_matrix(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["long", "stride", "odd", "one_channel"])
 def test_weights_that_cannot_be_joined(name: str, tmp_path: Path) -> None:
     """Beside -128, which has no byte one less."""
-    count(MATRICES[name], tmp_path, MATRIX, least_weight=-128)
+    count(MATRICES[name], tmp_path, MATRIX, weights=(-128, 127))
 
 
 @pytest.mark.parametrize(("least", "joined"), [(-127, True), (-128, False)])
@@ -277,6 +283,71 @@ def test_sums_of_joined_weights_fit(tmp_path: Path) -> None:
         assert packed[0].packed_layout.joined is joined
     extremes = linear(1, 515, 4)
     count(extremes, tmp_path, MATRIX, extremes=True)
+
+
+FOUR_BITS = (-8, 7)
+NIBBLES = {
+    "long": linear(1, 64, 6),
+    "odd": linear(3, 7, 5),
+    "two_rows": linear(2, 36, 4),
+    "tiles": linear(5, 148, 3),
+    "pixels": conv(5, 5, 8, 4, (1, 1), 0),
+    "image": conv(6, 7, 4, 6),
+    "stride": conv(8, 9, 8, 3, strides=(2, 2)),
+    "odd_pitch": conv(5, 6, 3, 4, (2, 4)),
+    "unsigned": conv(6, 5, 8, 4, **UINT8 | {"weight_dtype": "int8"}),
+}
+
+
+@pytest.mark.parametrize("name", list(NIBBLES))
+def test_codes_of_four_bits(name: str, tmp_path: Path) -> None:
+    spec = NIBBLES[name]
+    packed = pack_weight(
+        spec, np.full(spec.plain_weight_shape, -8, np.int8), get_target("cortex-m4")
+    )
+    assert packed is not None and packed[0].weight_dtype == "int4"
+    count(spec, tmp_path, MATRIX, weights=FOUR_BITS)
+
+
+def in_groups(spec: Conv2dSpec | MatmulSpec) -> Conv2dSpec | MatmulSpec:
+    return spec.replace(weight_dtype="int4", group_size=32)
+
+
+GROUPS = {
+    "linear": in_groups(linear(2, 64, 5)),
+    "one_group": in_groups(linear(3, 32, 4)),
+    "image": in_groups(conv(4, 6, 32, 4)),
+    "group_a_row": in_groups(conv(5, 9, 8, 3, (2, 4))),
+}
+
+
+@pytest.mark.parametrize("name", list(GROUPS))
+def test_groups_of_four_bits(name: str, tmp_path: Path) -> None:
+    count(GROUPS[name], tmp_path, MATRIX, weights=FOUR_BITS)
+
+
+@pytest.mark.parametrize(
+    ("spec", "most"),
+    [
+        (MEASURED["pointwise"], 1.3),
+        (MEASURED["16x16x32"], 1.15),
+        (linear(1, 640, 128), 1.4),
+        (in_groups(MEASURED["pointwise"]), 1.6),
+    ],
+    ids=["pointwise", "16x16x32", "linear", "groups"],
+)
+def test_instructions_of_four_bits(spec: WeightedSpec, most: float, tmp_path: Path) -> None:
+    assert count(spec, tmp_path, MATRIX, weights=FOUR_BITS) <= most
+
+
+def test_sums_of_four_bits_fit(tmp_path: Path) -> None:
+    """Longest sums that are proven to fit, at their extremes."""
+    target = get_target("cortex-m4")
+    for length, fits in ((508, True), (516, False)):
+        spec = linear(1, length, 2)
+        packed = pack_weight(spec, np.full(spec.plain_weight_shape, -8, np.int8), target)
+        assert packed is not None and (packed[0].weight_dtype == "int4") is fits
+    count(linear(1, 508, 4), tmp_path, MATRIX, weights=FOUR_BITS, extremes=True)
 
 
 def test_columns_apart_have_no_form(tmp_path: Path) -> None:
@@ -335,8 +406,14 @@ def test_rules_without_a_short_form(rule: str, name: str, tmp_path: Path) -> Non
 
 def test_every_choice(tmp_path: Path) -> None:
     target = get_target("cortex-m4")
-    for spec, form, least in ((conv(4, 7, 8, 4), MATRIX, 5), (depthwise(4, 7, 2), DEPTHWISE, 4)):
-        packed = pack_weight(spec, np.zeros(spec.plain_weight_shape, np.int8), target)
+    bytes_, nibbles = (-127, 127), FOUR_BITS
+    for spec, form, least, weights in (
+        (conv(4, 7, 8, 4), MATRIX, 5, bytes_),
+        (conv(4, 3, 8, 2), MATRIX, 4, nibbles),
+        (depthwise(4, 7, 2), DEPTHWISE, 4, bytes_),
+    ):
+        codes = np.full(spec.plain_weight_shape, weights[1], np.int8)
+        packed = pack_weight(spec, codes, target)
         inputs, sums = describe(spec if packed is None else packed[0])
         naive = te.create_prim_func([*inputs, sums]).without_attr("global_symbol")
         space = search_space(naive, target)
@@ -344,7 +421,8 @@ def test_every_choice(tmp_path: Path) -> None:
         choices = list(space)
         assert len(choices) >= least and choices[0] == dict(space.default)
         for number, choice in enumerate(choices):
-            count(spec, tmp_path / f"{form}{number}", form, choice=choice)
+            folder = tmp_path / f"{form}{weights[1]}{number}"
+            count(spec, folder, form, choice=choice, weights=weights)
 
 
 def test_no_library_is_asked_for(tmp_path: Path) -> None:
