@@ -337,7 +337,7 @@ def _interleave(run: int) -> str:
     arguments = "ptr %a, ptr %b, ptr %c, ptr %d, ptr %o"
     lines = [f"define internal void @{_INTERLEAVE}({arguments}) alwaysinline nounwind {{"]
     lines += [f"  %v{x} = load {bytes_}, ptr %{x}, align 1" for x in "abcd"]
-    for name, (first, second) in {"p": "ab", "q": "cd"}.items():
+    for name, first, second in (("p", "a", "b"), ("q", "c", "d")):
         for high in (0, 1):
             mask = _mask(_unpack(run, 16, bool(high)))
             lines.append(

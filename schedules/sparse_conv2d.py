@@ -49,7 +49,7 @@ def describe(spec: SparseConv2dSpec) -> tuple[list[te.Tensor], te.Tensor]:
     def term(*index: tirx.Var) -> tirx.PrimExpr:
         block, channel = index[-1] // spec.block, index[-1] % spec.block
         entry = starts[block] + e
-        place = (entry, channel)
+        place: tuple[tirx.PrimExpr, ...] = (entry, channel)
         if spec.group > 1:
             place = (entry // spec.group, channel, entry % spec.group)
         data_value = source(index[:-1], offsets[entry].astype("int32"))

@@ -20,7 +20,7 @@ from .weights import weight_codes
 # data without an order, narrow vectors (measured on Zen 4: 1.05 to 1.3 for blocks of 16).
 _COST = {16: 1.15, 8: 1.4, 4: 2.0}
 # The same of bytes in blocks of 16: gathering them costs as much as some products, and channels
-# first a copy that short sums do not repay (measured on Zen 4: 3.9 for 64 inputs, 1.6-1.9 for more).
+# first a copy that short sums do not repay (measured on Zen 4: 3.9 for 64 inputs, else 1.6-1.9).
 _COST_BYTES, _COPY_BYTES = 1.6, 150
 # Winograd's filtering makes a dense 3x3 layer so much cheaper (measured, 14x14 and up).
 _WINOGRAD = 0.42

@@ -112,7 +112,7 @@ def sparse(dense: Any, block: int, sparsity: float, target: Any) -> Callable[[],
     reduction, outputs = dense.reduction_size, dense.out_channels
     entries = round(reduction * (1 - sparsity))
     kept = rng.random((reduction, outputs // block)).argsort(axis=0) < entries
-    weight = rng.standard_normal((reduction, outputs), dtype="float32")
+    weight: np.ndarray = rng.standard_normal((reduction, outputs), dtype="float32")
     if dense.is_integer:
         weight = rng.integers(-127, 128, weight.shape, dtype="int8")
     values, positions, starts = encode(weight, block, kept.repeat(block, axis=1))
