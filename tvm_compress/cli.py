@@ -561,8 +561,9 @@ def verify(
     from .report.terminal import print_verification
     from .verification import verify as verify_artefact
 
+    opened = Artefact.open(artefact).on(_device(rpc_tracker, rpc_key))
     result = verify_artefact(
-        Artefact.open(artefact).on(_device(rpc_tracker, rpc_key)),
+        opened,
         evaluate,
         per_layer=per_layer,
         exact_inputs=exact_inputs,
@@ -572,7 +573,7 @@ def verify(
     if as_json:
         _print_json(asdict(result))
     else:
-        print_verification(result, per_layer)
+        print_verification(result, per_layer, opened.original)
     result.require()
 
 

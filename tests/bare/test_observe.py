@@ -12,7 +12,9 @@ import pytest
 
 from tvm_compress import compress
 from tvm_compress.artefact import Artefact
+from tvm_compress.bare.emit import read_interface
 from tvm_compress.bare.observe import checksum
+from tvm_compress.errors import ArtefactError
 from tvm_compress.progress import Progress
 from tvm_compress.targets import get_target
 from tvm_compress.targets.toolchains import missing_tools
@@ -78,3 +80,9 @@ def changed(artefact: Artefact, constant: str) -> Iterator[None]:
     path.write_text(text[: head.start(1)] + other + text[head.end(1) :])
     yield
     path.write_text(text)
+
+
+def test_a_project_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "interface.json").write_text('{"name": "old", "inputs": []}')
+    with pytest.raises(ArtefactError, match="version 1, not 2: .*compress again"):
+        read_interface(tmp_path)

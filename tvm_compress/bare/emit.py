@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import ArtefactError
 from .archive import archive
 from .cmake import TOOLCHAIN, cmake_lists, toolchain_file
 from .float_calls import definitions
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .build import BareBuilt
 
 INTERFACE = "interface.json"
+INTERFACE_VERSION = 2  # of that file
 GOLDEN_SAMPLES = 2
 _RESERVED = frozenset(
     "auto bool break case char const continue default do double else enum extern false float for "
@@ -271,6 +273,7 @@ static inline float {self.name}_dequantize_output_{index}({macro}_TYPE code) {{
     def interface(self, golden: Golden | None) -> dict[str, Any]:
         built = self.built
         return {
+            "version": INTERFACE_VERSION,
             "name": self.name,
             "target": built.target.name,
             "form": built.form,
@@ -591,6 +594,12 @@ def _float_literal(value: float, suffix: str) -> str:
 
 
 def read_interface(folder: Path) -> Mapping[str, Any]:
-    """`interface.json` of a project."""
+    """`interface.json` of a project. Raises `ArtefactError` for one of another version."""
     value: Mapping[str, Any] = json.loads((folder / INTERFACE).read_text(encoding="utf-8"))
+    version = value.get("version", 1)
+    if version != INTERFACE_VERSION:
+        raise ArtefactError(
+            f"{folder / INTERFACE} is of version {version}, not {INTERFACE_VERSION}: another "
+            "version of tvm-compress wrote it; compress again"
+        )
     return value

@@ -317,7 +317,8 @@ def _print_checks(console: Console, checks: Iterable[Mapping[str, Any]]) -> None
 # --- verify, benchmark, lists -------------------------------------------------------------------
 
 
-def print_verification(result: Verification, per_layer: bool) -> None:
+def print_verification(result: Verification, per_layer: bool, original: str) -> None:
+    """`original`: what the artefact is compared with (`Artefact.original`)."""
     from dataclasses import asdict
 
     console = new_console()
@@ -349,14 +350,14 @@ def print_verification(result: Verification, per_layer: bool) -> None:
     accuracy = result.accuracy
     if accuracy:
         console.print(
-            f"top-1 accuracy: float {percent_text(accuracy.before, 2)} "
+            f"top-1 accuracy: {original} {percent_text(accuracy.before, 2)} "
             f"({_interval(accuracy.before_low, accuracy.before_high)}), "
             f"compressed {percent_text(accuracy.after, 2)} "
             f"({_interval(accuracy.after_low, accuracy.after_high)}), n = {accuracy.samples}"
         )
         console.print(
             f"paired difference: {points(-accuracy.drop)} points "
-            f"({points(-accuracy.drop_high)} .. {points(-accuracy.drop_low)}); only float "
+            f"({points(-accuracy.drop_high)} .. {points(-accuracy.drop_low)}); only original "
             f"right {accuracy.only_before_right}, only compressed right "
             f"{accuracy.only_after_right}, McNemar p = {accuracy.p_value:.3g}"
         )
