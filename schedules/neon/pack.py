@@ -14,8 +14,9 @@ from ..x86.pack import without_zero_point
 from .depthwise import taps_in_turn
 from .dot import LANES, ByteDot, PairsDot, TileDot, WordDot, multiplies_bytes
 
-# Zeros between the rows of a kernel may make it so much longer before 16-bit operands pay.
-_PADDING_LIMIT = 1.5
+# Zeros between the rows of a kernel may make it so much longer before 16-bit operands pay
+# (counted: the stem of an image network, 27 => 48, takes as many instructions either way).
+_PADDING_LIMIT = 2
 # What data are where they are multiplied as signed bytes.
 _DATA = (-128, 127)
 
