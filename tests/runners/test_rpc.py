@@ -134,6 +134,18 @@ def test_board_of_another_cpu(tmp_path: Path, tracker: Rpc) -> None:
         rpc.run_remote(program, samples([1]))
 
 
+def test_device_that_somebody_else_uses(tracker: Rpc, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tvm.rpc import connect_tracker
+
+    monkeypatch.setattr(rpc, "_BUSY_SECONDS", 0.5)
+    session = connect_tracker(*tracker.address).request(tracker.key)
+    with pytest.raises(TargetError, match="device 'board' .* is busy"):
+        tracker.require()
+    del session
+    monkeypatch.undo()
+    tracker.require()
+
+
 def test_board_file_names_the_device(tmp_path: Path) -> None:
     board = find_target(board_file(tmp_path, "cortex-a72", "tracker: pi.local:9190", "key: pi"))
     assert Rpc.of(board) == Rpc("pi.local:9190", "pi")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _ALIGNMENT = 16
 _C_FLAGS = ("-O2", "-std=c11", "-ffunction-sections", "-fdata-sections", "-Wall", "-Werror")
+_HARNESS_FLAGS = ("-Wextra", "-Os", "-fno-tree-loop-distribute-patterns")  # no strlen for a loop
 _HARNESS = "harness"
 
 
@@ -127,7 +128,7 @@ def _build(
         is_ours = source.is_relative_to(harness)
         # By number: two files of a project may have one name.
         out = folder / f"{_HARNESS if is_ours else 'model'}_{index}_{source.stem}.o"
-        flags = [*_C_FLAGS, "-Wextra"] if is_ours else [*_C_FLAGS, *project.flags]
+        flags = [*_C_FLAGS, *(_HARNESS_FLAGS if is_ours else project.flags)]
         _call(
             [*compiler, *flags, f"-I{harness}", *includes, "-c", str(source), "-o", str(out)],
             f"{source.name} does not compile for {target.name}",

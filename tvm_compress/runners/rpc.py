@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _CONNECT_SECONDS = 5.0
 REGISTER_SECONDS = 10.0  # a server that was started just now has not told the tracker yet
+_BUSY_SECONDS = 60.0
 _SESSION_SECONDS = 600  # then the server ends a session that hangs
 _MOST_REPEATS = 10_000
 NAME_IT = "name it: --rpc-tracker HOST:PORT --rpc-key KEY"
@@ -70,23 +71,32 @@ class Rpc:
             ) from None
         from tvm import rpc
 
+        started = time.monotonic()
         try:
             tracker = rpc.connect_tracker(*self.address)
-            deadline = time.monotonic() + REGISTER_SECONDS
-            while self.key not in (known := tracker.summary()["queue_info"]):
-                if time.monotonic() >= deadline:
+            while True:
+                summary = tracker.summary()
+                devices = {str(s["key"]).removeprefix("server:") for s in summary["server_info"]}
+                is_free = summary["queue_info"].get(self.key, {}).get("free", 0) > 0
+                seconds = _BUSY_SECONDS if self.key in devices else REGISTER_SECONDS
+                if (is_free and self.key in devices) or time.monotonic() >= started + seconds:
                     break
                 time.sleep(0.2)
         except (RuntimeError, OSError, ValueError, KeyError) as error:
             raise TargetError(
                 f"what answers at {self.tracker} is no RPC tracker of TVM's ({_line(error)})"
             ) from None
-        if self.key not in known:
-            has = ", ".join(sorted(known)) or "no device"
+        if self.key not in devices:
+            has = ", ".join(sorted(devices)) or "no device"
             server = f"python -m tvm.exec.rpc_server --tracker {self.tracker} --key {self.key}"
             raise TargetError(
                 f"the RPC tracker at {self.tracker} has no device {self.key!r}, it has {has}; "
                 f"start one with `{server}`"
+            )
+        if not is_free:  # TVM's own client would wait for ever
+            raise TargetError(
+                f"device {self.key!r} of the RPC tracker at {self.tracker} is busy since "
+                f"{_BUSY_SECONDS:.0f} s; try again when nobody uses it, or start its server again"
             )
 
 
