@@ -80,7 +80,8 @@ def matrix_kernel(
     epilogue = Epilogue(fused, anchor)
     if any(not stage.is_map for stage in epilogue.rest):
         return None
-    return _MatrixKernel(fused, anchor, spec, operands, target, epilogue, choice)
+    kernel = _MatrixKernel(fused, anchor, spec, operands, target, epilogue, choice)
+    return kernel if kernel.is_possible else None
 
 
 class _MatrixKernel:
@@ -107,6 +108,11 @@ class _MatrixKernel:
         self.unroll = MicroKernel.unroll if choice is None else choice["unroll"]
         self.pixels = self._pixels() if choice is None else choice["pixels"]
         self.e = VectorEmitter(finisher(target))
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the loops' immediate numbers reach everywhere."""
+        return self._loops(MOST_OUTPUTS).is_possible
 
     def _segments(self) -> list[int]:
         """How many pixels a segment can have."""

@@ -21,6 +21,7 @@ CHANNELS = 4
 MOST_OUTPUTS = 2
 # Longer reductions are loops: so many steps are at most written out.
 _MOST_STEPS = 12
+_REACH = 1 << 20  # of an addition of two immediate numbers
 _SUMS = ("r0", "r2", "r4", "r6", "r8", "r10", "r12", "lr")
 
 
@@ -52,6 +53,12 @@ class MicroKernel:
     def is_near(self) -> bool:
         """Whether one address serves both outputs."""
         return self.column_bytes <= NEAR
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether two immediate numbers reach from one row, output or block to the next."""
+        weights = self.rows * self.steps * CHANNELS * LANES
+        return max(self.row_bytes, self.column_bytes, self.run, weights) < _REACH
 
     @property
     def at_once(self) -> int:
@@ -225,13 +232,12 @@ class _Turn:
 
 
 def add(to: str, value: str, number: int) -> list[str]:
-    """to = value + number, |number| below 2^20."""
+    """to = value + number, |number| below `_REACH`."""
     if number == 0:
         return [] if to == value else [f"mov {to}, {value}"]
     name = "add" if number > 0 else "sub"
     number = abs(number)
-    if number >= 1 << 20:
-        raise ValueError(f"a distance of {number} bytes does not fit two immediates")
+    assert number < _REACH, number
     low, high = number & 0xFFF, number & 0xFF000
     out = [f"{name}.w {to}, {value}, #{high}"] if high else []
     return out + ([f"{name}w {to}, {to if high else value}, #{low}"] if low else [])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-from tvm import te
+from tvm import te, tirx
 
 from tvm_compress.bare.kernel_code import BareKernel, object_file, to_bare
 from tvm_compress.model import TensorSpec
@@ -30,6 +30,7 @@ from tvm_compress.schedules import (
 )
 from tvm_compress.schedules.choice import Choice
 from tvm_compress.schedules.tflite_add import tflite_add
+from tvm_compress.schedules.weights import kernel_attrs, weight_value
 from tvm_compress.targets import get_target
 from tvm_compress.targets.toolchains import missing_tools
 
@@ -101,14 +102,51 @@ def layer(
         te.placeholder(array.shape, str(array.dtype), name=f"constant{i}")
         for i, array in enumerate((wanted.bias, *wanted.factors))
     ]
-    naive = te.create_prim_func([*inputs, *tensors, wanted.describe(sums, tensors)])
     arrays = [data, weight, wanted.bias, *wanted.factors]
+    naive = te.create_prim_func([*inputs, *tensors, wanted.describe(sums, tensors)])
     func = naive.without_attr("global_symbol")
     return Case(form, func, arrays, wanted.expected(acc), macs, choice)
 
 
 MULTIPLIERS = ((1812345678, -1), (1234567890, 0), (1500000000, -18))
 ZERO_POINTS = (3, -4, 5)
+
+
+def produced(kernel: tuple[int, int]) -> Case:
+    """A convolution whose data are computed by the same function, clamped."""
+    rng = np.random.default_rng(2)
+    plain = conv(4, 6, 10, 7, kernel, 0)
+    weight = rng.integers(-128, 127, plain.plain_weight_shape, "int8", endpoint=True)
+    raw = rng.integers(-128, 127, plain.data_shape, "int8", endpoint=True)
+    packed = pack_weight(plain, weight, TARGET)
+    assert packed is not None
+    spec, weight = packed
+    assert isinstance(spec, Conv2dSpec)
+    acc = reference(spec, np.clip(raw, -100, 90), weight)
+    wanted = constants(acc, "float32", rng)
+    x = te.placeholder(spec.data_shape, "int8", name="x")
+    low, high = (tirx.const(bound, "int8") for bound in (-100, 90))
+    data = te.compute(x.shape, lambda *i: te.max(te.min(x[i], high), low), name="data")
+    (_, weights), _ = describe(spec)
+    ky, kx, c = (te.reduce_axis((0, extent)) for extent in spec.reduction)
+    sums = te.compute(
+        spec.output_shape,
+        lambda b, y, z, o: te.sum(
+            data[b, y + ky, z + kx, c].astype("int32")
+            * weight_value(spec, [weights], (ky, kx), c, o),
+            axis=[ky, kx, c],
+        ),
+        name="conv2d",
+        attrs=kernel_attrs(spec),
+    )
+    tensors = [
+        te.placeholder(array.shape, str(array.dtype), name=f"constant{i}")
+        for i, array in enumerate((wanted.bias, *wanted.factors))
+    ]
+    naive = te.create_prim_func([x, weights, *tensors, wanted.describe(sums, tensors)])
+    arrays = [raw, weight, wanted.bias, *wanted.factors]
+    func = naive.without_attr("global_symbol")
+    return Case(MATRIX, func, arrays, wanted.expected(acc), acc.size * spec.reduction_size)
 
 
 def residual(shape: tuple[int, ...]) -> Case:
@@ -240,6 +278,8 @@ def all_cases() -> dict[str, Case]:
         "loops": layer(conv(3, 5, 200, 10)),
         "far columns": layer(conv(2, 5, 600, 2, (1, 1), 0), small),
         "last segment moved": layer(conv(2, 13, 16, 4), choice={"pixels": 5, "unroll": 4}),
+        "computed data": produced((3, 3)),
+        "computed data, flat": produced((1, 1)),
         # depthwise
         "ragged": layer(depthwise(7, 9, 19), small),
         "few channels": layer(depthwise(2, 3, 3)),
@@ -297,7 +337,8 @@ def test_choices(spec: Conv2dSpec, tmp_path: Path) -> None:
 
 
 def test_what_has_no_form_gets_the_generic_schedule() -> None:
-    for spec in (conv(5, 7, 4, 3, pad=0, dilation=(1, 2)), depthwise(9, 9, 4, 5)):
+    far = linear(1, 1 << 20, 2).replace(weight_layout="O4R16")
+    for spec in (conv(5, 7, 4, 3, pad=0, dilation=(1, 2)), depthwise(9, 9, 4, 5), far):
         inputs, sums = describe(spec)
         func = te.create_prim_func([*inputs, sums]).without_attr("global_symbol")
         assert schedule(func, TARGET).attrs[SCHEDULE_ATTR].startswith("default.")
