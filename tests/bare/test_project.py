@@ -32,6 +32,7 @@ from tvm_compress.build import (
 from tvm_compress.contents import describe_project, require_project_fits
 from tvm_compress.errors import TargetError
 from tvm_compress.flow import compress_job, load_job
+from tvm_compress.importers import load_model
 from tvm_compress.model import TensorSpec
 from tvm_compress.progress import Progress
 from tvm_compress.relay_passes.integer_edges import IntegerEdges, edges_of
@@ -101,6 +102,26 @@ def compiled(folder: Path, *more: str) -> Path:
 
 def call(program: Path) -> int:
     return subprocess.run([str(program)], check=False).returncode
+
+
+@needs_gcc
+@pytest.mark.links
+@pytest.mark.slow
+def test_a_real_network_is_clean_in_c(assets: Path, tmp_path: Path) -> None:
+    """Keyword spotting from int8 codes: every kernel of it under the sanitizers."""
+    model = load_model(assets / "tflite" / "kws_ref_model.tflite")
+    lowered = lower(model.module, PORTABLE)
+    reference = tmp_path / "reference.so"
+    export_library(compile_reference(lowered.reference_module), reference)
+    built = compile_project(lowered, "c").project
+    random = np.random.default_rng(4)
+    (taken,) = model.inputs
+    probes = {taken.name: random.integers(-128, 128, (2, *taken.shape), np.int8)}
+    sources = ([spec.name for spec in model.inputs], [spec.name for spec in model.outputs])
+    golden = golden_samples(built, reference, (), sources, probes)
+    write_project(built, "keyword", sources, tmp_path, golden)
+    assert len({output.tobytes() for output in golden.outputs[0]}) == 2
+    assert call(compiled(tmp_path)) == 0
 
 
 @needs_gcc
