@@ -225,7 +225,9 @@ class _Nest:
             dtype_bits(str(b.dtype)) if str(b.dtype) != "bool" else 8
             for b in (stage.buffer, *stage.reads)
         )
-        widest = 32 if stage.reduces else max(bits, 8)
+        # A maximum of bytes stays bytes where vectors are short.
+        is_narrow = target.vector_bits == 128 and not target.is_x86
+        widest = 32 if stage.reduces and not is_narrow else max(bits, 8)
         self.lanes = max(1, target.vector_bits // max(widest, 8))
         if "int64" in (str(b.dtype) for b in stage.reads) or bits > 32:
             self.lanes = max(1, target.vector_bits // 64)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-from tvm import te, tirx
+from tvm import te, tirx, topi
 
 from tvm_compress.bare.kernel_code import BareKernel, object_file, to_bare
 from tvm_compress.model import TensorSpec
@@ -171,6 +171,21 @@ def residual(shape: tuple[int, ...]) -> Case:
     return Case("default.elementwise", func, arrays, wanted, wanted.size)
 
 
+def largest(size: int, stride: int, pad: int, channels: int) -> Case:
+    """A maximum over windows."""
+    data = np.random.default_rng(3).integers(-128, 127, (1, 9, 8, channels), "int8", endpoint=True)
+    x = te.placeholder(data.shape, "int8", name="x")
+    pads = [pad] * 4
+    out = topi.nn.pool2d(
+        x, [size] * 2, [stride] * 2, [1, 1], pads, "max", layout="NHWC"
+    )  # fmt: skip
+    padded = np.pad(data, ((0, 0), (pad, pad), (pad, pad), (0, 0)), constant_values=-128)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), (1, 2))
+    wanted = windows[:, ::stride, ::stride].max((-1, -2))
+    func = te.create_prim_func([x, out]).without_attr("global_symbol")
+    return Case("default.reduction", func, [data], wanted, wanted.size)
+
+
 class Board:
     """One program with all cases, each a sample of it."""
 
@@ -247,7 +262,9 @@ LIMITS = {
     "pointwise float32": 0.17,
     "depthwise": 0.9,
     "linear": 0.17,
-    "residual": 7.5,  # an element
+    # An element.
+    "residual": 7.5,
+    "largest": 1.0,
 }
 
 SMALL = conv(5, 5, 4, 4)
@@ -301,6 +318,8 @@ def all_cases() -> dict[str, Case]:
         "clamp": layer(SMALL, bounds=(-100, 20)),
         "clamp before": layer(SMALL, bounds=(-3, 127), fits=False),
         "residual": residual((1, 8, 8, 16)),
+        "largest": largest(2, 2, 0, 32),
+        "largest, border": largest(3, 2, 1, 19),
         "ragged residual": residual((1, 3, 5, 7)),
     }
 
