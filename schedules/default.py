@@ -48,7 +48,7 @@ def schedule_default(
             return by_rows, "default.rows"
     e = emitter_for(target)
     buffers: dict[tirx.Buffer, tirx.Buffer] = {}
-    kept = _kept_stages(fused)
+    kept = _kept_stages(fused, in_place=not target.is_x86)
     tail = [] if target.is_x86 else _tail(fused, kept)
     # Computed with the reduction before it, and its results never stored.
     kept = kept[: len(kept) - len(tail)]
@@ -111,14 +111,20 @@ def _plain_reduction(stage: Stage) -> bool:
     )
 
 
-def _kept_stages(fused: FusedFunction) -> list[Stage]:
-    """Stages that get a loop nest and a buffer; the others are substituted into their readers."""
+def _kept_stages(fused: FusedFunction, in_place: bool = False) -> list[Stage]:
+    """Stages that get a loop nest and a buffer; the others are substituted into their readers.
+
+    `in_place`: borders belong to the loops of the reduction that reads them, which costs a test for
+    each of its windows' positions, but no memory.
+    """
     outputs = fused.outputs
     kept = []
     for stage in fused.stages:
         readers = [s for s in fused.stages if any(b.same_as(stage.buffer) for b in s.reads)]
         uses = sum(b.same_as(stage.buffer) for s in readers for b in s.reads)
         costly = _is_costly(stage)
+        if in_place and _is_border(stage) and len(readers) == 1 and readers[0].reduces:
+            continue
         if (
             stage.reduces
             or any(stage.buffer.same_as(b) for b in outputs)
@@ -127,6 +133,16 @@ def _kept_stages(fused: FusedFunction) -> list[Stage]:
         ):
             kept.append(stage)
     return kept
+
+
+def _is_border(stage: Stage) -> bool:
+    """if_then_else(inside, data[...], constant), without arithmetic on the data."""
+    value = stage.value
+    name = str(getattr(getattr(value, "op", None), "name", ""))
+    if not stage.is_map or not isinstance(value, ir.Call) or not name.endswith("if_then_else"):
+        return False
+    _, inside, outside = value.args
+    return isinstance(inside, ir.TensorLoad) and isinstance(outside, (tirx.IntImm, tirx.FloatImm))
 
 
 def _tail(fused: FusedFunction, kept: list[Stage]) -> list[Stage]:
@@ -240,6 +256,19 @@ class _Nest:
         self.work = 1
         for extent in stage.extents:
             self.work *= extent
+        self.border = self._find_border()
+        self.is_inside: bool | None = None
+        """Which side of the border's test is being written; None: neither."""
+
+    def _find_border(self) -> Stage | None:
+        """The border around what this reduction reads, tested in its loops."""
+        if not self.stage.reduces:
+            return None
+        for buffer in self.stage.reads:
+            stage = self.fused.producers.get(buffer)
+            if stage is not None and _is_border(stage) and not any(s is stage for s in self.kept):
+                return stage
+        return None
 
     def write(self) -> None:
         """Emit the loop nest."""
@@ -363,6 +392,19 @@ class _Nest:
             e.store(acc, initial(lane), lane)
 
         def walk(level: int, reduced: dict[tirx.Var, Any]) -> None:
+            unbound = [stage.variables[axis] for axis in axes[level:]]
+            test = None
+            if self.border is not None and self.is_inside is None:
+                test = self._test({**bind(tirx.const(0, "int32")), **reduced}, unbound)
+            if test is not None:
+                # As far out as its variables are known, so that the inner loops test nothing.
+                def side(is_inside: bool) -> None:
+                    self.is_inside = is_inside
+                    walk(level, reduced)
+                    self.is_inside = None
+
+                e.branch(test, lambda: side(True), lambda: side(False))
+                return
             if level < len(axes):
                 with e.loop("k", stage.extents[axes[level]]) as k:
                     walk(level + 1, {**reduced, stage.variables[axes[level]]: k})
@@ -403,10 +445,35 @@ class _Nest:
 
         return self._written_out(self.fused.inline(end.buffer, where, leaf))
 
+    def _test(self, binding: dict[tirx.Var, Any], unbound: list[tirx.Var]) -> ir.Expr | None:
+        """Whether what is read lies inside the border; None: not known yet, or by channel."""
+        border = self.border
+        assert border is not None
+        found: list[ir.Expr] = []
+        spatial = [v for i, v in enumerate(self.stage.variables) if i not in self.stage.reduction]
+        probe = {**binding, spatial[-1]: spatial[-1]}
+
+        def load(buffer: tirx.Buffer, where: Index) -> ir.Expr:
+            if buffer.same_as(border.buffer):
+                at = dict(zip(border.variables, where, strict=True))
+                found.append(rewrite(border.value.args[0], at, lambda b, i: b[i]))
+            return buffer[where]
+
+        rewrite(self.stage.value, probe, load)
+        assert found
+        return None if _uses(found[0], [*unbound, spatial[-1]]) else found[0]
+
     def _term(self, binding: dict[tirx.Var, Any], acc: ir.Expr) -> ir.Expr:
         def load(buffer: tirx.Buffer, where: Index) -> ir.Expr:
             if buffer.same_as(self.stage.buffer):
                 return acc
+            border = self.border
+            if self.is_inside is not None and border and buffer.same_as(border.buffer):
+                if not self.is_inside:
+                    return border.value.args[2]
+                data = border.value.args[1]
+                at = dict(zip(border.variables, where, strict=True))
+                return rewrite(data, at, lambda b, i: self.fused.inline(b, i, self._leaf))
             return self.fused.inline(buffer, where, self._leaf)
 
         return rewrite(self.stage.value, binding, load)

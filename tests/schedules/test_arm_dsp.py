@@ -350,8 +350,23 @@ def test_sums_of_four_bits_fit(tmp_path: Path) -> None:
     count(linear(1, 508, 4), tmp_path, MATRIX, weights=FOUR_BITS, extremes=True)
 
 
-def test_columns_apart_have_no_form(tmp_path: Path) -> None:
-    count(conv(5, 7, 4, 3, pad=0, dilation=(1, 2)), tmp_path, DEFAULT)
+WITHOUT_FORM = {
+    "columns_apart": conv(5, 7, 4, 3, pad=0, dilation=(1, 2)),
+    "border": conv(6, 7, 5, 3, pad=2, dilation=(1, 2)),
+    "uneven_border": conv(5, 6, 6, 4, padding=(1, 0, 2, 3), groups=2, strides=(2, 1)),
+    "zeros": conv(4, 4, 8, 3, pad=2, dilation=(1, 2), pad_value=0, batch=2),
+}
+
+
+@pytest.mark.parametrize("name", list(WITHOUT_FORM))
+def test_generic_schedule(name: str, tmp_path: Path) -> None:
+    """Correct, and without a padded copy."""
+    spec = WITHOUT_FORM[name]
+    count(spec, tmp_path, DEFAULT)
+    target = get_target("cortex-m4")
+    inputs, sums = describe(spec)
+    naive = te.create_prim_func([*inputs, sums]).without_attr("global_symbol")
+    assert not to_bare(schedule(naive, target), "kernel", target, False).workspaces
 
 
 @pytest.mark.parametrize(
