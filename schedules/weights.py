@@ -121,6 +121,15 @@ def pack_int4(codes: np.ndarray) -> np.ndarray:
     return (nibbles[0::2] | (nibbles[1::2] << 4)).astype(np.uint8)
 
 
+def in_nibbles(spec: WeightedSpec, codes: np.ndarray) -> tuple[WeightedSpec, np.ndarray] | None:
+    """A layer's int8 codes [1, K, N] two in a byte, in the plain layout, where all of them fit four
+    bits: flash is what a board has least of. None: they do not."""
+    fits = spec.weight_dtype == "int8" and codes.min() >= -8 and codes.max() <= 7
+    if not fits or spec.weight_zero_point or spec.groups_of_channels > 1 or not spec.is_integer:
+        return None
+    return spec.replace(weight_dtype="int4"), pack_int4(codes[0])
+
+
 def weight_codes(spec: WeightedSpec, weight: np.ndarray) -> np.ndarray:
     """Stored array in the plain layout => codes [groups, K, N], storage integers (int4 opened)."""
     if spec.weight_dtype == "int4":

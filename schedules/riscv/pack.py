@@ -7,7 +7,7 @@ import numpy as np
 from ...targets import Target
 from ..layout import PackedLayout
 from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
-from ..weights import pack_codes, weight_codes
+from ..weights import in_nibbles, pack_codes, weight_codes
 from ..x86.pack import without_zero_point
 from .dot import MOST_REGISTERS, select_dot
 
@@ -44,6 +44,9 @@ def pack_weight(
             return None
         plain = codes.transpose(1, 0, 2).reshape(changed.weight_shape)
         return changed, np.ascontiguousarray(plain)
+    halved = in_nibbles(changed, codes)
+    if halved is not None:
+        return halved
     lanes = choose_lanes(changed, target)
     if not isinstance(spec, (Conv2dSpec, Conv2dTransposeSpec, MatmulSpec)):
         return None

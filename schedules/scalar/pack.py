@@ -7,7 +7,7 @@ import numpy as np
 from ...targets import Target
 from ..layout import PackedLayout
 from ..spec import Conv2dSpec, WeightedSpec
-from ..weights import pack_codes, weight_codes
+from ..weights import in_nibbles, pack_codes, weight_codes
 from ..window import window_of
 from ..x86.pack import without_zero_point
 from .matrix import takes
@@ -41,6 +41,9 @@ def pack_weight(
             return None
         plain = codes.transpose(1, 0, 2).reshape(changed.weight_shape)
         return changed, np.ascontiguousarray(plain)
+    halved = in_nibbles(changed, codes)
+    if halved is not None:
+        return halved
     if not takes(changed):
         return None
     layout = PackedLayout(channels_of(changed, target), 1, "R").name
