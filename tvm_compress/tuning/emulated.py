@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import ArtefactError
+from ..interrupts import check
 from ..model import TensorSpec
 from .worker import difference
 
@@ -58,6 +59,7 @@ class Bench:
         try:
             return self._count(kernels, folder, instructions)
         except ArtefactError as error:
+            check()  # Ctrl-C ends the emulator as well: nobody's fault
             if len(kernels) == 1:
                 return [" ".join(str(error).split())]
         half = len(kernels) // 2
