@@ -99,9 +99,10 @@ class Widened:
             with self.e.loop("i", count) as i:
                 self.e.store(self.buffer, value, start + i)
             return
-        pair = (self.pad_value & 0xFFFF) * 0x10001
+        # Not a word reinterpreted: LLVM's code generator takes a zero for a null pointer.
+        pair = tirx.Broadcast(value, 2)
         with self.e.loop("i", count // 2) as i:
-            self._store(start + i * 2, tirx.const(pair - (pair >> 31 << 32), "int32"))
+            self.e.store_vector(self.buffer, pair, start + i * 2, 2)
 
     def _run(self, to: Any, origin: Any, count: int) -> None:
         """`count` neighbouring elements."""
