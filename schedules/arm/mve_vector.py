@@ -28,8 +28,7 @@ from tvm.sym import Analyzer
 from tvm.tirx.stmt import Bind, BufferStore, For, ForKind
 
 from ..emit import Emitter
-from .rounding import _is_lrint as is_lrint
-from .rounding import _terms as terms
+from .patterns import high_product, is_lrint, terms
 from .rounding import llvm_helpers as scalar_helpers
 
 LANES = 4
@@ -222,7 +221,7 @@ class _Patterns:
 
     def _product(self, e: tirx.Cast) -> ir.Expr | None:
         for name, places, half in ((_HIGH, 31, 1 << 30), (_MULH, 32, 0)):
-            factors = _factors(e, places, half)
+            factors = high_product(e, places, half)
             if factors is not None:
                 return _call(name, *map(self.visit, factors))
         return None
@@ -238,7 +237,7 @@ class _Patterns:
             return None
         if not _is_number(sign.b, 31) or not _is_half(half, e.b):
             return None
-        if _factors(product, 31, 1 << 30) is None:
+        if high_product(product) is None:
             return None
         high = self.visit(product)
         return _call(_SHIFT, high + (high >> tirx.const(31, "int32")), self.visit(e.b))
@@ -253,44 +252,6 @@ class _Patterns:
         if not tvm_ffi.structural_equal(more.a.a, x) or not _is_mask(more.a.b, exponent):
             return None
         return _call(_DIVIDE, self.visit(x), self.visit(exponent))
-
-
-def _factors(e: tirx.Cast, places: int, half: int) -> tuple[ir.Expr, ir.Expr] | None:
-    """x and m of int32((int64(x) * int64(m) + half) >> places)."""
-    shifted = e.value
-    if not isinstance(shifted, RShift) or not _is_number(shifted.b, places):
-        return None
-    product = shifted.a
-    if half:
-        if not isinstance(product, tirx.Add) or not _is_number(product.b, half):
-            return None
-        product = product.a
-    return _product_of(product)
-
-
-def _product_of(e: ir.Expr) -> tuple[ir.Expr, ir.Expr] | None:
-    """x and m of int64(x) * int64(m). TE makes a * m + b * m of (a + b) * m."""
-    if isinstance(e, tirx.Mul):
-        x, mantissa = _narrow(e.a), _narrow(e.b)
-        return None if x is None or mantissa is None else (x, mantissa)
-    if isinstance(e, (tirx.Add, tirx.Sub)):
-        left, right = _product_of(e.a), _product_of(e.b)
-        if left is None or right is None or not tvm_ffi.structural_equal(left[1], right[1]):
-            return None
-        return type(e)(left[0], right[0]), left[1]
-    return None
-
-
-def _narrow(e: ir.Expr) -> ir.Expr | None:
-    """x of int64(x). TE makes int64(a) + int64(b) of int64(a + b), and a number of a constant."""
-    if isinstance(e, tirx.IntImm):
-        return tirx.const(int(e.value), "int32") if abs(int(e.value)) < 1 << 31 else None
-    if isinstance(e, tirx.Cast) and str(e.value.ty.dtype) == "int32":
-        return e.value
-    if isinstance(e, (tirx.Add, tirx.Sub)):
-        sides = _narrow(e.a), _narrow(e.b)
-        return None if None in sides else type(e)(*sides)
-    return None
 
 
 def _is_number(e: ir.Expr, number: int) -> bool:

@@ -13,15 +13,14 @@ The integers are the same for every input.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, reduce
 
 import tvm_ffi
 from tvm import ir, tirx
-from tvm.ir.prim.expr import LShift, RShift
+from tvm.ir.prim.expr import RShift
 
 from ...targets import Target
+from .patterns import high_product, is_lrint, terms
 
-_SHORT = ("int8", "uint8", "int16")
 HIGH_PRODUCT = "tvmc_smmulr"
 HIGH_PRODUCT_ADDED = "tvmc_smmlar"
 
@@ -91,7 +90,7 @@ class _Finish:
                 return _limited(moved, low + plus, high + plus)
             return tirx.Add(self.visit(e.a), self.visit(e.b))
         if isinstance(e, ir.Call):
-            if self.has_fpu and _is_lrint(e):
+            if self.has_fpu and is_lrint(e):
                 clamped = self._clamped(e)
                 if clamped is not None:
                     value, low, high = clamped
@@ -121,17 +120,17 @@ class _Finish:
         """(p + (half + (p >> 31))) >> right with p a rounded high product, as `multiply_small` and
         `tflite_add` of bytes write it, for |x| < 2^30 only: so 2x does not overflow, and one
         instruction multiplies and rounds."""
-        terms, right = _terms(e.a), e.b
-        if len(terms) == 2:
-            return self._rounded_once(*terms, right)
-        if len(terms) != 3:
+        parts, right = terms(e.a), e.b
+        if len(parts) == 2:
+            return self._rounded_once(parts[0], parts[1], right)
+        if len(parts) != 3:
             return None
-        product, *others = terms
+        product, *others = parts
         others.sort(key=lambda term: isinstance(term, RShift))
         half, sign = others
         if not isinstance(sign, RShift) or not tvm_ffi.structural_equal(sign.a, product):
             return None
-        factors = _factors(product)
+        factors = high_product(product)
         if factors is None:
             return None
         x, mantissa = (self.visit(factor) for factor in factors)
@@ -141,7 +140,7 @@ class _Finish:
 
     def _rounded_once(self, product: ir.Expr, addend: ir.Expr, right: ir.Expr) -> ir.Expr | None:
         """(p + addend) >> right, as `rounded_once` writes it: for |x| < 2^30 as well."""
-        factors = _factors(product)
+        factors = high_product(product)
         if factors is None:
             return None
         x, mantissa = (self.visit(factor) for factor in factors)
@@ -158,7 +157,7 @@ class _Finish:
 
     def _clamped(self, e: ir.Expr) -> tuple[ir.Expr, int, int] | None:
         """lrint(max(min(x, high), low)) as (converted x, low, high)."""
-        if not (self.has_fpu and isinstance(e, ir.Call) and _is_lrint(e)):
+        if not (self.has_fpu and isinstance(e, ir.Call) and is_lrint(e)):
             return None
         upper = e.args[-1]
         if not isinstance(upper, tirx.Max) or not isinstance(upper.a, tirx.Min):
@@ -170,57 +169,3 @@ class _Finish:
         if max(abs(bound) for bound in bounds) >= 1 << 24:
             return None
         return self._convert(upper.a.a), *bounds
-
-
-def _terms(e: ir.Expr) -> list[ir.Expr]:
-    """What is added up."""
-    if isinstance(e, tirx.Sub) and isinstance(e.b, tirx.IntImm):
-        return [*_terms(e.a), tirx.IntImm(e.b.ty, -int(e.b.value))]
-    return [*_terms(e.a), *_terms(e.b)] if isinstance(e, tirx.Add) else [e]
-
-
-def _factors(product: ir.Expr) -> tuple[ir.Expr, ir.Expr] | None:
-    """x and m of int32((int64(x) * int64(m) + 2^30) >> 31). TE writes a sum x as several
-    products."""
-    if not isinstance(product, tirx.Cast) or not isinstance(product.value, RShift):
-        return None
-    total, places = product.value.a, product.value.b
-    if not isinstance(places, tirx.IntImm) or int(places.value) != 31:
-        return None
-    *products, half = _terms(total)
-    if not isinstance(half, tirx.IntImm) or int(half.value) != 1 << 30 or not products:
-        return None
-    if not all(isinstance(each, tirx.Mul) for each in products):
-        return None
-    if not all(tvm_ffi.structural_equal(each.b, products[0].b) for each in products):
-        return None
-    parts, mantissa = [_narrowed(each.a) for each in products], _narrowed(products[0].b)
-    if mantissa is None or any(part is None for part in parts):
-        return None
-    return reduce(tirx.Add, parts), mantissa
-
-
-def _narrowed(e: ir.Expr) -> ir.Expr | None:
-    """The int32 that int64(e) was made of: TE moves the conversion to what is added and shifted."""
-    if isinstance(e, tirx.Cast):
-        if str(e.value.ty.dtype) == "int32":
-            return e.value
-        return tirx.Cast(_int(0).ty, e.value) if str(e.value.ty.dtype) in _SHORT else None
-    if isinstance(e, tirx.IntImm):
-        return _int(int(e.value)) if abs(int(e.value)) < 1 << 31 else None
-    if isinstance(e, (tirx.Add, tirx.Sub, tirx.Mul, LShift)):
-        a, b = _narrowed(e.a), _narrowed(e.b)
-        return None if a is None or b is None else type(e)(a, b)
-    return None
-
-
-def _is_lrint(e: ir.Call) -> bool:
-    name = str(getattr(e.op, "name", ""))
-    return name == "tirx.call_llvm_pure_intrin" and int(e.args[0].value) == _lrint()
-
-
-@cache
-def _lrint() -> int:
-    """The number of llvm.lrint in this LLVM."""
-    call = tirx.call_llvm_pure_intrin("int32", "llvm.lrint", tirx.const(0, "float32"))
-    return int(call.args[0].value)

@@ -17,7 +17,7 @@ from tvm import ir, tirx
 
 from ...targets import Target
 from ..arm.epilogue import DspEpilogue
-from ..arm.rounding import _is_lrint as is_lrint
+from ..arm.patterns import is_lrint
 from ..arm.rounding import finisher
 from ..emit import Emitter
 from ..fused import FusedFunction, Index, Stage
