@@ -165,6 +165,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     peers = peer_costs()
+    for core in options.cores.split(","):
+        for name in options.networks.split(","):
+            if (core, name) not in peers:
+                parser.error(f"{PEER.name} has no figures of {name} on {core}; choose others")
     rows, is_header_printed, missed = [], False, False
     for core in options.cores.split(","):
         for name in options.networks.split(","):
