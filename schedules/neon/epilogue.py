@@ -89,11 +89,14 @@ def _clamp(e: ir.Expr, kind: type) -> tuple[Any, int, int] | None:
     """x, low and high of max(min(x, high), low) with whole numbers."""
     if not isinstance(e, tirx.Max) or not isinstance(e.a, tirx.Min):
         return None
-    low, high = e.b, e.a.b
-    if not isinstance(low, kind) or not isinstance(high, kind):
+    low: Any = e.b
+    high: Any = e.a.b
+    if type(low) is not kind or type(high) is not kind:
         return None
-    whole = all(float(bound.value).is_integer() for bound in (low, high))
-    return (e.a.a, int(low.value), int(high.value)) if whole else None
+    numbers = float(low.value), float(high.value)
+    if not all(number.is_integer() for number in numbers):
+        return None
+    return e.a.a, int(numbers[0]), int(numbers[1])
 
 
 def _saturated(code: _Code) -> ir.Expr:

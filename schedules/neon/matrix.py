@@ -317,7 +317,7 @@ class PairsKernel(NeonKernel):
 
     def needs(self, positions: int, vectors: int) -> int:
         # LLVM starts several products, and loads their weights, before it adds the first.
-        operands = (positions + 2 * vectors) * self.turn
+        operands = (positions + 5 * vectors) * self.turn
         return LANES * positions * vectors + operands + _SPARE
 
     def instructions(self, positions: int, vectors: int) -> float:

@@ -14,9 +14,9 @@ from ..x86.pack import without_zero_point
 from .depthwise import taps_in_turn
 from .dot import LANES, ByteDot, PairsDot, TileDot, WordDot, multiplies_bytes
 
-# Zeros between the rows of a kernel may make it so much longer before 16-bit operands pay
-# (counted: the stem of an image network, 27 => 48, takes as many instructions either way).
-_PADDING_LIMIT = 2
+# Zeros between the rows of a kernel may make it so much longer before 16-bit operands pay: in the
+# stem of an image network, 27 => 48, they do on AArch64, not on ARMv7 (counted).
+_PADDING_LIMIT, _PADDING_LIMIT_32 = 1.5, 4
 # What data are where they are multiplied as signed bytes.
 _DATA = (-128, 127)
 
@@ -41,7 +41,8 @@ def choose_layout(spec: WeightedSpec, target: Target) -> PackedLayout | None:
         return PackedLayout(LANES, ByteDot.group, axis)
     by_pairs = PackedLayout(LANES, PairsDot.group, axis)
     padded = by_pairs.steps(spec.reduction) * by_pairs.group
-    return by_pairs if padded <= _PADDING_LIMIT * spec.reduction_size else by_words
+    limit = _PADDING_LIMIT if target.has("aarch64") else _PADDING_LIMIT_32
+    return by_pairs if padded <= limit * spec.reduction_size else by_words
 
 
 def pack_weight(
