@@ -23,10 +23,10 @@ from ..fused import FusedFunction, Stage
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, ceil_div
 from ..window import window_of
+from .assembly import as_llvm
 from .depthwise_loops import DepthwiseLoops, Product
 from .dsp import join_low, multiply_add, multiply_add_halves, word
 from .epilogue import DspEpilogue
-from .assembly import as_llvm
 from .rounding import finisher, llvm_helpers
 
 _PLANE_BYTES = 4096
