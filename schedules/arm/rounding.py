@@ -42,11 +42,10 @@ define internal i32 @{HIGH_PRODUCT_ADDED}(i32 %a, i32 %b, i32 %c) alwaysinline {
 
 def finisher(target: Target) -> Callable[[ir.Expr], ir.Expr]:
     """What a target makes of expressions before they are stored."""
-    if target.has("thumb2", "fpu") and not target.has("mve"):
-        return lambda value: _Finish(True).visit(value)
-    if target.has("thumb2"):
-        return lambda value: _Finish(False).visit(value)
-    return lambda value: value
+    if not target.has("thumb2"):
+        return lambda value: value
+    has_fpu = target.has("fpu") and not target.has("mve")
+    return lambda value: _Finish(has_fpu, target.has("dsp")).visit(value)
 
 
 def _int(value: int) -> ir.Expr:
@@ -73,8 +72,8 @@ def _saturate(name: str, value: ir.Expr) -> ir.Expr:
 
 
 class _Finish:
-    def __init__(self, has_fpu: bool) -> None:
-        self.has_fpu = has_fpu
+    def __init__(self, has_fpu: bool, has_dsp: bool) -> None:
+        self.has_fpu, self.has_dsp = has_fpu, has_dsp
 
     def visit(self, e: ir.Expr) -> ir.Expr:
         if isinstance(e, tirx.Add):
@@ -100,7 +99,7 @@ class _Finish:
                 e.op, [self.visit(a) for a in e.args], e.attrs, ty_args=e.ty_args, ret_ty=e.ty
             )
         if isinstance(e, RShift):
-            small = self._small(e)
+            small = self._small(e) if self.has_dsp else None
             return RShift(self.visit(e.a), self.visit(e.b)) if small is None else small
         if isinstance(e, tirx.Max) and isinstance(e.a, tirx.Min) and str(e.ty.dtype) == "int32":
             low, high = e.b, e.a.b
