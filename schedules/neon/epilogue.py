@@ -85,7 +85,7 @@ def _code(e: ir.Expr) -> _Code | None:
     return _Code(None if rounded is not None else inner, rounded, zero_point, low, high, dtype)
 
 
-def _clamp(e: ir.Expr, kind: type) -> tuple[Any, int, int] | None:
+def _clamp(e: ir.Expr, kind: Any) -> tuple[Any, int, int] | None:
     """x, low and high of max(min(x, high), low) with whole numbers."""
     if not isinstance(e, tirx.Max) or not isinstance(e.a, tirx.Min):
         return None
