@@ -1,10 +1,10 @@
 """Convolutions and linear layers with Helium: sums by `vmlava` (`mve_microkernel.py`), sixteen
-products of one output an instruction.
+products of one output an instruction; eight where the data have 16 bits.
 
-Channels lie last in the data, so a kernel row of an output is one run of bytes; weights are packed
-as such runs, four output channels side by side, padded to whole vectors. Rows are read where they
-are, unless there is a border (`mve_rows.py`). Where short runs would waste vectors (a stem of one
-or three channels), the rows of an output's window are first put together to one run.
+Channels lie last in the data, so a kernel row of an output is one run of integers; weights are
+packed as such runs, four output channels side by side, padded to whole vectors. Rows are read where
+they are, unless there is a border (`mve_rows.py`). Where short runs would waste vectors (a stem of
+one or three channels), the rows of an output's window are first put together to one run.
 
 A segment of a row is summed for all channels, then requantised in vectors of four channels, whose
 constants are loaded once a segment.
@@ -27,12 +27,11 @@ from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..window import window_of
 from .assembly import as_llvm
-from .mve_microkernel import CHANNELS, LANES, MOST_OUTPUTS, MicroKernel
-from .mve_rows import Rows, opaque
+from .mve_microkernel import CHANNELS, MOST_OUTPUTS, VECTOR_BYTES, MicroKernel
+from .mve_rows import Rows, lanes_of, opaque
 from .mve_vector import VectorEmitter
 from .rounding import finisher
 
-BY_ROWS, TOGETHER = (PackedLayout(CHANNELS, LANES, axis) for axis in "RK")
 _SUMS_BYTES = 2048
 _UNROLLS = (4, 6, 8, 12, 18)
 # Instructions: a vector of four results; the constants of a segment's channels; a segment's loops.
@@ -43,7 +42,7 @@ def takes(spec: WeightedSpec) -> bool:
     """Whether the kernel has a form for the layer's numbers."""
     return (
         isinstance(spec, (Conv2dSpec, MatmulSpec))
-        and spec.data_dtype == "int8"
+        and spec.data_dtype in ("int8", "int16")
         and spec.acc_dtype == "int32"
         and spec.weight_dtype == "int8"
         and not spec.weight_zero_point
@@ -54,13 +53,20 @@ def takes(spec: WeightedSpec) -> bool:
     )
 
 
+def _layouts(spec: WeightedSpec) -> tuple[PackedLayout, PackedLayout]:
+    """By kernel rows, and the whole window together."""
+    lanes = lanes_of(spec.data_dtype)
+    return PackedLayout(CHANNELS, lanes, "R"), PackedLayout(CHANNELS, lanes, "K")
+
+
 def layout_for(spec: WeightedSpec) -> PackedLayout:
     """By kernel rows, or the whole window together where that takes fewer instructions."""
+    by_rows, together = _layouts(spec)
     kernel_rows, columns, channels = spec.reduction
-    vectors = kernel_rows * ceil_div(columns * channels, LANES)
+    vectors = kernel_rows * ceil_div(columns * channels, by_rows.group)
     blocks = ceil_div(spec.columns, CHANNELS)
-    saved = (vectors - ceil_div(spec.reduction_size, LANES)) * 14 * blocks
-    return TOGETHER if saved > MOST_OUTPUTS * (2 * vectors + 4) else BY_ROWS
+    saved = (vectors - ceil_div(spec.reduction_size, together.group)) * 14 * blocks
+    return together if saved > MOST_OUTPUTS * (2 * vectors + 4) else by_rows
 
 
 def matrix_kernel(
@@ -71,8 +77,7 @@ def matrix_kernel(
     if anchor is None or not isinstance(anchor.spec, (Conv2dSpec, MatmulSpec)):
         return None
     spec = anchor.spec
-    packed = spec.packed_layout
-    if packed not in (BY_ROWS, TOGETHER) or not takes(spec):
+    if not takes(spec) or spec.packed_layout not in _layouts(spec):
         return None
     operands = find_operands(fused, anchor, spec)
     if operands is None:
@@ -100,7 +105,8 @@ class _MatrixKernel:
         self.fused, self.anchor, self.spec, self.operands = fused, anchor, spec, operands
         self.target, self.epilogue = target, epilogue
         self.window = window = window_of(spec)
-        self.is_together = spec.packed_layout == TOGETHER
+        self.is_together = spec.packed_layout == _layouts(spec)[1]
+        self.lanes = lanes_of(spec.data_dtype)
         self.flat = window.columns == 1 and window.kernel == (1, 1)
         self.extent = window.rows if self.flat else window.columns
         self.is_copied = self.is_together or any(window.padding) or operands.data in fused.producers
@@ -145,24 +151,25 @@ class _MatrixKernel:
 
     def _loops(self, outputs: int) -> MicroKernel:
         window, channels = self.window, self.window.channels
+        item = VECTOR_BYTES // self.lanes
         pitch = channels if self.flat else channels * window.strides[1]
         row = window.padded_columns * channels * window.dilation[0]
         if self.is_together:
-            size = ceil_div(self.spec.reduction_size, LANES) * LANES
-            geometry = {"rows": 1, "run": size, "column_bytes": size, "row_bytes": 0}
+            size = ceil_div(self.spec.reduction_size, self.lanes) * self.lanes
+            geometry = {"rows": 1, "run": size, "column_bytes": size * item, "row_bytes": 0}
         else:
             rows = window.kernel[0]
             geometry = {
                 "rows": rows,
                 "run": window.kernel[1] * channels,
-                "column_bytes": pitch,
-                "row_bytes": row if rows > 1 else 0,
+                "column_bytes": pitch * item,
+                "row_bytes": row * item if rows > 1 else 0,
             }
         if outputs == 1:
             geometry["column_bytes"] = 0
         return MicroKernel(
-            outputs=outputs, blocks=self.blocks, is_exact=not self.is_copied, unroll=self.unroll,
-            **geometry,
+            outputs=outputs, blocks=self.blocks, is_exact=not self.is_copied, item_bytes=item,
+            unroll=self.unroll, **geometry,
         )  # fmt: skip
 
     def build(self) -> tirx.PrimFunc:
@@ -182,7 +189,7 @@ class _MatrixKernel:
             self.source = e.flat(self.operands.data)
         if self.is_together:
             size = self._loops(1).run
-            self.gathered = opaque(e, MOST_OUTPUTS * size + LANES, "int8", "gathered")
+            self.gathered = opaque(e, MOST_OUTPUTS * size + self.lanes, spec.data_dtype, "gathered")
         self.used = set[int]()
         if self.flat:
             self._flat()
@@ -282,7 +289,8 @@ class _MatrixKernel:
         e, window = self.e, self.window
         run = window.kernel[1] * window.channels
         size = self._loops(1).run
-        vectors = ceil_div(run, LANES)
+        lanes = self.lanes
+        vectors = ceil_div(run, lanes)
         for p in range(outputs):
             origin = start + p * (window.strides[1] * window.channels)
             with e.loop("ky", window.kernel[0]) as ky:
@@ -290,9 +298,9 @@ class _MatrixKernel:
                 for i in range(vectors):
                     e.store_vector(
                         self.gathered,
-                        vector(self.source, row + i * LANES, LANES),
-                        p * size + ky * run + i * LANES,
-                        LANES,
+                        vector(self.source, row + i * lanes, lanes),
+                        p * size + ky * run + i * lanes,
+                        lanes,
                     )
 
     def _finish(self, b: Any, y: Any, x: Any, block: Any, at: Any, count: int) -> None:

@@ -5,8 +5,9 @@
 One or two outputs by all channels. `vmlava` adds sixteen products to one general register, an even
 one, so a tile has at most eight sums, and the odd registers hold addresses and counters. Two
 outputs by four channels take two loads of data, four of weights and eight `vmlava` for 128
-multiply-adds; one output goes by eight channels, with nine loads. Weights lie in the order in which
-they are read. Sums are stored in blocks: [channels / 4][outputs][4].
+multiply-adds; one output goes by eight channels, with nine loads. Of 16-bit data a vector has eight
+positions, whose weights are widened when they are loaded. Weights lie in the order in which they
+are read. Sums are stored in blocks: [channels / 4][outputs][4].
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from .assembly import function
 from .mve_taps import NEAR
 
-LANES = 16
+VECTOR_BYTES = 16
 CHANNELS = 4
 MOST_OUTPUTS = 2
 # Longer reductions are loops: so many steps are at most written out.
@@ -27,27 +28,39 @@ _SUMS = ("r0", "r2", "r4", "r6", "r8", "r10", "r12", "lr")
 
 @dataclass(frozen=True)
 class MicroKernel:
-    """What the loops depend on. Bytes throughout."""
+    """What the loops depend on."""
 
     outputs: int
-    """1 or 2, `column_bytes` apart."""
+    """1 or 2, `column_bytes` apart in the data."""
     blocks: int
     """Channels / 4, rounded up."""
     rows: int
-    """Kernel rows, `row_bytes` apart."""
+    """Kernel rows, `row_bytes` apart in the data."""
     run: int
-    """Of a kernel row, rounded up to vectors in the weights."""
+    """Positions of a kernel row, rounded up to vectors in the weights."""
     column_bytes: int
     row_bytes: int
     is_exact: bool
     """Whether nothing behind a run may be read."""
+    item_bytes: int
+    """Of the data: 1 or 2."""
     unroll: int = _MOST_STEPS
     """Steps written out at most."""
 
     @property
+    def lanes(self) -> int:
+        """Positions of a vector."""
+        return VECTOR_BYTES // self.item_bytes
+
+    @property
     def steps(self) -> int:
         """Vectors of a kernel row."""
-        return -(-self.run // LANES)
+        return -(-self.run // self.lanes)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a block."""
+        return self.rows * self.steps * CHANNELS * self.lanes
 
     @property
     def is_near(self) -> bool:
@@ -57,8 +70,8 @@ class MicroKernel:
     @property
     def is_possible(self) -> bool:
         """Whether two immediate numbers reach from one row, output or block to the next."""
-        weights = self.rows * self.steps * CHANNELS * LANES
-        return max(self.row_bytes, self.column_bytes, self.run, weights) < _REACH
+        run = self.run * self.item_bytes
+        return max(self.row_bytes, self.column_bytes, run, self.weight_bytes) < _REACH
 
     @property
     def at_once(self) -> int:
@@ -68,7 +81,7 @@ class MicroKernel:
     @property
     def has_tail(self) -> bool:
         """Whether the last vector of a row is read in part."""
-        return self.is_exact and self.run % LANES != 0
+        return self.is_exact and self.run % self.lanes != 0
 
     @property
     def is_whole(self) -> bool:
@@ -99,7 +112,7 @@ class MicroKernel:
         """Unique among the kernels of a program, the same for equal ones."""
         facts = (
             self.outputs, self.blocks, self.rows, self.run, self.column_bytes, self.row_bytes,
-            int(self.is_exact), self.unroll,
+            int(self.is_exact), self.item_bytes, self.unroll,
         )  # fmt: skip
         return "tvmc_mve_" + "_".join(str(fact) for fact in facts)
 
@@ -107,7 +120,7 @@ class MicroKernel:
         """The function."""
         body = ["push {r4-r11, lr}", "mov r9, r2", "mov r3, r0"]
         if self.has_tail:
-            body += [f"movs r2, #{self.run % LANES}", "vctp.8 r2"]
+            body += [f"movs r2, #{self.run % self.lanes}", f"vctp.{8 * self.item_bytes} r2"]
         body += _open(self)
         together = self.at_once
         whole, rest = divmod(self.blocks, together)
@@ -157,7 +170,7 @@ class _Turn:
         else:
             out.append(f"ldr r3, [sp, #{_DATA}]")
         if self.together == 2:
-            out += add("r5", "r1", kernel.rows * kernel.steps * CHANNELS * LANES)
+            out += add("r5", "r1", kernel.weight_bytes)
         sums = ", ".join(self.sums)
         out += self.whole() if kernel.is_whole else [f"ldm sp, {{{sums}}}", *self.loops()]
         if self.together == 2:
@@ -204,18 +217,20 @@ class _Turn:
     def next_row(self) -> list[str]:
         """From behind one kernel row's data to the next."""
         kernel = self.kernel
-        forth = kernel.row_bytes - kernel.steps * LANES
+        forth = kernel.row_bytes - kernel.steps * VECTOR_BYTES
         out = add("r3", "r3", forth)
         if kernel.outputs == 2 and not kernel.is_near:
             out += add("r5", "r5", forth)
         return out
 
     def step(self, number: int, operation: str) -> list[str]:
-        """Sixteen positions: all loads and products."""
+        """A vector of positions: all loads and products."""
         kernel = self.kernel
         is_tail = kernel.has_tail and number == kernel.steps - 1
         out = [f"vps{'t' * kernel.outputs}"] if is_tail else []
-        load = "vldrbt.u8" if is_tail else "vldrb.u8"
+        bits = 8 * kernel.item_bytes
+        load = f"vldr{'bh'[kernel.item_bytes - 1]}{'t' * is_tail}.u{bits}"
+        weights_load = "vldrb.u8" if bits == 8 else "vldrb.s16"
         if kernel.outputs == 2:
             second = f"[r3, #{kernel.column_bytes}]" if kernel.is_near else "[r5], #16"
             out.append(f"{load} q1, {second}")
@@ -224,10 +239,10 @@ class _Turn:
             weights = "r5" if block else "r1"
             for c in range(CHANNELS):
                 w = f"q{2 + c % 2}"
-                out.append(f"vldrb.u8 {w}, [{weights}], #16")
+                out.append(f"{weights_load} {w}, [{weights}], #{kernel.lanes}")
                 for p in range(kernel.outputs):
                     total = self.sums[(block * kernel.outputs + p) * CHANNELS + c]
-                    out.append(f"{operation}.s8 {total}, {w}, q{p}")
+                    out.append(f"{operation}.s{bits} {total}, {w}, q{p}")
         return out
 
 

@@ -1,4 +1,4 @@
-"""Rows of the input with their border, bytes as they are: a kernel then asks nothing.
+"""Rows of the input with their border, integers as they are: a kernel then asks nothing.
 
 Every output row copies the rows that it reads. Copying sixteen bytes takes two instructions, so
 that a 3x3 layer of 16 channels spends 0.003 instructions a multiply-add on it; a ring of rows,
@@ -15,13 +15,12 @@ from ..emit import Emitter, vector
 from ..fused import FusedFunction
 from ..operands import Operands
 from ..window import Window
-
-LANES = 16
+from .mve_microkernel import VECTOR_BYTES
 
 
 class Rows:
     """Writes the copies into an emitter. `count` rows, of `width` channels a pixel at a distance of
-    `pitch`; `slack` bytes behind them may be read. Of the padded input, `asked` rows are asked for;
+    `pitch`; a vector behind them may be read. Of the padded input, `asked` rows are asked for;
     those behind it are border."""
 
     def __init__(
@@ -35,7 +34,6 @@ class Rows:
         width: int,
         pitch: int,
         asked: int,
-        slack: int = LANES,
     ) -> None:
         self.e, self.window, self.fused, self.operands = e, window, fused, operands
         self.pad_value, self.count, self.width, self.pitch = pad_value, count, width, pitch
@@ -43,7 +41,9 @@ class Rows:
         self.channels = int(operands.data.shape[-1])
         self.row_pitch = window.padded_columns * pitch
         self.is_inside = not window.padding[0] and asked <= window.in_rows
-        self.buffer = opaque(e, count * self.row_pitch + slack, "int8", "rows")
+        self.dtype = str(operands.data.dtype)
+        self.lanes = lanes_of(self.dtype)
+        self.buffer = opaque(e, count * self.row_pitch + self.lanes, self.dtype, "rows")
 
     def fill_border(self) -> None:
         """The columns left and right of the input: written once, no row changes them."""
@@ -93,20 +93,25 @@ class Rows:
         return self.fused.inline(self.operands.data, indices, lambda _buffer, _indices: None)
 
     def run(self, to: Any, origin: Any, count: int) -> None:
-        """`count` neighbouring bytes of the input; the last vector is moved back."""
+        """`count` neighbouring integers of the input; the last vector is moved back."""
         assert self.data is not None
-        copy_bytes(self.e, self.buffer, to, self.data, origin, count)
+        copy_run(self.e, self.buffer, to, self.data, origin, count)
 
     def _constant(self, start: Any, count: int) -> None:
-        value = tirx.const(self.pad_value, "int8")
-        whole, rest = divmod(count, LANES)
+        value, lanes = tirx.const(self.pad_value, self.dtype), self.lanes
+        whole, rest = divmod(count, lanes)
         if whole:
             with self.e.loop("i", whole) as i:
-                wide = tirx.Broadcast(value, LANES)
-                self.e.store_vector(self.buffer, wide, start + i * LANES, LANES)
+                wide = tirx.Broadcast(value, lanes)
+                self.e.store_vector(self.buffer, wide, start + i * lanes, lanes)
         if rest:
             with self.e.loop("i", rest) as i:
-                self.e.store(self.buffer, value, start + whole * LANES + i)
+                self.e.store(self.buffer, value, start + whole * lanes + i)
+
+
+def lanes_of(dtype: str) -> int:
+    """Integers of a vector."""
+    return VECTOR_BYTES * 8 // int(dtype.removeprefix("int"))
 
 
 def opaque(e: Emitter, size: int, dtype: str, name: str) -> tirx.Buffer:
@@ -117,14 +122,12 @@ def opaque(e: Emitter, size: int, dtype: str, name: str) -> tirx.Buffer:
     return buffer
 
 
-def copy_bytes(
+def copy_run(
     e: Emitter, to: tirx.Buffer, at: Any, source: tirx.Buffer, origin: Any, count: int
 ) -> None:
     """to[at..] = source[origin..], in vectors, of which the last is moved back."""
-    if count < LANES:
-        lanes = 8 if count >= 8 else 4 if count >= 4 else 1
-    else:
-        lanes = LANES
+    widest = lanes_of(str(to.dtype))
+    lanes = next(n for n in (16, 8, 4, 1) if n <= min(widest, count))
     whole = count // lanes
 
     def one(i: Any) -> None:

@@ -88,7 +88,8 @@ def layer(
     """A layer and its requantisation."""
     form = DEPTHWISE if isinstance(spec, Conv2dSpec) and spec.is_depthwise else MATRIX
     rng = np.random.default_rng(0)
-    data = rng.integers(-128, 127, spec.data_shape, "int8", endpoint=True)
+    info = np.iinfo(spec.data_dtype)
+    data = rng.integers(info.min, info.max, spec.data_shape, spec.data_dtype, endpoint=True)
     weight = rng.integers(-128, 127, spec.plain_weight_shape, "int8", endpoint=True)
     acc = reference(spec, data, weight)
     macs = acc.size * spec.reduction_size
@@ -268,6 +269,7 @@ LIMITS = {
 }
 
 SMALL = conv(5, 5, 4, 4)
+SHORTS = conv(6, 5, 20, 7, data_dtype="int16", pad_value=-300)
 
 
 def all_cases() -> dict[str, Case]:
@@ -295,6 +297,21 @@ def all_cases() -> dict[str, Case]:
         "loops": layer(conv(3, 5, 200, 10)),
         "far columns": layer(conv(2, 5, 600, 2, (1, 1), 0), small),
         "last segment moved": layer(conv(2, 13, 16, 4), choice={"pixels": 5, "unroll": 4}),
+        "16 bits": layer(SHORTS),
+        "16 bits, one channel": layer(
+            SHORTS.replace(
+                height=13,
+                width=10,
+                in_channels=1,
+                out_channels=6,
+                kernel=(10, 4),
+                padding=(2,) * 4,
+                strides=(2, 2),
+            )
+        ),
+        "16 bits, odd": layer(linear(3, 13, 6).replace(data_dtype="int16")),
+        "16 bits, long": layer(linear(1, 333, 9).replace(data_dtype="int16")),
+        "16 bits, far columns": layer(SHORTS.replace(in_channels=70)),
         "computed data": produced((3, 3)),
         "computed data, flat": produced((1, 1)),
         # depthwise
