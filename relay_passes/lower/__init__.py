@@ -64,7 +64,7 @@ class LowerToKernels:
 def _lower(module: tvm.IRModule, main: relax.Function, attrs: dict, rule: Rule) -> tvm.IRModule:
     rest = tvm.IRModule({gv: f for gv, f in module.functions.items() if gv.name_hint != "main"})
     builder = relax.BlockBuilder(rest)
-    ctx = Lowering(module, builder, rule, *TABLES[rule])
+    ctx = Lowering(module, builder, rule, *TABLES[rule], came_quantised=REQUANTIZE_ATTR in attrs)
     pure = all(isinstance(block, relax.DataflowBlock) for block in main.body.blocks)
     for param in main.params:
         shape = ir.shape_of(param)

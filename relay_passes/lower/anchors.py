@@ -136,12 +136,16 @@ def _opened(weight: Weight, shape: tuple[int, ...], integer: bool) -> Weight | N
     return Weight(values.reshape(shape), "float32")
 
 
-def largest_sums(data: Tensor, weight: Weight) -> np.ndarray:
-    """max|x| * Σ|w| for each output channel: no sum can be larger."""
-    info = np.iinfo(data.dtype)
-    largest = max(abs(int(info.min)), int(info.max))
+def largest_sums(largest: int, weight: Weight) -> np.ndarray:
+    """max|x| * Σ|w| for each output channel, for |x| up to `largest`: no sum can be larger."""
     centred = weight.centred()
     return np.asarray(largest * np.abs(centred).sum(axis=tuple(range(centred.ndim - 1))))
+
+
+def largest_code(dtype: str) -> int:
+    """max|x| of a dtype."""
+    info = np.iinfo(dtype)
+    return max(abs(int(info.min)), int(info.max))
 
 
 def accumulator_dtype(limit: np.ndarray) -> str:
@@ -264,7 +268,8 @@ def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     if integer:
         assert data.quant is not None
         scale, bias = _scale_bias(data, weight, channel_shape)
-        limit = largest_sums(data, weight).reshape(channel_shape)
+        limit = largest_sums(largest_code(data.dtype), weight).reshape(channel_shape)
+        reach = largest_sums(data.quant.span, weight).reshape(channel_shape)
         common |= dict(
             data_dtype=data.dtype,
             acc_dtype=accumulator_dtype(limit),
@@ -282,7 +287,7 @@ def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     if integer:
         sums = Tensor(expr, logical, spec.acc_dtype, perm)
         ctx.integer_layers.add(name)
-        return Accumulator(sums, scale, bias, layer=name, limit=limit)
+        return Accumulator(sums, scale, bias, layer=name, limit=limit, centre=bias, reach=reach)
     if rank == 3:
         expr = ctx.reshape(expr, tuple(logical[axis] for axis in perm), f"{name}.view")
     return _float_result(ctx, name, Tensor(expr, logical, "float32", perm), weight)
@@ -365,7 +370,8 @@ def _matmul_constant(
     if integer:
         assert data.quant is not None
         scale, bias = _scale_bias(data, weight, (1,) * (rank - 1) + (columns,))
-        limit = largest_sums(data, weight)
+        limit = largest_sums(largest_code(data.dtype), weight)
+        reach = largest_sums(data.quant.span, weight)
         fields |= dict(data_dtype=data.dtype, acc_dtype=accumulator_dtype(limit))
     spec = MatmulSpec(**fields)
     func = _with_roles(prim_func(spec), weight)
@@ -375,7 +381,7 @@ def _matmul_constant(
     if integer:
         sums = Tensor(expr, logical, spec.acc_dtype, perm)
         ctx.integer_layers.add(name)
-        return Accumulator(sums, scale, bias, layer=name, limit=limit)
+        return Accumulator(sums, scale, bias, layer=name, limit=limit, centre=bias, reach=reach)
     result = _float_result(ctx, name, Tensor(expr, (rows, columns), "float32", (0, 1)), weight)
     return Tensor(ctx.reshape(result.expr, logical, f"{name}.view"), logical, "float32", perm)
 
@@ -411,10 +417,7 @@ def _matmul_activations(
     scale = np.ones(())
     if integer:
         assert a.quant is not None and b.quant is not None
-        spans = [
-            max(abs(bound - t.quant.zero_point) for bound in t.quant.bounds)  # type: ignore[union-attr]
-            for t in (a, b)
-        ]
+        spans = [a.quant.span, b.quant.span]
         fields |= dict(
             acc_dtype="int32" if depth * spans[0] * spans[1] <= INT32_LIMIT else "int64",
             a_zero_point=a.quant.zero_point, b_zero_point=b.quant.zero_point,

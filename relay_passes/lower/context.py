@@ -58,10 +58,12 @@ class Lowering:
         rule: rules.Rule,
         handlers: dict,
         forms: dict,
+        came_quantised: bool = False,
     ) -> None:
         self.module = module
         self.bb = builder
         self.rule = rule
+        self.came_quantised = came_quantised
         self.handlers: dict[str, Callable[..., Value | None]] = handlers
         self.forms: dict[type, Callable[..., Tensor | None]] = forms
         self.env: dict[tvm.ir.Expr, Value] = {}
@@ -374,9 +376,7 @@ class Lowering:
         if source == params:
             return codes
         if np.iinfo(codes.dtype).bits > 8:
-            scale = np.array(np.float64(source.scale))
-            accumulator = Accumulator(codes, scale, np.array(-source.zero_point, np.int64))
-            return self.requantised(accumulator, params, name)
+            return self.requantised(accumulated(codes), params, name)
         values = code_values(codes.dtype, source)
         return self.tabulated(Unary(codes, values), params, name)
 
@@ -534,6 +534,9 @@ class Lowering:
         plain = len(operands) == len(value.terms) == 2 and not np.any(value.offset)
         if not plain or any(sign != 1.0 for sign, _ in value.terms) or self.rule != "float32":
             return None
+        if not self.came_quantised:
+            # Its floats depend on where codes are counted from, which targets may choose.
+            return None
         sources = [codes.quant for codes in operands if codes.quant is not None]
         narrow = all(np.iinfo(quant.dtype).bits == 8 for quant in (*sources, params))
         if not narrow or operands[0].shape != operands[1].shape:
@@ -617,17 +620,27 @@ def affine(term: Accumulator | Dequantised) -> tuple[np.ndarray, np.ndarray]:
     return np.array(np.float64(quant.scale)), np.array(-quant.zero_point, np.int64)
 
 
+def accumulated(codes: Tensor) -> Accumulator:
+    """Codes as the sums of one term each."""
+    quant = codes.quant
+    assert quant is not None
+    centre = np.array(-quant.zero_point, np.int64)
+    scale = np.array(np.float64(quant.scale))
+    return Accumulator(codes, scale, centre, centre=centre, reach=np.array(quant.span))
+
+
 def _largest(term: Accumulator | Dequantised) -> float:
     """A bound of the term's magnitude."""
     scale, bias = affine(term)
     if isinstance(term, Dequantised):
         assert term.codes.quant is not None
-        low, high = term.codes.quant.bounds
-        return float(scale) * max(abs(low + int(bias)), abs(high + int(bias)))
+        return float(scale) * term.codes.quant.span
     known = np.iinfo(term.sums.dtype).max if term.limit is None else term.limit
+    if term.reach is not None and term.centre is not None:
+        known, bias = term.reach, bias - term.centre
     limit = np.asarray(known, np.float64)
-    reach = float(((limit + np.abs(bias)) * np.abs(scale)).max())
-    return min(reach, max(abs(bound) for bound in term.clamp))
+    largest = float(((limit + np.abs(bias)) * np.abs(scale)).max())
+    return min(largest, max(abs(bound) for bound in term.clamp))
 
 
 def code_values(dtype: str, params: QuantParams) -> np.ndarray:

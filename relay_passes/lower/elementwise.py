@@ -18,7 +18,7 @@ import tvm
 from ...schedules.product import product
 from ...schedules.table import channel_table_lookup, table_lookup
 from .. import ir
-from .context import Lowering, code_table, code_values, codes_of
+from .context import Lowering, accumulated, code_table, code_values, codes_of
 from .quantise import clip_codes
 from .values import (
     Accumulator,
@@ -282,8 +282,7 @@ def multiply(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
             factor = 1.0 / factor
         if isinstance(left, Dequantised):
             assert left.codes.quant is not None
-            zero_point = np.array(-left.codes.quant.zero_point, np.int64)
-            left = Accumulator(left.codes, np.array(np.float64(left.codes.quant.scale)), zero_point)
+            left = accumulated(left.codes)
         return None if left.is_clamped else replace(left, scale=left.scale * factor)
     if (
         ir.op_name(call) == "relax.multiply"
@@ -342,9 +341,7 @@ def product_of(ctx: Lowering, name: str, a: Tensor, b: Tensor) -> Accumulator | 
     lead, other = (ctx.expanded(t, rank, f"{name}.operand") for t in (lead, other))
     other = ctx.permuted(other, lead.perm, f"{name}.operand")
     assert lead.quant is not None and other.quant is not None
-    limit = math.prod(
-        max(abs(bound - quant.zero_point) for bound in quant.bounds) for quant in (a.quant, b.quant)
-    )
+    limit = math.prod(quant.span for quant in (a.quant, b.quant))
     dtype = "int32" if limit < 2**31 else "int64"
     physical = tuple(shape[axis] for axis in lead.perm)
     func = product(

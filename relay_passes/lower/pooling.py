@@ -64,7 +64,9 @@ def avg_pool2d(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     # Every window sums pool positions; those outside hold the zero point, whose real value is 0.
     positions = int(np.prod(ir.ints(attrs.pool_size)))
     bias = np.array(-data.quant.zero_point * positions, np.int64)
-    return Accumulator(sums, np.float64(data.quant.scale) / counts, bias)
+    reach = np.array(positions * data.quant.span)
+    scale = np.float64(data.quant.scale) / counts
+    return Accumulator(sums, scale, bias, centre=bias, reach=reach)
 
 
 def window_sums(
@@ -245,7 +247,9 @@ def _mean(
     scale = np.array(np.float64(data.quant.scale) / count)
     bias = np.array(-data.quant.zero_point * count, np.int64)
     limit = np.array(count * max(abs(bound) for bound in data.quant.bounds))
-    return Accumulator(Tensor(expr, shape, "int32", perm), scale, bias, limit=limit)
+    reach = np.array(count * data.quant.span)
+    sums = Tensor(expr, shape, "int32", perm)
+    return Accumulator(sums, scale, bias, limit=limit, centre=bias, reach=reach)
 
 
 HANDLERS = {

@@ -29,6 +29,11 @@ class QuantParams:
         info = np.iinfo(self.dtype)
         return int(info.min), int(info.max)
 
+    @property
+    def span(self) -> int:
+        """The largest |code - zero_point|."""
+        return max(abs(bound - self.zero_point) for bound in self.bounds)
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -77,7 +82,10 @@ class Unary:
 @dataclass(frozen=True)
 class Accumulator:
     """real = clip((sums + bias) * scale, *clamp); `bias` (int64) and `scale` (float64) broadcast
-    against the logical shape. `limit`, as broadcastable, is a proven bound of |sums|."""
+    against the logical shape. `limit`, as broadcastable, is a proven bound of |sums|.
+
+    `centre` is the part of `bias` that takes the data's zero point out, and `reach` a proven bound
+    of |sums + centre|: the same whether codes are counted from zero or not."""
 
     sums: Tensor
     scale: np.ndarray
@@ -85,6 +93,8 @@ class Accumulator:
     clamp: tuple[float, float] = (-np.inf, np.inf)
     layer: str | None = None
     limit: np.ndarray | None = None
+    centre: np.ndarray | None = None
+    reach: np.ndarray | None = None
 
     @property
     def is_clamped(self) -> bool:

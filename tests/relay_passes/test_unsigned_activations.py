@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
+import pytest
 from tvm import relax
 from tvm.relax import op
 
 from tvm_compress.relay_passes import ir
 from tvm_compress.relay_passes.graph import Graph
-from tvm_compress.relay_passes.lower import REQUANTIZE_ATTR
+from tvm_compress.relay_passes.lower import REQUANTIZE_ATTR, LowerToKernels
 from tvm_compress.relay_passes.unsigned_activations import UnsignedActivations
 
 from .floats import Net, build, describe, parameters_of, quantize, run, samples
@@ -61,3 +64,29 @@ def test_models_that_came_as_integers_keep_their_own() -> None:
     module = quantize(build(network))
     module["main"] = module["main"].with_attr(REQUANTIZE_ATTR, "float32")
     assert UnsignedActivations()(module).same_as(module)
+
+
+def sums(net: Net, x: relax.Var) -> relax.Var:
+    """Residual additions of sums and codes, averages and rescaled copies."""
+    a = net.conv_relu("a", x, 8)
+    b = net("join", op.nn.relu(op.add(net.conv_bias("b", a, 8), a)))
+    c = net("both", op.add(net.conv_bias("c", b, 8), net.conv_bias("d", a, 8, kernel=1)))
+    pooled = net("pool", op.nn.avg_pool2d(c, (2, 2), (2, 2)))
+    total = net("total", op.add(pooled, net.conv_bias("e", b, 8, strides=2)))
+    twice = net("twice", op.add(total, pooled))
+    return net.conv("head", net("mean", op.mean(twice, [2, 3], keepdims=True)), 4, kernel=1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_integers_do_not_depend_on_where_codes_are_counted_from(seed: int) -> None:
+    """What x86 computes in unsigned codes is what the other targets compute in signed ones: the
+    fixed-point constants of sums must not look at the zero points."""
+    rng = np.random.default_rng(seed)
+    names = ("x", "a_relu", "join", "both", "pool", "total", "twice", "mean")
+    ranges = {name: (-float(rng.uniform(0, 3)), float(rng.uniform(0.5, 4))) for name in names}
+    module = quantize(build(sums, seed=seed), ranges=ranges)
+    signed, unsigned = (LowerToKernels()(form) for form in (module, UnsignedActivations()(module)))
+    shifts = [re.findall(r">> (\d+)", form.script()) for form in (signed, unsigned)]
+    assert shifts[0] and shifts[0] == shifts[1]
+    for x in samples(module, count=8, seed=seed):
+        np.testing.assert_array_equal(run(signed, x), run(unsigned, x))

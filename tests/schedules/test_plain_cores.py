@@ -94,8 +94,8 @@ def test_products_near_ties_without_an_fpu(name: str, tmp_path: Path) -> None:
     acc = reference(spec, data, weight)
     packed = pack_weight(spec, weight, target)
     assert packed is not None
-    spec, weight = packed
-    inputs, sums = describe(spec)
+    packed_spec, weight = packed
+    inputs, sums = describe(packed_spec)
     constants = [
         te.placeholder(array.shape, str(array.dtype), name=f"constant{i}")
         for i, array in enumerate((bias, factors))
