@@ -26,7 +26,7 @@ from tvm_compress.targets.toolchains import missing_tools
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fashion_mnist"
 SIX = ("cortex-a72", "armv7-neon", "cortex-m4", "cortex-m55", "riscv64gc")  # and x86
 PLAIN = ("cortex-m0plus", "cortex-m3", "riscv32imc", "riscv64gcv")
-FEEDS = 6
+FEEDS = 8
 
 
 def require(name: str) -> None:
