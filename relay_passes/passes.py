@@ -103,6 +103,13 @@ PASSES: dict[str, PassEntry] = {
         observe_at="equalize_inputs:observe",
         keeps_statistics=False,
     ),
+    "lowrank": PassEntry(
+        summary="split layers into smaller ones whose product is nearest to them",
+        config_at="low_rank_config:LowRankConfig",
+        pass_at="low_rank:LowRank",
+        observe_at="low_rank:observe",
+        keeps_statistics=False,
+    ),
     "sparsify": PassEntry(
         summary="set weights to zero where they matter least, and let the others make up for it",
         config_at="sparsify_config:SparsifyConfig",

@@ -12,24 +12,21 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import tvm
 from numpy.typing import NDArray
 from tvm import relax
 
-from ..errors import DataError
 from .graph import Graph, rebuild
-from .ir import shape_of
 from .numerics import saliency
 from .numerics.second_order import damped, prune_greedily, prune_in_order, reconstruct
 from .numerics.sparsity_pattern import Block, KernelShape, SemiStructured, SparsityPattern
 from .numerics.statistics import Statistics
 from .observations import Observations
-from .op_kinds import ANCHORS
-from .patches import patch_shape, weight_matrix, weight_of_matrix
+from .patches import weight_of_matrix
 from .sparsify_config import SparsifyConfig
+from .weight_layers import WeightLayer, weight_layers
 
 SPARSIFIED_ATTR = "tvm_compress.sparsified"
 
@@ -39,23 +36,7 @@ _GREEDY_OPERATIONS = 2e12
 _GREEDY_UPDATES = 64
 
 
-@dataclass
-class _Layer:
-    """Calls that share one weight (the steps of a loop are several)."""
-
-    variables: list[relax.Var]
-    call: relax.Call
-    weight: NDArray[np.float32]
-    config: SparsifyConfig
-    pattern: SparsityPattern
-
-    @property
-    def name(self) -> str:
-        return self.variables[0].name
-
-    def matrices(self) -> NDArray[np.float64]:
-        """[groups, K, N]."""
-        return weight_matrix(self.weight, self.call).astype(np.float64).transpose(0, 2, 1)
+Layer = WeightLayer[SparsifyConfig]
 
 
 @tvm.transform.module_pass(opt_level=0, name="Sparsify")
@@ -87,7 +68,7 @@ class Sparsify:
                 arguments = [call.args[0], relax.const(weight), *call.args[2:]]
                 replace[variable] = relax.Call(call.op, arguments, call.attrs, call.ty_args)
                 zeros = 1 - np.count_nonzero(weight) / weight.size
-                notes[variable.name] = f"{layer.pattern.words} {100 * zeros:.0f} % zeros"
+                notes[variable.name] = f"{_pattern_of(layer).words} {100 * zeros:.0f} % zeros"
         main = rebuild(graph.function, replace=replace)
         module = module.clone()
         module["main"] = main.with_attr(SPARSIFIED_ATTR, json.dumps(notes))
@@ -109,54 +90,30 @@ def read_sparsified(module: tvm.IRModule) -> dict[str, str]:
     return {str(k): str(v) for k, v in json.loads(str(attributes[SPARSIFIED_ATTR])).items()}
 
 
-def _layers(graph: Graph, schemes: Mapping[str, SparsifyConfig]) -> list[_Layer]:
-    by_weight: dict[bytes, _Layer] = {}
-    for variable, call in graph.values.items():
-        if variable.name not in schemes or graph.op(variable) not in ANCHORS:
-            continue
-        weight = graph.constant(call.args[1])
-        if weight is None or weight.dtype != np.float32:
-            continue
-        shape = patch_shape(call, shape_of(call.args[1]) or ())
-        if shape is None:
-            continue
-        config = schemes[variable.name]
-        pattern = config.pattern.of_layer(int(np.prod(shape.kernel)))
-        outputs = weight_matrix(weight, call).shape[1]
-        if pattern is None or (outputs == 1 and getattr(pattern, "outputs", 1) > 1):
-            continue
-        # The steps of an unrolled loop share their weight and must go on sharing it.
-        key = weight.tobytes() + repr((weight.shape, config)).encode()
-        if key in by_weight:
-            by_weight[key].variables.append(variable)
-        else:
-            by_weight[key] = _Layer([variable], call, weight, config, pattern)
-    return list(by_weight.values())
+def _layers(graph: Graph, schemes: Mapping[str, SparsifyConfig]) -> list[Layer]:
+    """Those that have the pattern asked for."""
+    return [layer for layer in weight_layers(graph, schemes) if _pattern(layer) is not None]
 
 
-def _moments(
-    layer: _Layer, statistics: Statistics
-) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
-    """(X·Xᵀ [G, K, K], mean [G, K], count) over all calls of the layer."""
-    found = [statistics.moments.get(variable.name) for variable in layer.variables]
-    seconds = [None if item is None else item.second for item in found]
-    if any(second is None for second in seconds):
-        raise DataError(
-            f"the calibration statistics lack X·Xᵀ of layer {layer.name!r}; calibrate the module "
-            "that is made sparse, with what `sparsify.observe` lists"
-        )
-    counts = [item.count for item in found if item is not None]
-    means = [item.mean * item.count for item in found if item is not None]
-    second = np.sum([second for second in seconds if second is not None], axis=0)
-    return second, np.sum(means, axis=0) / sum(counts), sum(counts)
+def _pattern(layer: Layer) -> SparsityPattern | None:
+    """The pattern as it is for a layer's kernel; None: it has none, or too few outputs for it."""
+    pattern = layer.config.pattern.of_layer(int(np.prod(layer.patches.kernel)))
+    has_outputs = layer.matrices().shape[2] > 1
+    return pattern if has_outputs or getattr(pattern, "outputs", 1) == 1 else None
 
 
-def _scores(layer: _Layer, statistics: Statistics) -> list[NDArray[np.float64]]:
+def _pattern_of(layer: Layer) -> SparsityPattern:
+    pattern = _pattern(layer)
+    assert pattern is not None
+    return pattern
+
+
+def _scores(layer: Layer, statistics: Statistics) -> list[NDArray[np.float64]]:
     """What each weight is worth, [K, N] for each group."""
     matrices, criterion = layer.matrices(), layer.config.criterion
     if criterion == "magnitude":
         return [saliency.magnitude(matrix) for matrix in matrices]
-    second, mean, count = _moments(layer, statistics)
+    second, mean, count = layer.moments(statistics)
     if criterion == "diagonal_hessian":
         pairs = zip(matrices, second, strict=True)
         return [saliency.diagonal_hessian(matrix, xx) for matrix, xx in pairs]
@@ -170,13 +127,13 @@ def _scores(layer: _Layer, statistics: Statistics) -> list[NDArray[np.float64]]:
     ]
 
 
-def _network_sparsities(layers: list[_Layer], statistics: Statistics) -> dict[str, float]:
+def _network_sparsities(layers: list[Layer], statistics: Statistics) -> dict[str, float]:
     """Layer => sparsity, where one threshold serves all of a step's layers.
 
     A unit's worth is counted by weight, relative to the mean of its layer: a threshold on the sums
     themselves would empty layers whose weights are small all over.
     """
-    by_config: dict[SparsifyConfig, list[_Layer]] = defaultdict(list)
+    by_config: dict[SparsifyConfig, list[Layer]] = defaultdict(list)
     for layer in layers:
         if layer.config.scope == "network":
             by_config[layer.config].append(layer)
@@ -187,8 +144,8 @@ def _network_sparsities(layers: list[_Layer], statistics: Statistics) -> dict[st
         for layer in members:
             scores = _scores(layer, statistics)
             mean = max(float(np.mean([score.mean() for score in scores])), 1e-300)
-            sizes = [layer.pattern.pool(np.ones(score.shape)).ravel() for score in scores]
-            pooled = [layer.pattern.pool(score).ravel() for score in scores]
+            sizes = [_pattern_of(layer).pool(np.ones(score.shape)).ravel() for score in scores]
+            pooled = [_pattern_of(layer).pool(score).ravel() for score in scores]
             units.append(np.concatenate(pooled) / np.concatenate(sizes) / mean)
             weights.append(np.concatenate(sizes))
         order = np.argsort(np.concatenate(units), kind="stable")
@@ -202,16 +159,16 @@ def _network_sparsities(layers: list[_Layer], statistics: Statistics) -> dict[st
 
 
 def _sparsified(
-    layer: _Layer, sparsity: float | None, statistics: Statistics
+    layer: Layer, sparsity: float | None, statistics: Statistics
 ) -> NDArray[np.float32]:
-    config, pattern = layer.config, layer.pattern
+    config, pattern = layer.config, _pattern_of(layer)
     share = sparsity if sparsity is not None else config.sparsity
     if share is None:
         assert isinstance(pattern, (SemiStructured, KernelShape))
         share = pattern.sparsity
     matrices = layer.matrices()
     if config.criterion == "second_order":
-        second, _, _ = _moments(layer, statistics)
+        second, _, _ = layer.moments(statistics)
         pruned = [
             _second_order(matrix, damped(xx), pattern, share)
             for matrix, xx in zip(matrices, second, strict=True)
@@ -220,7 +177,7 @@ def _sparsified(
         kept = [pattern.choose(scores, share) for scores in _scores(layer, statistics)]
         pruned = [matrix * mask for matrix, mask in zip(matrices, kept, strict=True)]
         if config.reconstruct:
-            second, _, _ = _moments(layer, statistics)
+            second, _, _ = layer.moments(statistics)
             pruned = [
                 reconstruct(matrix, damped(xx), mask)
                 for matrix, xx, mask in zip(matrices, second, kept, strict=True)

@@ -1,0 +1,83 @@
+"""The layers that a step changes the float weight of: one for all calls that share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tvm import relax
+
+from ..errors import DataError
+from .graph import Graph
+from .ir import shape_of
+from .numerics.moments import PatchShape
+from .numerics.statistics import Statistics
+from .op_kinds import ANCHORS
+from .patches import patch_shape, weight_matrix
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, eq=False)
+class WeightLayer(Generic[Config]):
+    """Calls that share one float weight: the steps of an unrolled loop are several."""
+
+    variables: tuple[relax.Var, ...]
+    call: relax.Call
+    weight: NDArray[np.float32]
+    patches: PatchShape
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Of the first call."""
+        return self.variables[0].name
+
+    def matrices(self) -> NDArray[np.float64]:
+        """[groups, K, N], K in the order of `moments.extract_patches`."""
+        return weight_matrix(self.weight, self.call).astype(np.float64).transpose(0, 2, 1)
+
+    def moments(
+        self, statistics: Statistics
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
+        """(X·Xᵀ [G, K, K], mean [G, K], count) over all calls. Raises `DataError` without."""
+        found = [statistics.moments.get(variable.name) for variable in self.variables]
+        seconds = [item.second for item in found if item is not None and item.second is not None]
+        if len(seconds) < len(found):
+            raise DataError(
+                f"the calibration statistics lack X·Xᵀ of layer {self.name!r}; calibrate the very "
+                "module that the step changes, with what its `observe` lists"
+            )
+        counts = [item.count for item in found if item is not None]
+        means = [item.mean * item.count for item in found if item is not None]
+        return np.sum(seconds, axis=0), np.sum(means, axis=0) / sum(counts), sum(counts)
+
+
+def weight_layers(graph: Graph, schemes: Mapping[str, Config]) -> list[WeightLayer[Config]]:
+    """The named layers in order; without transposed convolutions, weights with a batch axis, and
+    weights that are compressed already or computed."""
+    found: dict[bytes, WeightLayer[Config]] = {}
+    for layer in _single_layers(graph, schemes):
+        key = layer.weight.tobytes() + repr((layer.weight.shape, layer.config)).encode()
+        first = found.get(key)
+        if first is None:
+            found[key] = layer
+        else:
+            both = (*first.variables, *layer.variables)
+            found[key] = WeightLayer(both, first.call, first.weight, first.patches, first.config)
+    return list(found.values())
+
+
+def _single_layers(graph: Graph, schemes: Mapping[str, Config]) -> Iterator[WeightLayer[Config]]:
+    for variable, call in graph.values.items():
+        if variable.name not in schemes or graph.op(variable) not in ANCHORS:
+            continue
+        weight = graph.constant(call.args[1])
+        if weight is None or weight.dtype != np.float32:
+            continue
+        patches = patch_shape(call, shape_of(call.args[1]) or ())
+        if patches is not None:
+            yield WeightLayer((variable,), call, weight, patches, schemes[variable.name])
