@@ -72,7 +72,7 @@ def multiply_by_quantized_multiplier(
     x: tirx.PrimExpr, mantissa: tirx.PrimExpr, exponent: tirx.PrimExpr
 ) -> tirx.PrimExpr:
     """TFLite MultiplyByQuantizedMultiplier with double rounding."""
-    zero = _const(0, "int32")
+    zero, exponent = _const(0, "int32"), exponent.astype("int32")
     left, right = te.max(exponent, zero), te.max(zero - exponent, zero)
     return rounding_divide_by_pot(rounding_doubling_high_mul(x << left, mantissa), right)
 
@@ -81,7 +81,7 @@ def multiply_wide(
     x: tirx.PrimExpr, mantissa: tirx.PrimExpr, exponent: tirx.PrimExpr
 ) -> tirx.PrimExpr:
     """TFLite's multiplication of an int64 accumulator: Q15 mantissa, one rounding, half up."""
-    shift = (_const(15, "int32") - exponent).astype("int64")
+    shift = (_const(15, "int32") - exponent.astype("int32")).astype("int64")
     half = _const(1, "int64") << (shift - _const(1, "int64"))
     return ((x * mantissa.astype("int64") + half) >> shift).astype("int32")
 
@@ -92,7 +92,7 @@ def multiply_small(
     """The same for |x| < 2^30 and exponents below 0, where nothing overflows: what rounds half away
     from zero is an addition."""
     product = rounding_doubling_high_mul(x, mantissa)
-    right = _const(0, "int32") - exponent
+    right = _const(0, "int32") - exponent.astype("int32")
     half = (_const(1, "int32") << (right - _const(1, "int32"))) + (product >> _const(31, "int32"))
     return (product + half) >> right
 
@@ -115,6 +115,7 @@ def multiply_high(x: tirx.PrimExpr, mantissa: tirx.PrimExpr, shift: tirx.PrimExp
 
     The low 32 bits of the product decide nothing, as half a unit has none of them.
     """
+    shift = shift.astype("int32")
     product = x.astype("int64") * mantissa.astype("int64")
     high = (product >> _const(32, "int64")).astype("int32")
     half = _const(1, "int32") << (shift - _const(1, "int32"))
@@ -122,27 +123,41 @@ def multiply_high(x: tirx.PrimExpr, mantissa: tirx.PrimExpr, shift: tirx.PrimExp
 
 
 def rounded_once(
-    x: tirx.PrimExpr,
-    mantissa: tirx.PrimExpr,
-    addend: tirx.PrimExpr,
-    shift: tirx.PrimExpr,
+    x: tirx.PrimExpr, mantissa: tirx.PrimExpr, shift: tirx.PrimExpr, zero_point: int
 ) -> tirx.PrimExpr:
-    """Scaled, plus the zero point, which is in the addend: `scale_once` of numerics/tflite.py."""
+    """Scaled, plus the zero point: `scale_once` of numerics/tflite.py."""
+    shift = shift.astype("int32")
+    # Half a unit and the zero point.
+    addend = _const(2 * zero_point + 1, "int32") << (shift - _const(1, "int32"))
     return (rounding_doubling_high_mul(x, mantissa) + addend) >> shift
 
 
-# Rules that scale to an integer: the constants that they multiply by, and how.
-_Q31 = (("mantissa", "int32"), ("exponent", "int32"))
+# Rules that scale to an integer: the constants that they multiply by, and how. Exponents and shifts
+# are bytes, of which a network has one for each channel of every layer.
+_Q31 = (("mantissa", "int32"), ("exponent", "int8"))
+_SHIFTED = (("mantissa", "int32"), ("shift", "int8"))
 INTEGER_RULES: dict[str, tuple[tuple[tuple[str, str], ...], Callable[..., tirx.PrimExpr]]] = {
     "tflite": (_Q31, lambda x, *q31: multiply_by_quantized_multiplier(x.astype("int32"), *q31)),
     "tflite_small": (_Q31, lambda x, *q31: multiply_small(x.astype("int32"), *q31)),
     "tflite_wide": (_Q31, lambda x, *q15: multiply_wide(x.astype("int64"), *q15)),
     "high": (
-        (("mantissa", "int32"), ("shift", "int32")),
+        _SHIFTED,
         lambda x, *q31: multiply_high(x.astype("int32"), *q31),
     ),
     "float64": ((("multiplier", "float64"),), multiply_float64),
 }
+
+
+def factors_of(rule: str) -> tuple[tuple[str, str], ...]:
+    """(name, dtype) of what a rule multiplies by, one of each for a channel."""
+    if rule == "float32":
+        return (("multiplier", "float32"),)
+    if rule == "rounded_once":
+        return _SHIFTED
+    if rule not in INTEGER_RULES:
+        known = ", ".join(["float32", "rounded_once", *INTEGER_RULES])
+        raise ValueError(f"unknown requantisation rule {rule!r}; known: {known}")
+    return INTEGER_RULES[rule][0]
 
 
 def requantize(
@@ -162,17 +177,17 @@ def requantize(
     `fits_int32` says that no scaled sum leaves int32, so that the clamp can wait for the integers.
 
     bias and sum are int32 (int64 when acc_dtype is, or when `wide` says so). The multiplier is
-    float32 (rule float32), float64 (rule float64) or an int32 mantissa with an int32 exponent
-    (rules tflite, tflite_small and tflite_wide) or shift (rule high). The bias is of
-    `constant_shape`, and so are the others unless `factor_shape` says otherwise.
+    float32 (rule float32), float64 (rule float64) or an int32 mantissa with an int8 exponent
+    (rules tflite, tflite_small and tflite_wide) or shift (rules high and rounded_once). The bias is
+    of `constant_shape`, and so are the others unless `factor_shape` says otherwise.
     """
     wide = wide or _wide(acc_dtype)
     factor_shape = constant_shape if factor_shape is None else factor_shape
     acc = te.placeholder(shape, acc_dtype, name="acc")
     bias = te.placeholder(constant_shape, wide, name="bias")
     low, high = bounds
+    factors = [te.placeholder(factor_shape, kind, name=name) for name, kind in factors_of(rule)]
     if rule == "float32":
-        factors = [te.placeholder(factor_shape, "float32", name="multiplier")]
 
         def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
             scaled = scale_float32(acc[i].astype(wide) + at(bias, i), at(factors[0], i))
@@ -185,17 +200,14 @@ def requantize(
             return (scaled.astype("int32") + _const(zero_point, "int32")).astype(dtype)
 
     elif rule == "rounded_once":
-        names = ("mantissa", "addend", "shift")
-        factors = [te.placeholder(factor_shape, "int32", name=name) for name in names]
 
         def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
             total = (acc[i].astype(wide) + at(bias, i)).astype("int32")
-            code = rounded_once(total, *(at(factor, i) for factor in factors))
+            code = rounded_once(total, *(at(factor, i) for factor in factors), zero_point)
             return _clamp(code, _const(low, "int32"), _const(high, "int32")).astype(dtype)
 
-    elif rule in INTEGER_RULES:
-        constants, scale = INTEGER_RULES[rule]
-        factors = [te.placeholder(factor_shape, kind, name=name) for name, kind in constants]
+    else:
+        scale = INTEGER_RULES[rule][1]
 
         def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
             total = acc[i].astype(wide) + at(bias, i)
@@ -203,9 +215,6 @@ def requantize(
             scaled = scaled + _const(zero_point, "int32")
             return _clamp(scaled, _const(low, "int32"), _const(high, "int32")).astype(dtype)
 
-    else:
-        known = ", ".join(["float32", "rounded_once", *INTEGER_RULES])
-        raise ValueError(f"unknown requantisation rule {rule!r}; known: {known}")
     out = te.compute(shape, compute, name="requantize")
     roles = ["data", "bias", *["scales"] * len(factors)]
     return make_prim_func(

@@ -49,6 +49,8 @@ def _core(
             "mtriple": f"{triple}-unknown-none-gnueabi{'hf' if is_hard else ''}",
             "mcpu": mcpu or name,
             "mfloat-abi": float_abi,
+            # Numbers of 32 bits from a pool, as GCC does for these cores: one instruction, not two.
+            **({"mattr": ["+no-movt"]} if "thumb2" in capabilities else {}),
             # Level 3 unrolls twice as far: 3 % of flash with our loops, for nothing.
             **({"opt-level": 2} if "dsp" in capabilities else {}),
             # The most that is taken for granted of a pointer's alignment.

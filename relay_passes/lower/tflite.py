@@ -280,7 +280,11 @@ def _rescaled_sums(
     physical = ir.shape_of(sums.expr)
     assert physical is not None
     wide = "int64" if sums.dtype == "int64" or rule == "tflite_wide" else "int32"
-    bias, *scales = (ctx.constant_for(sums, each) for each in (value.bias, *constants))
+    typed = [
+        constant.astype(dtype)
+        for constant, (_, dtype) in zip(constants, kernels.factors_of(rule), strict=True)
+    ]
+    bias, *scales = (ctx.constant_for(sums, each) for each in (value.bias, *typed))
     func = kernels.requantize(
         physical, sums.dtype, bias.shape, params.zero_point, _bounds(value.clamp, params),
         params.dtype, rule, wide, factor_shape=scales[0].shape,

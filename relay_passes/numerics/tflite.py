@@ -145,25 +145,30 @@ def scale_high(x: np.ndarray, mantissa: int | np.ndarray, shift: int | np.ndarra
 def rounded_once(
     mantissa: np.ndarray, exponent: np.ndarray, zero_point: int
 ) -> list[np.ndarray] | None:
-    """[mantissa, addend, shift], int32, with which `scale_once` is zero point plus the doubly
-    rounded product, wherever that is at least the zero point; for exponents below 0.
+    """[mantissa, shift], int32, with which `scale_once` is zero point plus the doubly rounded
+    product, wherever that is at least the zero point; for exponents below 0.
 
     Floors of floors are one floor; only what is below the zero point rounds the other way. None:
-    the addend, which has the zero point in it, could overflow.
+    half a unit plus the zero point, scaled back, could overflow.
     """
     shift = -exponent.astype(np.int64)
-    addend = (np.int64(1) << (shift - 1)) + (np.int64(zero_point) << shift)
-    if int(np.abs(addend).max()) >= 1 << 30:
+    if int(np.abs(_addend(shift, zero_point)).max()) >= 1 << 30:
         return None
-    return [mantissa, addend.astype(np.int32), shift.astype(np.int32)]
+    return [mantissa, shift.astype(np.int32)]
 
 
 def scale_once(
-    x: np.ndarray, mantissa: np.ndarray, addend: np.ndarray, shift: np.ndarray
+    x: np.ndarray, mantissa: np.ndarray, shift: np.ndarray, zero_point: int
 ) -> np.ndarray:
-    """(x * mantissa / 2^31, rounded half up, + addend) / 2^shift, rounded down; |x| < 2^30."""
+    """x * mantissa / 2^31, rounded half up, then / 2^shift, rounded half up, + zero point;
+    |x| < 2^30."""
     product = (x.astype(np.int64) * mantissa + (1 << 30)) >> 31
-    return (product + addend) >> shift
+    return (product + _addend(shift.astype(np.int64), zero_point)) >> shift
+
+
+def _addend(shift: np.ndarray, zero_point: int) -> np.ndarray:
+    """Half a unit and the zero point before a shift."""
+    return np.int64(2 * zero_point + 1) << (shift - 1)
 
 
 def reduce_mantissa(mantissa: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from ...targets import Target
 from ..emit import Emitter
 from ..epilogue import Epilogue
 from ..fused import FusedFunction, Index, Stage, rewrite
+from .patterns import is_widened_load
 
 
 class DspEpilogue(Epilogue):
@@ -26,7 +27,7 @@ class DspEpilogue(Epilogue):
         self.sums: tirx.Buffer | None = None
         """The registers that hold the sums, biased."""
         self._emitter: Emitter | None = None
-        self._constants: dict[tirx.Buffer, ir.Expr] = {}
+        self._constants: dict[tuple[tirx.Buffer, str], ir.Expr] = {}
 
     def _find_bias(self) -> Stage | None:
         """The stage that adds the bias."""
@@ -87,21 +88,18 @@ class DspEpilogue(Epilogue):
         if indices is None:
             return
 
-        def load(buffer: tirx.Buffer, where: Index) -> ir.Expr:
-            value = buffer[where]
-            return self._constant(value) if isinstance(value, ir.TensorLoad) else value
-
         for stage in self.aligned[1:]:
-            rewrite(stage.value, dict(zip(stage.variables, indices, strict=True)), load)
+            binding = dict(zip(stage.variables, indices, strict=True))
+            _loaded_once(rewrite(stage.value, binding, lambda b, i: b[i]), self._constant)
 
-    def _constant(self, load: ir.TensorLoad) -> ir.Expr:
-        """A load, or the variable that has its value already."""
-        if self._emitter is None or not self._is_of_channel(load.source):
+    def _constant(self, load: ir.Expr, buffer: tirx.Buffer) -> ir.Expr:
+        """A load, widened or not, or the variable that has its value already."""
+        if self._emitter is None or not self._is_of_channel(buffer):
             return load
-        if load.source not in self._constants:
-            name = f"{load.source.name}_value"
-            self._constants[load.source] = self._emitter.bind(name, load)
-        return self._constants[load.source]
+        key = buffer, str(load.ty.dtype)
+        if key not in self._constants:
+            self._constants[key] = self._emitter.bind(f"{buffer.name}_value", load)
+        return self._constants[key]
 
     def _is_of_channel(self, buffer: tirx.Buffer) -> bool:
         if not any(buffer.same_as(p) for p in self.fused.func.params):
@@ -163,11 +161,13 @@ def _without(e: Any, sums: tirx.Buffer, is_bias: Any) -> ir.Expr:
     return e
 
 
-def _loaded_once(e: Any, load: Callable[[ir.TensorLoad], ir.Expr]) -> ir.Expr:
-    """`e` with every load replaced."""
+def _loaded_once(e: Any, load: Callable[[ir.Expr, tirx.Buffer], ir.Expr]) -> ir.Expr:
+    """`e` with every load replaced, those of bytes together with their widening."""
     if isinstance(e, ir.TensorLoad):
-        return load(e)
+        return load(e, e.source)
     if isinstance(e, tirx.Cast):
+        if is_widened_load(e):
+            return load(e, e.value.source)
         return tirx.Cast(e.ty, _loaded_once(e.value, load))
     if isinstance(e, tirx.Select):
         parts = (e.condition, e.true_value, e.false_value)

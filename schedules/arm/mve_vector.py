@@ -7,6 +7,7 @@ occurs are written as vectors here:
     int32((int64(x) * int64(m) + 2^30) >> 31)   =>  vqrdmulh(x, m)
     int32((int64(x) * int64(m)) >> 32)          =>  vmulh(x, m)
     (p + (2^(n-1) + (p >> 31))) >> n            =>  vrshl(p + (p >> 31), -n)
+    (p + (2 z + 1) 2^(n-1)) >> n                =>  vrshl(p, -n) + z
     round_half_away(x / 2^n)                    =>  vrshl(x + saturating ((x & -n) >> 31), -n)
     lrint(x)                                    =>  vcvtn(x)
 
@@ -28,7 +29,7 @@ from tvm.sym import Analyzer
 from tvm.tirx.stmt import Bind, BufferStore, For, ForKind
 
 from ..emit import Emitter
-from .patterns import high_product, is_lrint, terms
+from .patterns import high_product, is_lrint, is_widened_load, terms
 from .rounding import llvm_helpers as scalar_helpers
 
 LANES = 4
@@ -156,8 +157,10 @@ class _Constants:
                 self.buffers.append(buffer)
 
     def value(self, load: ir.Expr) -> ir.Expr:
-        """A load, or the variable that has its value."""
-        inner = load.value if isinstance(load, tirx.Broadcast) else load
+        """A load, widened or not, or the variable that has its value."""
+        inner = load
+        while isinstance(inner, (tirx.Broadcast, tirx.Cast)):
+            inner = inner.value
         if not isinstance(inner, ir.TensorLoad):
             return load
         if not any(inner.source.same_as(buffer) for buffer in self.buffers):
@@ -229,15 +232,22 @@ class _Patterns:
     def _small(self, e: RShift) -> ir.Expr | None:
         parts = terms(e.a)
         product = parts[0]
-        if len(parts) != 3 or not isinstance(product, tirx.Cast):
+        if not isinstance(product, tirx.Cast) or high_product(product) is None:
+            return None
+        if len(parts) == 2:
+            # Shifts by numbers have instructions that need no register for them.
+            halves = None if isinstance(e.b, tirx.IntImm) else _halves(parts[1], e.b)
+            if halves is None or halves % 2 == 0:
+                return None
+            rounded = _call(_SHIFT, self.visit(product), self.visit(e.b))
+            return rounded + tirx.const(halves // 2, "int32")
+        if len(parts) != 3:
             return None
         # TE moves numbers behind everything else.
         sign, half = parts[1:] if isinstance(parts[1], RShift) else parts[:0:-1]
         if not isinstance(sign, RShift) or not tvm_ffi.structural_equal(sign.a, product):
             return None
-        if not _is_number(sign.b, 31) or not _is_half(half, e.b):
-            return None
-        if high_product(product) is None:
+        if not _is_number(sign.b, 31) or _halves(half, e.b) != 1:
             return None
         high = self.visit(product)
         return _call(_SHIFT, high + (high >> tirx.const(31, "int32")), self.visit(e.b))
@@ -258,13 +268,14 @@ def _is_number(e: ir.Expr, number: int) -> bool:
     return isinstance(e, tirx.IntImm) and int(e.value) == number
 
 
-def _is_half(e: ir.Expr, right: ir.Expr) -> bool:
-    """1 << (right - 1), also as numbers."""
+def _halves(e: ir.Expr, right: ir.Expr) -> int | None:
+    """h of h << (right - 1), also as numbers."""
     if isinstance(e, tirx.IntImm) and isinstance(right, tirx.IntImm):
-        return int(right.value) >= 1 and int(e.value) == 1 << (int(right.value) - 1)
-    if not isinstance(e, LShift) or not _is_number(e.a, 1):
-        return False
-    return bool(Analyzer().can_prove_equal(e.b + 1, right))
+        count, rest = divmod(int(e.value), 1 << max(int(right.value) - 1, 0))
+        return count if int(right.value) >= 1 and rest == 0 else None
+    if not isinstance(e, LShift) or not isinstance(e.a, tirx.IntImm):
+        return None
+    return int(e.a.value) if Analyzer().can_prove_equal(e.b + 1, right) else None
 
 
 def _is_mask(e: ir.Expr, exponent: ir.Expr) -> bool:
@@ -329,7 +340,11 @@ class _Four:
         if isinstance(e, ir.TensorLoad):
             return self._loaded(e.source[tuple(self.indices(e.indices))])
         if isinstance(e, tirx.Cast):
-            return tirx.Cast(f"{e.ty.dtype}x{LANES}", self.visit(e.value))
+            wide = f"{e.ty.dtype}x{LANES}"
+            if is_widened_load(e):
+                indices = self.indices(e.value.indices)
+                return self._loaded(tirx.Cast(wide, e.value.source[tuple(indices)]))
+            return tirx.Cast(wide, self.visit(e.value))
         if isinstance(e, tirx.Select):
             parts = (e.condition, e.true_value, e.false_value)
             return tirx.Select(*(self.visit(part) for part in parts))

@@ -57,6 +57,16 @@ def narrowed(e: ir.Expr) -> ir.Expr | None:
     return None
 
 
+def is_widened_load(e: ir.Expr) -> bool:
+    """Whether an int32 is a narrower integer from memory."""
+    return (
+        isinstance(e, tirx.Cast)
+        and isinstance(e.value, ir.TensorLoad)
+        and str(e.ty.dtype) == "int32"
+        and str(e.value.ty.dtype) in _SHORT
+    )
+
+
 def is_lrint(e: ir.Call) -> bool:
     """Whether a call rounds a float to an integer, half to even."""
     name = str(getattr(e.op, "name", ""))

@@ -78,7 +78,7 @@ class Requantisation:
         def compute(*i: Any) -> Any:
             total = acc[i] + bias[i[-1]]
             if self.rule == "rounded_once":
-                code = rounded_once(total, *(f[i[-1]] for f in factors))
+                code = rounded_once(total, *(f[i[-1]] for f in factors), zero_point)
             elif self.rule != "float32":
                 scale = INTEGER_RULES[self.rule][1]
                 code = scale(total, *(f[i[-1]] for f in factors)) + tirx.const(zero_point, "int32")
@@ -103,11 +103,9 @@ class Requantisation:
         elif self.rule == "float32":
             code = np.rint(total.astype(np.float32) * self.factors[0]).astype(np.int64)
         else:
-            mantissa, exponent = (factor.astype(np.int64) for factor in self.factors[:2])
-            if self.rule == "rounded_once":
-                exponent = -self.factors[2].astype(np.int64)
+            mantissa, shift = (factor.astype(np.int64) for factor in self.factors)
             product = (total * mantissa + (1 << 30)) >> 31
-            right = -exponent
+            right = shift if self.rule == "rounded_once" else -shift
             # Half away from zero.
             code = np.sign(product) * ((np.abs(product) + (1 << (right - 1))) >> right)
         return np.clip(code + self.zero_point, *self.bounds).astype(np.int8)
@@ -130,8 +128,9 @@ def requantisation(
         more = {"bounds": (-3, 127), "zero_point": -3, **more}
         constants = numerics.rounded_once(mantissa, exponent, more["zero_point"])
         assert constants is not None
-        return Requantisation(rule, bias, tuple(constants), **more)
-    return Requantisation(rule, bias, (mantissa, exponent), **more)
+        mantissa, shift = constants
+        return Requantisation(rule, bias, (mantissa, shift.astype(np.int8)), **more)
+    return Requantisation(rule, bias, (mantissa, exponent.astype(np.int8)), **more)
 
 
 def project(

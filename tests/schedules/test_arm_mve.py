@@ -76,9 +76,9 @@ def constants(acc: np.ndarray, rule: str, rng: np.random.Generator, **more: Any)
     bias = rng.integers(-3000, 3000, channels, dtype=np.int32)
     mantissa = rng.integers(1 << 30, (1 << 31) - 1, channels, dtype=np.int32)
     if rule == "high":
-        shift = rng.integers(7, 12, channels, dtype=np.int32)
+        shift = rng.integers(7, 12, channels, dtype=np.int8)
         return High(rule, bias, (mantissa, shift), **more)
-    exponent = np.resize(np.array([-9, 1, 0, -12], np.int32), channels)
+    exponent = np.resize(np.array([-9, 1, 0, -12], np.int8), channels)
     return Doubly(rule, bias, (mantissa, exponent), **more)
 
 
