@@ -14,4 +14,5 @@ DSP_TEMPLATES = (
 MVE_TEMPLATES = (
     Template("arm.mve_depthwise", mve_depthwise_kernel),
     Template("arm.mve_matrix", mve_matrix_kernel),
+    Template("arm.matrix", matrix_kernel),  # codes of four bits in groups
 )

@@ -47,7 +47,7 @@ def pack_parts(
     spec: WeightedSpec, parts: list[np.ndarray], target: Target
 ) -> tuple[WeightedSpec, list[np.ndarray]] | None:
     """The same for codes of four bits with whole-number scales of groups, [G, N] => [O, G, 2]."""
-    if spec.weight_layout != spec.plain_layout or target.has("mve") or not matrix.takes(spec):
+    if spec.weight_layout != spec.plain_layout or not matrix.takes(spec):
         return None
     codes = weight_codes(spec, parts[0])
     if not matrix.fits_nibbles(spec, codes):

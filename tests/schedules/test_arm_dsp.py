@@ -321,8 +321,9 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("name", list(GROUPS))
-def test_groups_of_four_bits(name: str, tmp_path: Path) -> None:
-    count(GROUPS[name], tmp_path, MATRIX, weights=FOUR_BITS)
+@pytest.mark.parametrize("core", ["cortex-m4", "cortex-m55"])
+def test_groups_of_four_bits(core: str, name: str, tmp_path: Path) -> None:
+    count(GROUPS[name], tmp_path, MATRIX, weights=FOUR_BITS, name=core)
 
 
 @pytest.mark.parametrize(
