@@ -19,7 +19,8 @@ from .band import Band, BandReader, Source, even_rows
 from .choice import Choice, SearchSpace
 from .emit import Emitter, dtype_bits, splat, vector
 from .epilogue import Epilogue
-from .fused import FusedFunction, Stage
+from .fused import FusedFunction
+from .layer_kernel import Layer, LayerKernel, read_layer
 from .operands import Operands, find_operands
 from .spec import Conv2dSpec, ceil_div
 from .window import window_of
@@ -35,6 +36,7 @@ _OUTPUTS, _OUTPUTS_LARGE, _OUTPUTS_TAIL = 8, 4, 2
 _SMALL_TAPS = 9
 _MOST_OUTPUTS = 14  # tried by tuning
 
+DepthwiseLayer = Layer[Conv2dSpec, Operands, Epilogue]
 _Written = TypeVar("_Written", bound="DepthwiseKernel")
 
 
@@ -42,23 +44,20 @@ def depthwise_kernel_as(
     kernel: type[_Written], fused: FusedFunction, target: Target, choice: Choice | None
 ) -> _Written | None:
     """A depthwise convolution as a `kernel`; None: no form for it."""
-    anchor = fused.anchor
-    if anchor is None or not isinstance(anchor.spec, Conv2dSpec):
-        return None
-    spec = anchor.spec
-    if not spec.is_depthwise or spec.weight_layout != spec.plain_layout or not takes_weight(spec):
-        return None
-    if spec.kernel[1] > UNROLLED_TAPS or (
-        spec.data_dtype == "int16" and spec.reduction_size > _SAFE_TAPS
-    ):
-        return None
-    operands = find_operands(fused, anchor, spec)
-    if operands is None:
-        return None
-    epilogue = kernel.epilogue_of(fused, anchor, target)
-    if any(not stage.is_map for stage in epilogue.rest):
-        return None
-    return kernel(fused, anchor, spec, operands, target, epilogue, choice)
+    layer = read_layer(
+        fused, target, choice, (Conv2dSpec,), _takes, find_operands, kernel.epilogue_type
+    )
+    return None if layer is None else kernel(layer)
+
+
+def _takes(spec: Conv2dSpec) -> bool:
+    return (
+        spec.is_depthwise
+        and spec.weight_layout == spec.plain_layout
+        and takes_weight(spec)
+        and spec.kernel[1] <= UNROLLED_TAPS
+        and (spec.data_dtype != "int16" or spec.reduction_size <= _SAFE_TAPS)
+    )
 
 
 def takes_weight(spec: Conv2dSpec) -> bool:
@@ -66,28 +65,16 @@ def takes_weight(spec: Conv2dSpec) -> bool:
     return not spec.group_size and spec.weight_dtype in ("float32", "int8", "uint8")
 
 
-class DepthwiseKernel:
+class DepthwiseKernel(LayerKernel[Conv2dSpec, Operands, Epilogue]):
     """One function being written; by default taps are multiplied one by one in 32 bits."""
 
     name: ClassVar[str] = ""
+    epilogue_type: ClassVar[type[Epilogue]] = Epilogue
+    """How the stages behind the anchor are written."""
 
-    @staticmethod
-    def epilogue_of(fused: FusedFunction, anchor: Stage, _target: Target) -> Epilogue:
-        """How the stages behind the anchor are written."""
-        return Epilogue(fused, anchor)
-
-    def __init__(
-        self,
-        fused: FusedFunction,
-        anchor: Stage,
-        spec: Conv2dSpec,
-        operands: Operands,
-        target: Target,
-        epilogue: Epilogue,
-        choice: Choice | None,
-    ) -> None:
-        self.fused, self.anchor, self.spec, self.operands = fused, anchor, spec, operands
-        self.target, self.epilogue = target, epilogue
+    def __init__(self, layer: DepthwiseLayer) -> None:
+        super().__init__(layer)
+        spec, target, choice = layer.spec, layer.target, layer.choice
         # A group is one channel; all of them together are the pixel that vectors run along.
         self.window = window_of(spec)
         self.compute = "float32" if not spec.is_integer else "int32"

@@ -13,6 +13,7 @@ from typing import Any
 import tvm_ffi
 from tvm import ir, tirx
 
+from ..targets import Target
 from .emit import Emitter
 from .fused import FusedFunction, Index, Stage, count_nodes, rewrite
 
@@ -20,9 +21,8 @@ from .fused import FusedFunction, Index, Stage, count_nodes, rewrite
 class Epilogue:
     """Splits the stages after `anchor` into those that line up with it and the rest."""
 
-    def __init__(self, fused: FusedFunction, anchor: Stage) -> None:
-        self.fused = fused
-        self.anchor = anchor
+    def __init__(self, fused: FusedFunction, anchor: Stage, target: Target) -> None:
+        self.fused, self.anchor, self.target = fused, anchor, target
         self.shape = tuple(int(n) for n in anchor.buffer.shape)
         after = [
             s for s in fused.stages if s is not anchor and fused.depends_on(s.buffer, anchor.buffer)

@@ -22,13 +22,14 @@ from .choice import Choice, SearchSpace
 from .dot import Dot, FloatDot
 from .emit import Emitter, dtype_bits, vector, vector_parts
 from .epilogue import Epilogue
-from .fused import FusedFunction, Stage
+from .fused import FusedFunction
+from .layer_kernel import Layer, LayerKernel, read_layer
 from .layout import PackedLayout
 from .operands import Operands, find_operands
 from .pitch import ALIASED_BYTES
 from .spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
 from .tile import Tile
-from .window import Window, window_of
+from .window import window_of
 
 # Handing work to the awake thread pool and waiting for it costs 1.5-2 us (measured): below this
 # many multiply-adds (8 us of float; a byte dot does four times as many in the time) a layer stays
@@ -55,6 +56,7 @@ _DEFAULT_CHAIN = 4
 _LARGEST_SIDE = 14
 
 MatrixSpec = Conv2dSpec | Conv2dTransposeSpec | MatmulSpec
+MatrixLayer = Layer[MatrixSpec, Operands, Epilogue]
 _Written = TypeVar("_Written", bound="MatrixKernel")
 
 
@@ -67,28 +69,24 @@ def matrix_kernel_as(
 ) -> _Written | None:
     """The function as a `kernel`, where it is an anchor whose weight that class `takes`; else
     None."""
-    anchor = fused.anchor
-    if anchor is None or not isinstance(anchor.spec, (Conv2dSpec, Conv2dTransposeSpec, MatmulSpec)):
-        return None
-    spec = anchor.spec
-    packed = spec.packed_layout
-    if packed is None:
-        return None
-    dot = kernel.select_dot(spec, target, packed)
-    if dot is None or dot.group != packed.group or packed.axis == "K":
-        return None
-    operands = find_operands(fused, anchor, spec)
-    if operands is None:
-        return None
-    window = window_of(spec)
-    if packed.axis == "R" and (window.groups > 1 or window.turned):
-        return None
-    if not takes(spec, dot, target):
-        return None
-    epilogue = kernel.epilogue_of(fused, anchor, target)
-    if any(not stage.is_map for stage in epilogue.rest):
-        return None
-    return kernel(fused, anchor, spec, operands, window, dot, target, epilogue, choice)
+
+    def dot_of(spec: MatrixSpec) -> Dot | None:
+        packed, window = spec.packed_layout, window_of(spec)
+        if packed is None or packed.axis == "K":
+            return None
+        if packed.axis == "R" and (window.groups > 1 or window.turned):
+            return None
+        dot = kernel.select_dot(spec, target, packed)
+        if dot is None or dot.group != packed.group or not takes(spec, dot, target):
+            return None
+        return dot
+
+    specs = (Conv2dSpec, Conv2dTransposeSpec, MatmulSpec)
+    layer: MatrixLayer | None = read_layer(
+        fused, target, choice, specs, dot_of, find_operands, kernel.epilogue_type
+    )
+    dot = None if layer is None else dot_of(layer.spec)
+    return None if layer is None or dot is None else kernel(layer, dot)
 
 
 def takes_weight(spec: MatrixSpec, dot: Dot, _target: Target) -> bool:
@@ -110,35 +108,23 @@ def takes_weight(spec: MatrixSpec, dot: Dot, _target: Target) -> bool:
     )
 
 
-class MatrixKernel:
+class MatrixKernel(LayerKernel[MatrixSpec, Operands, Epilogue]):
     """One function being written; instruction sets say by which dots and in what tiles."""
 
     name: ClassVar[str] = ""
-
-    @staticmethod
-    def epilogue_of(fused: FusedFunction, anchor: Stage, _target: Target) -> Epilogue:
-        """How the stages behind the anchor are written."""
-        return Epilogue(fused, anchor)
+    epilogue_type: ClassVar[type[Epilogue]] = Epilogue
+    """How the stages behind the anchor are written."""
 
     @staticmethod
     def select_dot(spec: WeightedSpec, target: Target, packed: PackedLayout) -> Dot | None:
         """The dot for a layer whose weight is packed so; None: no form is exact for it."""
         raise NotImplementedError
 
-    def __init__(
-        self,
-        fused: FusedFunction,
-        anchor: Stage,
-        spec: MatrixSpec,
-        operands: Operands,
-        window: Window,
-        dot: Dot,
-        target: Target,
-        epilogue: Epilogue,
-        choice: Choice | None,
-    ) -> None:
-        self.fused, self.anchor, self.spec, self.operands = fused, anchor, spec, operands
-        self.window, self.dot, self.target, self.epilogue = window, dot, target, epilogue
+    def __init__(self, layer: MatrixLayer, dot: Dot) -> None:
+        super().__init__(layer)
+        spec, target, choice = layer.spec, layer.target, layer.choice
+        self.window = window = window_of(spec)
+        self.dot = dot
         packed = spec.packed_layout
         assert packed is not None
         self.packed = packed

@@ -7,6 +7,7 @@ of an entry are read once for all positions. Blocks of at least four channels.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from .dot import FloatDot
 from .emit import Emitter, splat, vector, vector_parts
 from .epilogue import Epilogue
 from .fused import FusedFunction, Stage
+from .layer_kernel import Layer, LayerKernel, read_layer
 from .matrix import PARALLEL_MACS
 from .operands import Operands
 from .spec import SparseConv2dSpec, ceil_div
@@ -35,34 +37,41 @@ def sparse_kernel(
     fused: FusedFunction, target: Target, choice: Choice | None
 ) -> SparseKernel | None:
     """A sparse convolution with float data; None: no form for it."""
-    anchor = fused.anchor
-    if anchor is None or not isinstance(anchor.spec, SparseConv2dSpec):
-        return None
-    spec = anchor.spec
-    lanes = _lanes(spec.block, target)
-    operands = sparse_operands(fused, anchor, spec)
-    if spec.is_integer or spec.weight_dtype != "float32" or lanes is None or operands is None:
-        return None
-    epilogue = Epilogue(fused, anchor)
-    if any(not stage.is_map for stage in epilogue.rest):
-        return None
-    return SparseKernel(fused, spec, operands, lanes, target, epilogue, choice)
+    lanes_of = partial(_lanes, target=target)
+    layer = read_layer(
+        fused, target, choice, (SparseConv2dSpec,), lanes_of, sparse_operands, Epilogue
+    )
+    lanes = None if layer is None else lanes_of(layer.spec)
+    return None if layer is None or lanes is None else SparseKernel(layer, lanes)
 
 
-def _lanes(block: int, target: Target) -> int | None:
-    """Channels of a register: the block's, or a part of them."""
+def _lanes(spec: SparseConv2dSpec, target: Target) -> int | None:
+    """Channels of a register: the block's, or a part of them; None: not floats, or no such part."""
+    if spec.is_integer or spec.weight_dtype != "float32":
+        return None
     widest = min(16, target.lanes(32))
-    return next((lanes for lanes in (16, 8, 4) if lanes <= widest and block % lanes == 0), None)
+    return next((n for n in (16, 8, 4) if n <= widest and spec.block % n == 0), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseOperands(Operands):
+    """Buffers of a sparse anchor; `weight` are the values."""
+
+    offsets: tirx.Buffer
+    starts: tirx.Buffer
+
+
+SparseLayer = Layer[SparseConv2dSpec, SparseOperands, Epilogue]
 
 
 def sparse_operands(
     fused: FusedFunction, anchor: Stage, spec: SparseConv2dSpec
-) -> tuple[Operands, tirx.Buffer, tirx.Buffer] | None:
-    """(data and values, offsets, starts); None where the block reads something else."""
-    by_shape: dict[str, tirx.Buffer] = {}
+) -> SparseOperands | None:
+    """None where the block reads something else."""
+    found: dict[str, tirx.Buffer] = {}
     window: tirx.Buffer | None = None
     expected = {
-        "values": (spec.values_shape, spec.weight_dtype),
+        "weight": (spec.values_shape, spec.weight_dtype),
         "offsets": ((spec.entries,), spec.offsets_dtype),
         "starts": ((spec.blocks + 1,), "int32"),
     }
@@ -70,10 +79,10 @@ def sparse_operands(
         form = (tuple(int(n) for n in buffer.shape), str(buffer.dtype))
         name = next((n for n, wanted in expected.items() if wanted == form), None)
         if name is not None and buffer not in fused.producers:
-            by_shape[name] = buffer
+            found[name] = buffer
         elif not buffer.same_as(anchor.buffer):
             window = buffer
-    if len(by_shape) < len(expected) or window is None:
+    if len(found) < len(expected) or window is None:
         return None
     data = window
     if any(spec.padding):
@@ -83,24 +92,15 @@ def sparse_operands(
         data = stage.reads[0]
     if tuple(int(n) for n in data.shape) != spec.data_shape or data in fused.producers:
         return None
-    return Operands(window, data, by_shape["values"]), by_shape["offsets"], by_shape["starts"]
+    return SparseOperands(window, data, **found)
 
 
-class SparseKernel:
+class SparseKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]):
     """One function being written."""
 
-    def __init__(
-        self,
-        fused: FusedFunction,
-        spec: SparseConv2dSpec,
-        operands: tuple[Operands, tirx.Buffer, tirx.Buffer],
-        lanes: int,
-        target: Target,
-        epilogue: Epilogue,
-        choice: Choice | None,
-    ) -> None:
-        self.fused, self.spec, self.target, self.epilogue = fused, spec, target, epilogue
-        self.operands, self.offsets, self.starts = operands
+    def __init__(self, layer: SparseLayer, lanes: int) -> None:
+        super().__init__(layer)
+        spec, target, choice = layer.spec, layer.target, layer.choice
         self.lanes, self.window = lanes, window_of(spec)
         self.dot = FloatDot(lanes, "float32", target.has("fma"))
         vectors = spec.block // lanes
@@ -189,8 +189,8 @@ class SparseKernel:
             y = e.bind("y", tirx.min(task % bands * self.rows, window.rows - self.rows))
             source = reader.source(b, y, self.rows, 0)
             with e.loop("block", self.spec.blocks) as block:
-                first = e.bind("first", self.starts[block])
-                count = e.bind("count", self.starts[block + 1] - first)
+                first = e.bind("first", self.operands.starts[block])
+                count = e.bind("count", self.operands.starts[block + 1] - first)
                 with e.loop("tile_row", ceil_div(self.rows, tile.rows)) as ty:
                     dy = e.bind("dy", tirx.min(ty * tile.rows, self.rows - tile.rows))
                     with e.loop("tile_column", ceil_div(window.columns, tile.columns)) as tx:
@@ -215,7 +215,7 @@ class SparseKernel:
 
         def entry(index: Any) -> None:
             number = e.bind("number", first + index)
-            at = e.bind("at", start + self.offsets[number].astype("int32"))
+            at = e.bind("at", start + self.operands.offsets[number].astype("int32"))
             weights = [
                 e.bind(
                     f"w{v}",

@@ -25,9 +25,9 @@ from .dot import Dot
 from .emit import Emitter, splat, vector, vector_parts
 from .epilogue import Epilogue
 from .fused import FusedFunction
+from .layer_kernel import LayerKernel, read_layer
 from .matrix import PARALLEL_MACS
-from .operands import Operands
-from .sparse import sparse_operands
+from .sparse import SparseLayer, SparseOperands, sparse_operands
 from .sparse_conv2d import GROUP
 from .spec import SparseConv2dSpec, ceil_div
 from .window import window_of
@@ -41,17 +41,15 @@ def sparse_bytes_kernel(
     fused: FusedFunction, target: Target, choice: Choice | None, dot: Dot | None
 ) -> SparseBytesKernel | None:
     """A sparse convolution of bytes with the four-byte products of `dot`; None: no form for it."""
-    anchor = fused.anchor
-    if anchor is None or not isinstance(anchor.spec, SparseConv2dSpec) or dot is None:
+    if dot is None:
         return None
-    spec = anchor.spec
-    if not takes_bytes(spec) or spec.group != GROUP or spec.block % dot.lanes:
-        return None
-    operands = sparse_operands(fused, anchor, spec)
-    epilogue = Epilogue(fused, anchor)
-    if operands is None or any(not stage.is_map for stage in epilogue.rest):
-        return None
-    return SparseBytesKernel(fused, spec, operands, dot, target, epilogue, choice)
+    lanes = dot.lanes
+
+    def takes(spec: SparseConv2dSpec) -> bool:
+        return takes_bytes(spec) and spec.group == GROUP and spec.block % lanes == 0
+
+    layer = read_layer(fused, target, choice, (SparseConv2dSpec,), takes, sparse_operands, Epilogue)
+    return None if layer is None else SparseBytesKernel(layer, dot)
 
 
 def takes_bytes(spec: SparseConv2dSpec) -> bool:
@@ -64,23 +62,13 @@ def takes_bytes(spec: SparseConv2dSpec) -> bool:
     )
 
 
-class SparseBytesKernel:
+class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]):
     """One function being written."""
 
-    def __init__(
-        self,
-        fused: FusedFunction,
-        spec: SparseConv2dSpec,
-        operands: tuple[Operands, tirx.Buffer, tirx.Buffer],
-        dot: Dot,
-        target: Target,
-        epilogue: Epilogue,
-        choice: Choice | None,
-    ) -> None:
-        self.fused, self.spec, self.dot = fused, spec, dot
-        self.target, self.epilogue = target, epilogue
-        self.operands, self.offsets, self.starts = operands
-        self.window = window_of(spec)
+    def __init__(self, layer: SparseLayer, dot: Dot) -> None:
+        super().__init__(layer)
+        spec, target, choice = layer.spec, layer.target, layer.choice
+        self.dot, self.window = dot, window_of(spec)
         self.is_pointwise = spec.kernel == (1, 1) and not any(spec.padding)
         self.run = target.vector_bits // 8
         """Positions that are interleaved at once."""
@@ -153,8 +141,8 @@ class SparseBytesKernel:
             where = e.alloc(groups * GROUP, "int32", "where")
             quads = e.alloc(groups * run * GROUP, "uint8", "quads")
             with e.loop("block", spec.blocks) as block:
-                first = e.bind("first", self.starts[block])
-                count = e.bind("count", self.starts[block + 1] - first)
+                first = e.bind("first", self.operands.starts[block])
+                count = e.bind("count", self.operands.starts[block + 1] - first)
                 with e.loop("entry", count) as entry:
                     e.store(where, self._in_planes(first + entry, plane), entry)
                 with e.loop("chunk", ceil_div(slots, run)) as chunk:
@@ -168,7 +156,7 @@ class SparseBytesKernel:
 
     def _in_planes(self, entry: Any, plane: int) -> ir.Expr:
         """Where an entry's data begins: its offset in the layer's own order, channels first."""
-        offset = self.offsets[entry].astype("int32")
+        offset = self.operands.offsets[entry].astype("int32")
         if self.is_pointwise:
             return offset * plane
         row, column = self.spec.pitches

@@ -19,7 +19,8 @@ from tvm import ir, tirx
 from ...targets import Target
 from ..choice import Choice, SearchSpace
 from ..emit import Emitter
-from ..fused import FusedFunction, Stage
+from ..fused import FusedFunction
+from ..layer_kernel import Layer, LayerKernel, read_layer
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, ceil_div
 from ..window import window_of
@@ -61,33 +62,16 @@ def depthwise_kernel(
     fused: FusedFunction, target: Target, choice: Choice | None
 ) -> _DepthwiseKernel | None:
     """The depthwise convolution with what follows it; None: no form for it."""
-    anchor = fused.anchor
-    if anchor is None or not isinstance(anchor.spec, Conv2dSpec) or not takes(anchor.spec):
-        return None
-    operands = find_operands(fused, anchor, anchor.spec)
-    if operands is None:
-        return None
-    epilogue = DspEpilogue(fused, anchor, target)
-    if any(not stage.is_map for stage in epilogue.rest):
-        return None
-    return _DepthwiseKernel(fused, anchor, anchor.spec, operands, target, epilogue, choice)
+    layer = read_layer(fused, target, choice, (Conv2dSpec,), takes, find_operands, DspEpilogue)
+    return None if layer is None else _DepthwiseKernel(layer)
 
 
-class _DepthwiseKernel:
+class _DepthwiseKernel(LayerKernel[Conv2dSpec, Operands, DspEpilogue]):
     """One function being written."""
 
-    def __init__(
-        self,
-        fused: FusedFunction,
-        anchor: Stage,
-        spec: Conv2dSpec,
-        operands: Operands,
-        target: Target,
-        epilogue: DspEpilogue,
-        choice: Choice | None,
-    ) -> None:
-        self.fused, self.anchor, self.spec, self.operands = fused, anchor, spec, operands
-        self.target, self.epilogue = target, epilogue
+    def __init__(self, layer: Layer[Conv2dSpec, Operands, DspEpilogue]) -> None:
+        super().__init__(layer)
+        spec, choice = layer.spec, layer.choice
         self.window = window_of(spec)
         stride = spec.strides[0]
         # A tile begins at an even row, so that words lie the same in all of them.
@@ -105,7 +89,7 @@ class _DepthwiseKernel:
         groups = [n for n in range(1, self.strips + 1) if self.strips % n == 0]
         self.group = max(n for n in groups if n == 1 or n * size <= _SUM_BYTES)
         self.loops = self._assembly()
-        self.e = Emitter(finisher(target))
+        self.e = Emitter(finisher(self.target))
 
     def _plane(self, rows: int) -> int:
         """Elements of a plane for so many output rows."""

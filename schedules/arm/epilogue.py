@@ -20,8 +20,7 @@ class DspEpilogue(Epilogue):
     channel alone: accumulators start from `initial`."""
 
     def __init__(self, fused: FusedFunction, anchor: Stage, target: Target) -> None:
-        super().__init__(fused, anchor)
-        self.target = target
+        super().__init__(fused, anchor, target)
         self.channels = self.shape[-1]
         self.biased = self._find_bias()
         self.sums: tirx.Buffer | None = None

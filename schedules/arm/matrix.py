@@ -18,7 +18,8 @@ from tvm import ir, tirx
 from ...targets import Target
 from ..choice import Choice, SearchSpace
 from ..emit import Emitter
-from ..fused import FusedFunction, Stage
+from ..fused import FusedFunction
+from ..layer_kernel import Layer, LayerKernel, read_layer
 from ..layout import PackedLayout
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
@@ -38,6 +39,8 @@ _LEAST_JOINED_STEPS = 12
 # Steps written out: a turn of the loop costs four instructions, a step of a full tile fifteen.
 _STEPS = (12, 10, 8, 6, 4)
 _EPILOGUE = 11
+
+_Layer = Layer[Conv2dSpec | MatmulSpec, Operands, DspEpilogue]
 
 
 def takes(spec: WeightedSpec) -> bool:
@@ -99,41 +102,26 @@ def layout_of(spec: WeightedSpec, codes: np.ndarray) -> PackedLayout:
     return JOINED
 
 
+def _reads(spec: Conv2dSpec | MatmulSpec) -> bool:
+    return takes(spec) and spec.packed_layout in (LAYOUT, JOINED)
+
+
 def matrix_kernel(
     fused: FusedFunction, target: Target, choice: Choice | None
 ) -> _MatrixKernel | None:
     """The convolution or linear layer with what follows it; None: no form for it."""
-    anchor = fused.anchor
-    if anchor is None or not isinstance(anchor.spec, (Conv2dSpec, MatmulSpec)):
-        return None
-    spec = anchor.spec
-    packed = spec.packed_layout
-    if packed is None or not takes(spec) or packed not in (LAYOUT, JOINED):
-        return None
-    operands = find_operands(fused, anchor, spec)
-    if operands is None:
-        return None
-    epilogue = DspEpilogue(fused, anchor, target)
-    if any(not stage.is_map for stage in epilogue.rest):
-        return None
-    return _MatrixKernel(fused, anchor, spec, operands, target, epilogue, choice)
+    layer: _Layer | None = read_layer(
+        fused, target, choice, (Conv2dSpec, MatmulSpec), _reads, find_operands, DspEpilogue
+    )
+    return None if layer is None else _MatrixKernel(layer)
 
 
-class _MatrixKernel:
+class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, DspEpilogue]):
     """One function being written."""
 
-    def __init__(
-        self,
-        fused: FusedFunction,
-        anchor: Stage,
-        spec: Conv2dSpec | MatmulSpec,
-        operands: Operands,
-        target: Target,
-        epilogue: DspEpilogue,
-        choice: Choice | None,
-    ) -> None:
-        self.fused, self.anchor, self.spec, self.operands = fused, anchor, spec, operands
-        self.target, self.epilogue = target, epilogue
+    def __init__(self, layer: _Layer) -> None:
+        super().__init__(layer)
+        spec, choice = layer.spec, layer.choice
         self.window = window_of(spec)
         packed = spec.packed_layout
         assert packed is not None
@@ -154,7 +142,7 @@ class _MatrixKernel:
         if choice is not None:
             self.columns = min(choice["columns"], self.extent)
             self.unroll = choice["unroll"]
-        self.e = Emitter(finisher(target))
+        self.e = Emitter(finisher(self.target))
 
     def _columns(self) -> int:
         """Outputs of a tile, for the fewest instructions."""

@@ -17,6 +17,7 @@ from ...targets import Target
 from ..choice import Choice, SearchSpace
 from ..epilogue import Epilogue
 from ..fused import FusedFunction, Stage
+from ..layer_kernel import Layer, LayerKernel, read_layer
 from ..layout import PackedLayout
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, ceil_div
@@ -54,35 +55,24 @@ def depthwise_kernel(
     fused: FusedFunction, target: Target, choice: Choice | None = None
 ) -> _DepthwiseKernel | None:
     """The whole fused function around its depthwise convolution; None: no form for it."""
-    anchor = fused.anchor
-    if anchor is None or not isinstance(anchor.spec, Conv2dSpec) or not takes(anchor.spec):
-        return None
-    operands = find_operands(fused, anchor, anchor.spec)
-    if operands is None or anchor.spec.packed_layout != LAYOUT:
-        return None
-    if operands.data in fused.producers:
-        return None
-    epilogue = Epilogue(fused, anchor)
-    if any(not stage.is_map for stage in epilogue.rest):
-        return None
-    return _DepthwiseKernel(fused, anchor, anchor.spec, operands, target, epilogue, choice)
+    layer = read_layer(fused, target, choice, (Conv2dSpec,), takes, _stored_operands, Epilogue)
+    return None if layer is None else _DepthwiseKernel(layer)
 
 
-class _DepthwiseKernel:
+def _stored_operands(fused: FusedFunction, anchor: Stage, spec: Conv2dSpec) -> Operands | None:
+    """None for a weight in another order, or data computed in the same function."""
+    operands = find_operands(fused, anchor, spec)
+    if operands is None or spec.packed_layout != LAYOUT or operands.data in fused.producers:
+        return None
+    return operands
+
+
+class _DepthwiseKernel(LayerKernel[Conv2dSpec, Operands, Epilogue]):
     """One function being written."""
 
-    def __init__(
-        self,
-        fused: FusedFunction,
-        anchor: Stage,
-        spec: Conv2dSpec,
-        operands: Operands,
-        target: Target,
-        epilogue: Epilogue,
-        choice: Choice | None,
-    ) -> None:
-        self.fused, self.anchor, self.spec, self.operands = fused, anchor, spec, operands
-        self.target, self.epilogue = target, epilogue
+    def __init__(self, layer: Layer[Conv2dSpec, Operands, Epilogue]) -> None:
+        super().__init__(layer)
+        spec, choice = layer.spec, layer.choice
         self.window = window_of(spec)
         self.width = min(GROUP, spec.in_channels)
         places = [
@@ -96,7 +86,7 @@ class _DepthwiseKernel:
         self.columns, self.bands = self._segment()
         if choice is not None:
             self.columns, self.bands = choice["columns"], choice["bands"]
-        self.e = VectorEmitter(finisher(target))
+        self.e = VectorEmitter(finisher(self.target))
 
     def _segment(self) -> tuple[int, int]:
         """Columns and windows one below the other whose sums are made in one go."""

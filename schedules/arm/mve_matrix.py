@@ -21,7 +21,8 @@ from ...targets import Target
 from ..choice import Choice, SearchSpace
 from ..emit import vector
 from ..epilogue import Epilogue
-from ..fused import FusedFunction, Stage
+from ..fused import FusedFunction
+from ..layer_kernel import Layer, LayerKernel, read_layer
 from ..layout import PackedLayout
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
@@ -36,6 +37,8 @@ _SUMS_BYTES = 2048
 _UNROLLS = (4, 6, 8, 12, 18)
 # Instructions: a vector of four results; the constants of a segment's channels; a segment's loops.
 _RESULT, _CONSTANTS, _SEGMENT = 12, 8, 20
+
+_Layer = Layer[Conv2dSpec | MatmulSpec, Operands, Epilogue]
 
 
 def takes(spec: WeightedSpec) -> bool:
@@ -69,51 +72,40 @@ def layout_for(spec: WeightedSpec) -> PackedLayout:
     return together if saved > MOST_OUTPUTS * (2 * vectors + 4) else by_rows
 
 
+def _reads(spec: Conv2dSpec | MatmulSpec) -> bool:
+    return takes(spec) and spec.packed_layout in _layouts(spec)
+
+
 def matrix_kernel(
     fused: FusedFunction, target: Target, choice: Choice | None = None
 ) -> _MatrixKernel | None:
     """The whole fused function around its convolution or linear layer; None: no form for it."""
-    anchor = fused.anchor
-    if anchor is None or not isinstance(anchor.spec, (Conv2dSpec, MatmulSpec)):
+    layer: _Layer | None = read_layer(
+        fused, target, choice, (Conv2dSpec, MatmulSpec), _reads, find_operands, Epilogue
+    )
+    if layer is None:
         return None
-    spec = anchor.spec
-    if not takes(spec) or spec.packed_layout not in _layouts(spec):
-        return None
-    operands = find_operands(fused, anchor, spec)
-    if operands is None:
-        return None
-    epilogue = Epilogue(fused, anchor)
-    if any(not stage.is_map for stage in epilogue.rest):
-        return None
-    kernel = _MatrixKernel(fused, anchor, spec, operands, target, epilogue, choice)
+    kernel = _MatrixKernel(layer)
     return kernel if kernel.is_possible else None
 
 
-class _MatrixKernel:
+class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, Epilogue]):
     """One function being written."""
 
-    def __init__(
-        self,
-        fused: FusedFunction,
-        anchor: Stage,
-        spec: Conv2dSpec | MatmulSpec,
-        operands: Operands,
-        target: Target,
-        epilogue: Epilogue,
-        choice: Choice | None,
-    ) -> None:
-        self.fused, self.anchor, self.spec, self.operands = fused, anchor, spec, operands
-        self.target, self.epilogue = target, epilogue
+    def __init__(self, layer: _Layer) -> None:
+        super().__init__(layer)
+        spec, choice = layer.spec, layer.choice
         self.window = window = window_of(spec)
         self.is_together = spec.packed_layout == _layouts(spec)[1]
         self.lanes = lanes_of(spec.data_dtype)
         self.flat = window.columns == 1 and window.kernel == (1, 1)
         self.extent = window.rows if self.flat else window.columns
-        self.is_copied = self.is_together or any(window.padding) or operands.data in fused.producers
+        is_computed = self.operands.data in self.fused.producers
+        self.is_copied = self.is_together or any(window.padding) or is_computed
         self.blocks = ceil_div(window.out_channels, CHANNELS)
         self.unroll = MicroKernel.unroll if choice is None else choice["unroll"]
         self.pixels = self._pixels() if choice is None else choice["pixels"]
-        self.e = VectorEmitter(finisher(target))
+        self.e = VectorEmitter(finisher(self.target))
 
     @property
     def is_possible(self) -> bool:

@@ -13,8 +13,7 @@ from ..choice import Choice
 from ..depthwise_kernel import UNROLLED_TAPS, DepthwiseKernel, depthwise_kernel_as
 from ..dot import flip_sign
 from ..emit import splat, vector
-from ..epilogue import Epilogue
-from ..fused import FusedFunction, Stage
+from ..fused import FusedFunction
 from ..spec import WeightedSpec
 from .dot import multiplies_bytes, multiply_halves
 from .epilogue import NeonEpilogue
@@ -42,10 +41,7 @@ class NeonDepthwiseKernel(DepthwiseKernel):
     """One function being written."""
 
     name = "neon.depthwise"
-
-    @staticmethod
-    def epilogue_of(fused: FusedFunction, anchor: Stage, target: Target) -> Epilogue:
-        return NeonEpilogue(fused, anchor, target)
+    epilogue_type = NeonEpilogue
 
     @property
     def is_bytes(self) -> bool:

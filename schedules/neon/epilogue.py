@@ -32,7 +32,7 @@ class NeonEpilogue(Epilogue):
     """Narrows as above; everything else is written as it stands."""
 
     def __init__(self, fused: FusedFunction, anchor: Stage, target: Target) -> None:
-        super().__init__(fused, anchor)
+        super().__init__(fused, anchor, target)
         self.is_64 = target.has("aarch64")
 
     def finish(self, value: ir.Expr) -> ir.Expr:

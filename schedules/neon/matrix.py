@@ -16,8 +16,7 @@ from ..band import Source
 from ..choice import Choice
 from ..dot import Dot, FloatDot
 from ..emit import dtype_bits, vector
-from ..epilogue import Epilogue
-from ..fused import FusedFunction, Stage
+from ..fused import FusedFunction
 from ..layout import PackedLayout
 from ..matrix import MatrixKernel, MatrixSpec, matrix_kernel_as, takes_weight
 from ..spec import WeightedSpec, ceil_div
@@ -61,10 +60,7 @@ class NeonKernel(MatrixKernel):
     """What the three forms share: a turn of the innermost loop is the steps of one load of data."""
 
     name = "neon.matrix"
-
-    @staticmethod
-    def epilogue_of(fused: FusedFunction, anchor: Stage, target: Target) -> Epilogue:
-        return NeonEpilogue(fused, anchor, target)
+    epilogue_type = NeonEpilogue
 
     @staticmethod
     def select_dot(spec: WeightedSpec, target: Target, packed: PackedLayout) -> Dot | None:

@@ -15,7 +15,8 @@ from tvm import ir, tirx
 from ...targets import Target
 from ..choice import Choice, SearchSpace
 from ..emit import Emitter
-from ..fused import FusedFunction, Stage
+from ..fused import FusedFunction
+from ..layer_kernel import Layer, LayerKernel, read_layer
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, ceil_div
 from ..window import window_of
@@ -45,33 +46,16 @@ def depthwise_kernel(
     fused: FusedFunction, target: Target, choice: Choice | None
 ) -> _DepthwiseKernel | None:
     """The depthwise convolution with what follows it; None: no form for it."""
-    anchor = fused.anchor
-    if anchor is None or not isinstance(anchor.spec, Conv2dSpec) or not takes(anchor.spec):
-        return None
-    operands = find_operands(fused, anchor, anchor.spec)
-    if operands is None:
-        return None
-    epilogue = ScalarEpilogue(fused, anchor, target)
-    if any(not stage.is_map for stage in epilogue.rest):
-        return None
-    return _DepthwiseKernel(fused, anchor, anchor.spec, operands, target, epilogue, choice)
+    layer = read_layer(fused, target, choice, (Conv2dSpec,), takes, find_operands, ScalarEpilogue)
+    return None if layer is None else _DepthwiseKernel(layer)
 
 
-class _DepthwiseKernel:
+class _DepthwiseKernel(LayerKernel[Conv2dSpec, Operands, ScalarEpilogue]):
     """One function being written."""
 
-    def __init__(
-        self,
-        fused: FusedFunction,
-        anchor: Stage,
-        spec: Conv2dSpec,
-        operands: Operands,
-        target: Target,
-        epilogue: ScalarEpilogue,
-        choice: Choice | None,
-    ) -> None:
-        self.fused, self.anchor, self.spec, self.operands = fused, anchor, spec, operands
-        self.target, self.epilogue = target, epilogue
+    def __init__(self, layer: Layer[Conv2dSpec, Operands, ScalarEpilogue]) -> None:
+        super().__init__(layer)
+        spec, choice = layer.spec, layer.choice
         self.window = window_of(spec)
         # In its own words the window has one channel a group; a row holds those of all.
         self.channels = spec.in_channels

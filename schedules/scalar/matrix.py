@@ -15,7 +15,8 @@ from ...targets import Target
 from ..arm.assembly import as_llvm
 from ..choice import Choice, SearchSpace
 from ..emit import Emitter
-from ..fused import FusedFunction, Stage
+from ..fused import FusedFunction
+from ..layer_kernel import Layer, LayerKernel, read_layer
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..window import window_of
@@ -31,6 +32,8 @@ _TURN = 120
 """Instructions of a turn of the innermost loop, which has three or four of its own."""
 _EPILOGUE = 16
 """Instructions of an output behind its sum, roughly."""
+
+_Layer = Layer[Conv2dSpec | MatmulSpec, Operands, ScalarEpilogue]
 
 
 def takes(spec: WeightedSpec) -> bool:
@@ -49,24 +52,19 @@ def takes(spec: WeightedSpec) -> bool:
     )
 
 
+def _reads(spec: Conv2dSpec | MatmulSpec) -> bool:
+    packed = spec.packed_layout
+    return takes(spec) and packed is not None and (packed.group, packed.axis) == (1, "R")
+
+
 def matrix_kernel(
     fused: FusedFunction, target: Target, choice: Choice | None
 ) -> _MatrixKernel | None:
     """The convolution or linear layer with what follows it; None: no form for it."""
-    anchor = fused.anchor
-    if anchor is None or not isinstance(anchor.spec, (Conv2dSpec, MatmulSpec)):
-        return None
-    spec = anchor.spec
-    packed = spec.packed_layout
-    if packed is None or not takes(spec) or (packed.group, packed.axis) != (1, "R"):
-        return None
-    operands = find_operands(fused, anchor, spec)
-    if operands is None:
-        return None
-    epilogue = ScalarEpilogue(fused, anchor, target)
-    if any(not stage.is_map for stage in epilogue.rest):
-        return None
-    return _MatrixKernel(fused, anchor, spec, operands, target, epilogue, choice)
+    layer: _Layer | None = read_layer(
+        fused, target, choice, (Conv2dSpec, MatmulSpec), _reads, find_operands, ScalarEpilogue
+    )
+    return None if layer is None else _MatrixKernel(layer)
 
 
 def loops_of(target: Target) -> type[Loops]:
@@ -76,21 +74,12 @@ def loops_of(target: Target) -> type[Loops]:
     return Rv64Loops if target.has("rv64") else Rv32Loops
 
 
-class _MatrixKernel:
+class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, ScalarEpilogue]):
     """One function being written."""
 
-    def __init__(
-        self,
-        fused: FusedFunction,
-        anchor: Stage,
-        spec: Conv2dSpec | MatmulSpec,
-        operands: Operands,
-        target: Target,
-        epilogue: ScalarEpilogue,
-        choice: Choice | None,
-    ) -> None:
-        self.fused, self.anchor, self.spec, self.operands = fused, anchor, spec, operands
-        self.target, self.epilogue = target, epilogue
+    def __init__(self, layer: _Layer) -> None:
+        super().__init__(layer)
+        spec, choice = layer.spec, layer.choice
         self.window = window_of(spec)
         packed = spec.packed_layout
         assert packed is not None
@@ -98,7 +87,7 @@ class _MatrixKernel:
         self.extent = self.window.rows if self.flat else self.window.columns
         self.run = self.window.kernel[1] * self.window.channels
         """Positions of the reduction that lie side by side."""
-        self.form = loops_of(target)
+        self.form = loops_of(self.target)
         self.channels = packed.width
         if self.form.is_channel_major:
             most = 4 if self.extent == 1 else 2

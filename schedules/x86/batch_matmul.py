@@ -24,6 +24,7 @@ from ..dot import Dot, FloatDot
 from ..emit import Emitter, vector, vector_parts
 from ..epilogue import Epilogue
 from ..fused import FusedFunction, Stage
+from ..layer_kernel import Layer, LayerKernel, read_layer
 from ..spec import BatchMatmulSpec, ceil_div
 from .dot import ByteDot, WordDot, has_byte_dot
 from .tile import choose_tile
@@ -39,27 +40,22 @@ _ROW_BYTES = 16
 # ... and rows at a multiple of this distance would throw each other out of the cache.
 _ALIASED_BYTES = 1024
 
+_Sides = tuple[tirx.Buffer, tirx.Buffer]
+
 
 def batch_matmul_kernel(
-    fused: FusedFunction, target: Target, _choice: Choice | None
+    fused: FusedFunction, target: Target, choice: Choice | None
 ) -> _BatchMatmulKernel | None:
     """The product of two computed matrices; None: no form for it."""
-    anchor = fused.anchor
-    if anchor is None or not isinstance(anchor.spec, BatchMatmulSpec):
-        return None
-    spec = anchor.spec
-    dot = _select_dot(spec, target)
-    sides = _sides(anchor, spec)
-    if dot is None or sides is None or any(side in fused.producers for side in sides):
-        return None
-    epilogue = Epilogue(fused, anchor)
-    if any(not stage.is_map for stage in epilogue.rest):
-        return None
-    return _BatchMatmulKernel(fused, spec, sides, dot, target, epilogue)
+    dot_of = partial(_select_dot, target=target)
+    layer = read_layer(fused, target, choice, (BatchMatmulSpec,), dot_of, _sides, Epilogue)
+    dot = None if layer is None else dot_of(layer.spec)
+    return None if layer is None or dot is None else _BatchMatmulKernel(layer, dot)
 
 
-def _sides(anchor: Stage, spec: BatchMatmulSpec) -> tuple[tirx.Buffer, tirx.Buffer] | None:
-    """The two operands, perhaps one buffer; None when the block does not read what `spec` says."""
+def _sides(fused: FusedFunction, anchor: Stage, spec: BatchMatmulSpec) -> _Sides | None:
+    """The two operands, perhaps one buffer; None when the block does not read what `spec` says, or
+    one of them is computed in the same function."""
     reads: list[tirx.Buffer] = []
     for buffer in anchor.reads:
         if not buffer.same_as(anchor.buffer) and not any(buffer.same_as(r) for r in reads):
@@ -69,6 +65,8 @@ def _sides(anchor: Stage, spec: BatchMatmulSpec) -> tuple[tirx.Buffer, tirx.Buff
     a, b = reads[0], reads[-1]
     for buffer, shape, dtype in ((a, spec.a_shape, spec.a_dtype), (b, spec.b_shape, spec.b_dtype)):
         if tuple(int(n) for n in buffer.shape) != shape or str(buffer.dtype) != dtype:
+            return None
+        if buffer in fused.producers:
             return None
     return a, b
 
@@ -90,21 +88,13 @@ def _select_dot(spec: BatchMatmulSpec, target: Target) -> Dot | None:
     return WordDot(lanes, "int16", False)
 
 
-class _BatchMatmulKernel:
+class _BatchMatmulKernel(LayerKernel[BatchMatmulSpec, _Sides, Epilogue]):
     """One function being written."""
 
-    def __init__(
-        self,
-        fused: FusedFunction,
-        spec: BatchMatmulSpec,
-        sides: tuple[tirx.Buffer, tirx.Buffer],
-        dot: Dot,
-        target: Target,
-        epilogue: Epilogue,
-    ) -> None:
-        self.fused, self.spec, self.sides = fused, spec, sides
-        self.dot, self.target, self.epilogue = dot, target, epilogue
-        self.lanes = dot.lanes
+    def __init__(self, layer: Layer[BatchMatmulSpec, _Sides, Epilogue], dot: Dot) -> None:
+        super().__init__(layer)
+        spec, target = layer.spec, layer.target
+        self.dot, self.lanes = dot, dot.lanes
         self.blocks = ceil_div(spec.columns, self.lanes)
         self.steps = ceil_div(spec.depth, dot.group)
         # A and B of the equation, for codes as the instruction sees them: a unsigned, b signed.
@@ -133,7 +123,7 @@ class _BatchMatmulKernel:
 
     def build(self) -> tirx.PrimFunc:
         e, spec = self.e, self.spec
-        self.a, self.b = (e.flat(side) for side in self.sides)
+        self.a, self.b = (e.flat(side) for side in self.operands)
         self.epilogue.declare(e)
         tasks = spec.batch * self.bands
         with e.loop("task", tasks, "parallel" if self.parallel else "serial") as task:

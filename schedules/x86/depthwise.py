@@ -10,12 +10,9 @@ from tvm import tirx
 from ...targets import Target
 from ..band import Source
 from ..choice import Choice
-from ..depthwise_kernel import DepthwiseKernel, depthwise_kernel_as
+from ..depthwise_kernel import DepthwiseKernel, DepthwiseLayer, depthwise_kernel_as
 from ..emit import vector
-from ..epilogue import Epilogue
-from ..fused import FusedFunction, Stage
-from ..operands import Operands
-from ..spec import Conv2dSpec
+from ..fused import FusedFunction
 from .taps import TapWords, tap_words
 
 _OUTPUTS_IN_WORDS, _LEAST_ROWS = 4, 8
@@ -33,18 +30,9 @@ class X86DepthwiseKernel(DepthwiseKernel):
 
     name = "x86.depthwise"
 
-    def __init__(
-        self,
-        fused: FusedFunction,
-        anchor: Stage,
-        spec: Conv2dSpec,
-        operands: Operands,
-        target: Target,
-        epilogue: Epilogue,
-        choice: Choice | None,
-    ) -> None:
-        self.words = tap_words(spec, target, min(target.lanes(32), 16))
-        super().__init__(fused, anchor, spec, operands, target, epilogue, choice)
+    def __init__(self, layer: DepthwiseLayer) -> None:
+        self.words = tap_words(layer.spec, layer.target, min(layer.target.lanes(32), 16))
+        super().__init__(layer)
         if self.words is not None and self.columns % 2 and self.columns < self.window.columns:
             self.columns += 1  # the phase of every output of a tile is known
 

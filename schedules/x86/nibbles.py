@@ -22,13 +22,10 @@ from ..band import Source
 from ..choice import Choice
 from ..dot import Dot
 from ..emit import vector
-from ..epilogue import Epilogue
-from ..fused import FusedFunction, Stage
-from ..matrix import MatrixSpec, matrix_kernel_as
-from ..operands import Operands
+from ..fused import FusedFunction
+from ..matrix import MatrixLayer, matrix_kernel_as
 from ..spec import TABLE_SIZE, Conv2dSpec, MatmulSpec, WeightedSpec
 from ..tile import Tile
-from ..window import Window
 from .dot import ByteDot, ChainDot, has_pairs
 from .matrix import X86MatrixKernel
 from .tile import choose_tile
@@ -87,20 +84,9 @@ class NibbleKernel(X86MatrixKernel):
 
     name = NAME
 
-    def __init__(
-        self,
-        fused: FusedFunction,
-        anchor: Stage,
-        spec: MatrixSpec,
-        operands: Operands,
-        window: Window,
-        dot: Dot,
-        target: Target,
-        epilogue: Epilogue,
-        choice: Choice | None,
-    ) -> None:
-        super().__init__(fused, anchor, spec, operands, window, dot, target, epilogue, choice)
-        if choice is None and self.tile.positions == 1:
+    def __init__(self, layer: MatrixLayer, dot: Dot) -> None:
+        super().__init__(layer, dot)
+        if layer.choice is None and self.tile.positions == 1:
             self.chain = dot.chain
 
     def build(self) -> tirx.PrimFunc:

@@ -29,7 +29,7 @@ from ..dot import Dot
 from ..emit import Emitter, vector, vector_parts
 from ..epilogue import Epilogue
 from ..fused import FusedFunction
-from ..layout import PackedLayout
+from ..layer_kernel import Layer, LayerKernel, read_layer
 from ..matrix import PARALLEL_MACS
 from ..operands import Operands, find_operands
 from ..pitch import ALIASED_BYTES
@@ -70,22 +70,20 @@ def winograd_kernel(
     """A 3x3 convolution; None: not applicable, or it would be slower than the direct kernel."""
     if choice is not None and "outputs" not in choice:
         return None  # one of the direct kernel
-    anchor = fused.anchor
-    if anchor is None or not isinstance(anchor.spec, Conv2dSpec):
+    dot_of = partial(_dot_of, target=target)
+    layer = read_layer(fused, target, choice, (Conv2dSpec,), dot_of, find_operands, Epilogue)
+    dot = None if layer is None else dot_of(layer.spec)
+    if layer is None or dot is None:
         return None
-    spec = anchor.spec
+    kernel = _WinogradKernel(layer, dot)
+    return kernel if choice is not None or kernel.pays else None
+
+
+def _dot_of(spec: Conv2dSpec, target: Target) -> Dot | None:
     packed = spec.packed_layout
     if packed is None or packed.axis != "R" or packed.group != 1 or not _is_applicable(spec):
         return None
-    dot = select_dot(spec, target, packed.width)
-    operands = find_operands(fused, anchor, spec)
-    if dot is None or operands is None:
-        return None
-    epilogue = Epilogue(fused, anchor)
-    if any(not stage.is_map for stage in epilogue.rest):
-        return None
-    kernel = _WinogradKernel(fused, spec, packed, operands, dot, target, epilogue, choice)
-    return kernel if choice is not None or kernel.pays else None
+    return select_dot(spec, target, packed.width)
 
 
 def _is_applicable(spec: Conv2dSpec) -> bool:
@@ -132,23 +130,13 @@ class _Blocking:
         return _Blocking(**choice)
 
 
-class _WinogradKernel:
+class _WinogradKernel(LayerKernel[Conv2dSpec, Operands, Epilogue]):
     """One function being written."""
 
-    def __init__(
-        self,
-        fused: FusedFunction,
-        spec: Conv2dSpec,
-        packed: PackedLayout,
-        operands: Operands,
-        dot: Dot,
-        target: Target,
-        epilogue: Epilogue,
-        choice: Choice | None,
-    ) -> None:
-        self.fused, self.spec, self.operands = fused, spec, operands
-        self.dot, self.target, self.epilogue = dot, target, epilogue
-        self.lanes = packed.width
+    def __init__(self, layer: Layer[Conv2dSpec, Operands, Epilogue], dot: Dot) -> None:
+        super().__init__(layer)
+        spec, target, choice = layer.spec, layer.target, layer.choice
+        self.dot, self.lanes = dot, dot.lanes
         self.window = window_of(spec)
         self.blocks = ceil_div(self.window.out_channels, self.lanes)
         # Places of the transformed data lie at such distances (in values).
@@ -156,7 +144,7 @@ class _WinogradKernel:
         self.parallel = target.threads > 1 and spec.macs >= _PARALLEL_MACS
         self.threads = target.threads if self.parallel else 1
         self.blocking = self._choose_blocking() if choice is None else _Blocking.of(choice)
-        direct = not any(self.window.padding) and operands.data not in fused.producers
+        direct = not any(self.window.padding) and layer.operands.data not in layer.fused.producers
         self.band = Band(
             self.window,
             not direct,
