@@ -112,6 +112,7 @@ def test_high_product_is_the_float64_product() -> None:
         wanted = np.clip(numerics.scale_float64(x, np.array(real)), low, high)
         found = np.clip(numerics.scale_high(x, *constants), low, high)
         np.testing.assert_array_equal(found, wanted)
+    assert constants is not None
     mantissa, shift = constants
     arrays = (x.astype(np.int32), np.zeros(1, np.int32), np.int32([mantissa]), np.int8([shift]))
     kernel = requantize(x.shape, "int32", (1,), zero, (-128, 127), "int8", "high")
@@ -281,7 +282,7 @@ def test_one_rounding_of_codes_above_the_zero_point(real: float, zero_point: int
     wanted = np.clip(scaled, 0, 127 - zero_point)
     constants = numerics.rounded_once(mantissa, exponent, zero_point)
     assert constants is not None
-    found = np.clip(numerics.scale_once(x, *constants, zero_point), zero_point, 127)
+    found = np.clip(numerics.scale_once(x, *constants, zero_point=zero_point), zero_point, 127)
     np.testing.assert_array_equal(found - zero_point, wanted)
     bounds = (zero_point, 127)
     kernel = requantize(x.shape, "int32", (1,), zero_point, bounds, "int8", "rounded_once")
