@@ -203,7 +203,8 @@ def requantize(
 
         def compute(*i: tirx.PrimExpr) -> tirx.PrimExpr:
             total = (acc[i].astype(wide) + at(bias, i)).astype("int32")
-            code = rounded_once(total, *(at(factor, i) for factor in factors), zero_point=zero_point)
+            mantissa, shift = (at(factor, i) for factor in factors)
+            code = rounded_once(total, mantissa, shift, zero_point)
             return _clamp(code, _const(low, "int32"), _const(high, "int32")).astype(dtype)
 
     else:

@@ -282,7 +282,8 @@ def test_one_rounding_of_codes_above_the_zero_point(real: float, zero_point: int
     wanted = np.clip(scaled, 0, 127 - zero_point)
     constants = numerics.rounded_once(mantissa, exponent, zero_point)
     assert constants is not None
-    found = np.clip(numerics.scale_once(x, *constants, zero_point=zero_point), zero_point, 127)
+    once, shift = constants
+    found = np.clip(numerics.scale_once(x, once, shift, zero_point), zero_point, 127)
     np.testing.assert_array_equal(found - zero_point, wanted)
     bounds = (zero_point, 127)
     kernel = requantize(x.shape, "int32", (1,), zero_point, bounds, "int8", "rounded_once")

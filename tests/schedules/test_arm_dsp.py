@@ -78,7 +78,8 @@ class Requantisation:
         def compute(*i: Any) -> Any:
             total = acc[i] + bias[i[-1]]
             if self.rule == "rounded_once":
-                code = rounded_once(total, *(f[i[-1]] for f in factors), zero_point=zero_point)
+                mantissa, shift = (f[i[-1]] for f in factors)
+                code = rounded_once(total, mantissa, shift, zero_point)
             elif self.rule != "float32":
                 scale = INTEGER_RULES[self.rule][1]
                 code = scale(total, *(f[i[-1]] for f in factors)) + tirx.const(zero_point, "int32")
