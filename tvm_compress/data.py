@@ -600,6 +600,12 @@ def _adapter(
             f"{what} is uint8; the model takes {spec.dtype}. Convert the data, or give the recipe "
             "a `preprocessing:` block to scale 8-bit images"
         )
+    if dtype.kind == "f" and spec.dtype.startswith(("int", "uint")):
+        raise DataError(
+            f"{what} is {dtype}; the model takes {spec.dtype} codes. Quantise the data with the "
+            "scale and zero point of the model's input, round(x / scale) + zero_point; a cast "
+            "would give it other numbers"
+        )
     if str(dtype) != spec.dtype:
         raise DataError(
             f"{what} is {dtype}; the model takes {spec.dtype} (convert with "

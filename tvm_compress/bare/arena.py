@@ -527,14 +527,24 @@ def peak_text(arena: ArenaPlan, steps: Sequence[str], names: int = 4) -> str:
 
 
 def ram_shortage(
-    board: str, arena: ArenaPlan, steps: Sequence[str], ram_bytes: int | None
+    board: str,
+    arena: ArenaPlan,
+    steps: Sequence[str],
+    ram_bytes: int | None,
+    caller_bytes: int = 0,
 ) -> str | None:
-    """Why the model does not fit the board's RAM, on one line; None: it does, or has no limit."""
-    if ram_bytes is None or arena.bytes <= ram_bytes:
+    """Why the model does not fit the board's RAM, on one line; None: it does, or has no limit.
+
+    `caller_bytes` are those of inputs and outputs; the stack comes on top (some hundred bytes,
+    which only the linked program tells).
+    """
+    needed = arena.bytes + caller_bytes
+    if ram_bytes is None or needed <= ram_bytes:
         return None
     return (
-        f"the model does not fit {board}: its arena needs {arena.bytes} bytes of RAM, "
-        f"{arena.bytes - ram_bytes} more than the {ram_bytes} there are; {peak_text(arena, steps)}"
+        f"the model does not fit {board}: it needs {needed} bytes of RAM, {needed - ram_bytes} "
+        f"more than the {ram_bytes} there are: {arena.bytes} of arena, {caller_bytes} of inputs "
+        f"and outputs; {peak_text(arena, steps)}"
     )
 
 

@@ -176,7 +176,8 @@ def plan_program(
     }
     scheduled = schedule_kernels(functions, target, choices or {}, form == "c", cache)
     program, plan = plan_memory(with_kernels(program, scheduled.kernels), alignment(target))
-    shortage = ram_shortage(target.name, plan.arena, steps_of(program), target.ram_bytes)
+    outside = sum(program.tensors[name].bytes for name in (*program.inputs, *program.outputs))
+    shortage = ram_shortage(target.name, plan.arena, steps_of(program), target.ram_bytes, outside)
     if shortage is not None:
         raise TargetError(shortage)
     return Planned(target, form, program, plan, scheduled, edges)
