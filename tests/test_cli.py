@@ -17,6 +17,7 @@ import yaml
 
 from tvm_compress.cli import cli
 from tvm_compress.relay_passes.passes import PASSES
+from tvm_compress.targets import list_targets
 
 from .command_line import tiny_onnx, tvm_compress
 
@@ -148,7 +149,44 @@ def test_list_of_passes_and_targets() -> None:
         fields = [field.name for field in dataclasses.fields(entry.config)]
         assert passes[name].split(", ") == ["layers", *fields]
     targets = tvm_compress("list", "targets", "--json").json
-    assert targets[0]["name"] == "host" and targets[0]["runs here"] == "yes"
+    assert targets[0]["name"] == "host" and targets[0]["runs_here"] is True
+
+
+def test_list_of_targets_has_the_facts() -> None:
+    rows = {row["name"]: row for row in tvm_compress("list", "targets", "--json").json}
+    assert list(rows) == [target.name for target in list_targets()]
+    for row in rows.values():
+        assert row["description"] and row["capabilities"] == sorted(row["capabilities"])
+        assert row["vector_bits"] in (32, 64, 128, 256, 512)
+        assert row["tvm_options"]["kind"] == "llvm"
+        assert row["runs_here"] is not bool(row["missing"])
+        assert (row["compiler"] is None) == (row["packages"] == []) == (row["runner"] == "local")
+    board = rows["nucleo-l4r5zi"]
+    assert (board["flash_bytes"], board["ram_bytes"]) == (2 * 1024 * 1024, 640 * 1024)
+    assert "dsp" in board["capabilities"] and board["tvm_options"]["mcpu"] == "cortex-m4"
+    assert (board["runner"], board["machine"]) == ("qemu_system", "mps2-an386")
+    assert board["compiler"] == "arm-none-eabi-gcc" and "gcc-arm-none-eabi" in board["packages"]
+    assert rows["cortex-m4"]["flash_bytes"] is rows["x86-64-v3"]["ram_bytes"] is None
+    assert rows["raspberry-pi-4"]["runner"] == "qemu_user"
+
+
+def test_list_of_targets_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    rows = {row["name"]: row for row in tvm_compress("list", "targets", "--json").json}
+    assert rows["host"]["runs_here"] is True
+    assert rows["cortex-m4"]["runs_here"] is False
+    assert rows["cortex-m4"]["missing"] == ["arm-none-eabi-gcc", "qemu-system-arm"]
+    out = " ".join(tvm_compress("list", "targets").out.split())
+    assert "missing here: arm-none-eabi-gcc, qemu-system-arm (apt-get install gcc-arm" in out
+
+
+def test_table_of_targets_has_memories_and_fits_100_columns() -> None:
+    lines = tvm_compress("list", "targets").out.splitlines()
+    assert max(map(len, lines)) <= 100
+    head = next(line for line in lines if "name" in line)
+    assert "flash kB" in head and "RAM kB" in head
+    board = next(line.split() for line in lines if "bluepill-f103c8" in line)
+    assert "66" in board and "20" in board  # 64 KiB, 20 KiB
 
 
 def test_profile_says_where_parameters_and_operations_are(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from .startup import start_without_torch
 if TYPE_CHECKING:
     from .progress import Progress
     from .runners.rpc import Rpc
-    from .targets import Target
 
 USAGE_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells report it
@@ -721,34 +720,16 @@ def list_(what: str, schema: bool, as_json: bool, debug: bool) -> None:
     if as_json:
         _print_json(rows)
     else:
-        from .report.terminal import print_rows
+        from .report.terminal import print_rows, print_targets
 
-        print_rows(rows)
+        (print_targets if what == "targets" else print_rows)(rows)
 
 
 def _list_targets() -> list[dict[str, Any]]:
     from .targets import list_targets
+    from .targets.listing import facts
 
-    return [
-        {
-            "name": target.name,
-            "runs here": _runs_here(target),
-            "description": target.description,
-        }
-        for target in list_targets()
-    ]
-
-
-def _runs_here(target: Target) -> str:
-    """yes, no, under an emulator, or what is missing for that."""
-    from .targets.machines import MACHINES
-    from .targets.toolchains import missing_tools
-
-    if target.runs_here() or not target.is_cross:
-        return "yes" if target.runs_here() else "no"
-    emulator = MACHINES[target.machine].emulator
-    missing = missing_tools(target)
-    return f"no {missing[0]}" if missing else emulator
+    return [facts(target) for target in list_targets()]
 
 
 def _list_recipes() -> list[dict[str, Any]]:

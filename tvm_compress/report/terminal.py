@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 BAR_WIDTH = 12
 OWN_NOTE = "own: of the layer alone, with the original's values at its inputs."
 PIPE_WIDTH = 120  # columns when the output is not a terminal
+TABLE_WIDTH = 100  # of a table that is mostly sentences
 
 
 def new_console() -> Console:
@@ -426,3 +427,22 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     console.print(table)
+
+
+def print_targets(rows: Sequence[Mapping[str, Any]]) -> None:
+    """`rows` as `targets.listing.facts` makes them; what else they say is in the JSON."""
+    console = new_console()
+    table = new_table("name", "runs here", ">flash kB", ">RAM kB", "description")
+    lacking: dict[str, list[str]] = {}
+    for row in rows:
+        runs = ("emulated" if row["emulator"] else "yes") if row["runs_here"] else "no"
+        memories = (row["flash_bytes"], row["ram_bytes"])
+        sizes = ("" if size is None else f"{size / 1000:.0f}" for size in memories)
+        table.add_row(row["name"], runs, *sizes, row["description"])
+        if row["missing"]:
+            packages = f" (apt-get install {' '.join(row['packages'])})" if row["packages"] else ""
+            lacking.setdefault(f"{', '.join(row['missing'])}{packages}", []).append(row["name"])
+    width = min(console.width, TABLE_WIDTH)
+    console.print(table, width=width)
+    for missing, names in lacking.items():
+        console.print(f"{', '.join(names)}: missing here: {missing}", width=width)
