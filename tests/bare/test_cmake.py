@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -37,6 +38,15 @@ def selftest(project: Path, build: Path, *arguments: str) -> subprocess.Complete
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def commands(source: Path, build: Path, target: str, *arguments: str) -> str:
+    """How `target` is compiled, configured with `arguments`."""
+    cmake("-S", source, "-B", build, "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", *arguments)
+    listed = json.loads((build / "compile_commands.json").read_text())
+    found = [entry["command"] for entry in listed if f"{target}.dir/" in entry["command"]]
+    assert found
+    return "\n".join(found)
+
+
 def spoil(project: Path) -> None:
     """Another result than the network's."""
     golden = project / "golden.c"
@@ -53,6 +63,8 @@ def test_the_selftest_on_this_machine(tiny: Tiny, tmp_path: Path, form: str) -> 
     tiny.project(tmp_path, form)
     done = selftest(tmp_path / "project", tmp_path / "build")
     assert done.returncode == 0 and "100% tests passed" in done.stdout, done.stdout
+    compiled = commands(tmp_path / "project", tmp_path / "build", "tiny")
+    assert all("-O3" in line and "-O2" not in line for line in compiled.splitlines())  # Release
     spoil(tmp_path / "project")
     assert selftest(tmp_path / "project", tmp_path / "build").returncode != 0
 
@@ -101,6 +113,22 @@ def test_a_users_own_project(tiny: Tiny, tmp_path: Path) -> None:
     write_project(built, "tiny", tiny.sources, tmp_path / "deploy")
     (tmp_path / "CMakeLists.txt").write_text(USER_CMAKE)
     (tmp_path / "lamp.c").write_text(USER_MAIN)
-    cmake("-S", tmp_path, "-B", tmp_path / "build")
+    assert "-O2" in commands(tmp_path, tmp_path / "build", "tiny")
+    assert "-O" not in commands(tmp_path, tmp_path / "build", "lamp")
     cmake("--build", tmp_path / "build")
     assert subprocess.run([str(tmp_path / "build" / "lamp")], check=False).returncode == 0
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    "chosen", ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_C_FLAGS=-Os", "-DLAMP_OPTIONS=-Og"]
+)
+def test_a_users_own_optimisation_stays(tiny: Tiny, tmp_path: Path, chosen: str) -> None:
+    built = compile_project(lower(tiny.module, PORTABLE), "c").project
+    (tmp_path / "deploy").mkdir()
+    write_project(built, "tiny", tiny.sources, tmp_path / "deploy")
+    options = "add_compile_options(${LAMP_OPTIONS})\nadd_subdirectory(deploy)"
+    text = USER_CMAKE.replace("add_subdirectory(deploy)", options)
+    (tmp_path / "CMakeLists.txt").write_text(text)
+    (tmp_path / "lamp.c").write_text(USER_MAIN)
+    assert "-O2" not in commands(tmp_path, tmp_path / "build", "tiny", chosen)

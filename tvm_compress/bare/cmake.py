@@ -31,6 +31,10 @@ def cmake_lists(
 # Flags for {target.name}: {flags or "none"}
 cmake_minimum_required(VERSION 3.13)
 project({name} C{" ASM" if any(path.endswith(".S") for path in runtime) else ""})
+if(CMAKE_SOURCE_DIR STREQUAL CMAKE_CURRENT_SOURCE_DIR
+        AND NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
+    set(CMAKE_BUILD_TYPE Release CACHE STRING "" FORCE)
+endif()
 
 add_library({name} STATIC {" ".join(sources)})
 target_include_directories({name} PUBLIC ${{CMAKE_CURRENT_SOURCE_DIR}})
@@ -38,6 +42,12 @@ target_include_directories({name} PUBLIC ${{CMAKE_CURRENT_SOURCE_DIR}})
 # The arena holds values of one type after values of another; products are rounded before sums.
 target_compile_options({name} PRIVATE -ffunction-sections -fdata-sections
     -fno-strict-aliasing -ffp-contract=off)
+# In a project that chooses neither a build type nor a level of optimisation.
+get_directory_property(options COMPILE_OPTIONS)
+if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES
+        AND NOT "${{CMAKE_C_FLAGS}};${{options}}" MATCHES "(^|[ ;])-O")
+    target_compile_options({name} PRIVATE -O2)
+endif()
 """
     return text + (_selftest(name, target, runtime) if has_golden else "")
 
