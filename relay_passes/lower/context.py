@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -72,6 +72,8 @@ class Lowering:
         self.left_float: list[dict[str, str]] = []
         self.integer_layers: set[str] = set()
         self.reason: str | None = None
+        self.names = {var.name for var in _variables(module["main"])}
+        self.reserved = _reserved(self.names)
 
     # Values ------------------------------------------------------------------------------------
 
@@ -113,7 +115,15 @@ class Lowering:
     # Emission ----------------------------------------------------------------------------------
 
     def emit(self, expr: tvm.ir.Expr, name: str) -> relax.Var:
-        return self.bb.emit(expr, name_hint=name)
+        """A variable called `name`; one that the graph had none of makes way for those it had."""
+        return self.bb.emit(
+            expr, name_hint=name if name in self.names else self._free(name, "value")
+        )
+
+    def _free(self, hint: str, suffix: str) -> str:
+        """`hint` for a name of ours. The builder numbers functions and variables alike: where ours
+        came first, a layer of that name would lose it."""
+        return f"{hint}_{suffix}" if hint.replace(".", "_") in self.reserved else hint
 
     def kernel(
         self,
@@ -125,7 +135,7 @@ class Lowering:
         hint: str,
     ) -> relax.Var:
         """Call a naive kernel; arrays become constants."""
-        global_var = self.bb.add_func(func, hint)
+        global_var = self.bb.add_func(func, self._free(hint, "kernel"))
         args = [ir.array_const(a) if isinstance(a, np.ndarray) else a for a in arguments]
         if len(args) != len(func.attrs[ROLES_ATTR]):
             raise AssertionError(f"{hint}: {len(args)} arguments")
@@ -597,6 +607,19 @@ class Lowering:
             source, expr=self.reshape(source.expr, source.physical_shape, f"{name}.full")
         )
         return self.reshape(self.permuted(full, frame.perm).expr, physical, f"{name}.term")
+
+
+def _variables(main: relax.Function) -> list[relax.Var]:
+    return [*main.params, *(binding.var for binding in ir.bindings(main))]
+
+
+def _reserved(names: Iterable[str]) -> frozenset[str]:
+    """What nothing of ours may be called: the names of variables, also less digits at their ends,
+    which a builder appends to a name it has given before."""
+    plain = {name.replace(".", "_") for name in names}  # as a builder spells them
+    return frozenset(
+        name[:end] for name in plain for end in range(len(name.rstrip("0123456789")), len(name) + 1)
+    )
 
 
 def _leaves(arguments: Sequence[tvm.ir.Expr]) -> list[tvm.ir.Expr]:

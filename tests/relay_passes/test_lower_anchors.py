@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 from tvm import relax
 
 from tvm_compress.relay_passes import ir
+from tvm_compress.relay_passes.lower import TENSORS_ATTR
 from tvm_compress.relay_passes.numerics import requantize as rules
 
-from .qdq import Expr, Graph, check, compile_module, graph, lower, random_inputs
+from .qdq import Expr, Graph, calls, check, compile_module, fuse, graph, lower, random_inputs
 
 CONV = ["quantize", "permute_dims", "conv2d", "requantize", "permute_dims"]
 NHWC = {"data_layout": "NHWC", "kernel_layout": "HWIO"}
@@ -397,3 +399,35 @@ def test_weight_only_layers_keep_their_codes() -> None:
         if b.var.name in ("conv", "linear")
     ]
     assert stored == ["int8", "int8"]
+
+
+def test_layers_called_like_kernels_keep_their_names() -> None:
+    """Functions and helper variables make way for the graph's names, whose digits are its own."""
+
+    def body(g: Graph, x: Expr) -> Expr:
+        x = g.qdq(x, 0.04, 3)
+        # The second's weight and sums are others, so its function is too: conv2d and one more.
+        y = g.emit(relax.op.nn.conv2d(x, g.weight((4, 3, 3, 3)), padding=1), "conv2d")
+        y = g.dequantize(g.quantize(y, 0.07, name="requantize"), 0.07, name="dequantize")
+        y = g.emit(relax.op.nn.conv2d(y, g.weight((6, 4, 1, 1))), "conv2d1")
+        y = g.dequantize(g.quantize(y, 0.07, name="requantize2"), 0.07, name="d")
+        y = g.emit(relax.op.nn.conv2d(y, g.weight((6, 1, 3, 3)), padding=1, groups=6), "transposed")
+        y = g.dequantize(g.quantize(y, 0.07, name="depthwise_conv2d"), 0.07, name="e")
+        y = g.emit(relax.op.reshape(y, [1, 120]), "flat")
+        y = g.emit(relax.op.matmul(y, g.weight((120, 7), 1)), "matmul")
+        return g.quantize(y, 0.2, name="requantize1")
+
+    module = graph({"matmul3": (1, 3, 4, 5)}, body)
+    lowered = check(module)
+    layers = ["conv2d", "conv2d1", "transposed", "matmul"]
+    codes = ["requantize", "requantize2", "depthwise_conv2d", "requantize1"]
+    assert [name for name in lowered.names if name in layers + codes] == [
+        name for pair in zip(layers, codes, strict=True) for name in pair
+    ]
+    named = set(layers + codes) | {"matmul3"}
+    functions = {var.name_hint for var in lowered.module.get_global_vars()}
+    assert not functions & named
+    tensors = json.loads(str(lowered.module["main"].attrs[TENSORS_ATTR]))
+    assert {tensors[name]["source"] for name in codes} == set(layers)
+    found = [call["layers"] for call in calls(fuse(lowered.module))]
+    assert [layer for layer in layers if any(layer in names for names in found)] == layers
