@@ -11,6 +11,7 @@ from .choice import (
 from .decode_weight import DecodedWeight
 from .dispatch import (
     decode_weight,
+    is_generic,
     pack_parts,
     pack_weight,
     schedule,
@@ -50,6 +51,7 @@ __all__ = [
     "choice_to_json",
     "decode_weight",
     "describe",
+    "is_generic",
     "pack_parts",
     "pack_weight",
     "prim_func",

@@ -134,6 +134,16 @@ def _kernel_of(
     return None
 
 
+def is_generic(func: tirx.PrimFunc, target: Target) -> bool:
+    """Whether a naive, fused function multiplies weights and the target has no kernel for it."""
+    from .fused import analyse
+
+    fused = analyse(func)
+    if fused is None or fused.anchor is None:
+        return False
+    return _kernel_of(fused, target, None) is None
+
+
 def search_space(func: tirx.PrimFunc, target: Target) -> SearchSpace | None:
     """What the schedule of a naive, fused function leaves open; None: nothing to choose."""
     from .fused import analyse

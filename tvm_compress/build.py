@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ModelError, TargetError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     import tvm
     from tvm import relax, tirx
@@ -54,6 +54,8 @@ class Lowered:
     """Layers whose codes are decoded to floats by a kernel of its own before every call."""
     sparse_kernels: Mapping[str, float] = field(default_factory=dict)
     """Layers whose kernel skips zeros, with the share of the weights that is stored."""
+    generic_layers: tuple[str, ...] = ()
+    """Layers that the target has no kernel of its own for."""
     tuned_kernels: int = 0
     tunable_kernels: int = 0
     """Different kernels whose schedules leave choices open; `tuned_kernels` of them used tuned
@@ -143,6 +145,7 @@ def lower(module: tvm.IRModule, target: Target, choose: TunedChoices | None = No
             else:
                 planned = memory_pipeline()(fused)
                 lowered = runtime_pipeline()(planned)
+    calls = _calls(fused)
     choices: dict[str, Choice | None] = {}
     if choose is not None:
         choices = {var.name_hint: choose(func) for var, func in _kernels(lowered).items()}
@@ -151,7 +154,7 @@ def lower(module: tvm.IRModule, target: Target, choose: TunedChoices | None = No
         target=target,
         choices=choices,
         reference_module=reference,
-        calls=_calls(fused),
+        calls=calls,
         constants=_constants(packed),
         plan_bytes=0 if target.is_cross else _plan_bytes(planned),
         left_float=tuple(
@@ -161,9 +164,19 @@ def lower(module: tvm.IRModule, target: Target, choose: TunedChoices | None = No
         ),
         decoded_per_call=tuple(json.loads(str(packed["main"].attrs[DECODED_ATTR]))),
         sparse_kernels=json.loads(str(packed["main"].attrs[SPARSE_ATTR])),
+        generic_layers=_generic_layers(_kernels(lowered), calls, target),
         tuned_kernels=choose.tuned if choose is not None else 0,
         tunable_kernels=choose.tunable if choose is not None else 0,
     )
+
+
+def _generic_layers(
+    kernels: Mapping[tvm.ir.GlobalVar, tirx.PrimFunc], calls: Iterable[Call], target: Target
+) -> tuple[str, ...]:
+    from .schedules import is_generic
+
+    generic = {var.name_hint for var, func in kernels.items() if is_generic(func, target)}
+    return tuple(layer for call in calls if call.symbol in generic for layer in call.layers)
 
 
 def compile_lowered(lowered: Lowered, cached: KernelCache | None = None) -> Built:

@@ -9,7 +9,16 @@ import pytest
 import tvm
 from tvm import te, tirx, topi
 
-from tvm_compress.schedules import SCHEDULE_ATTR, BatchMatmulSpec, Conv2dSpec, prim_func, schedule
+from tvm_compress.schedules import (
+    SCHEDULE_ATTR,
+    BatchMatmulSpec,
+    Conv2dSpec,
+    MatmulSpec,
+    is_generic,
+    pack_weight,
+    prim_func,
+    schedule,
+)
 from tvm_compress.schedules.table import table_lookup
 from tvm_compress.targets import Target, get_target
 
@@ -179,3 +188,21 @@ def test_table_of_bytes(main_target: Target, shape: tuple[int, ...], dtype: str)
         (found,) = run(after, main_target, [codes, values], (shape, entries))
         smallest = np.iinfo(dtype).min
         np.testing.assert_array_equal(found, values[codes.astype(np.int64) - smallest])
+
+
+@pytest.mark.parametrize("name", ["x86-64-v3", "cortex-m4", "cortex-m55", "riscv64gc"])
+def test_layers_without_a_kernel_of_the_target_are_known(name: str) -> None:
+    target = get_target(name)
+    spec = MatmulSpec(rows=1, in_features=32, out_features=16, **INT8)
+    packed = pack_weight(spec, np.ones(spec.weight_shape, np.int8) * 90, target)
+    assert packed is not None
+    assert not is_generic(prim_func(packed[0]), target)
+    doubles = spec.replace(acc_dtype="int64", data_dtype="int16", weight_zero_point=3)
+    assert is_generic(prim_func(doubles), target)  # not packed: nobody reads it so
+    assert not is_generic(te.create_prim_func(elementwise()), target)
+
+
+def elementwise() -> list[te.Tensor]:
+    """No anchor at all."""
+    x = te.placeholder((4,), "float32", name="x")
+    return [x, te.compute((4,), lambda i: x[i] + 1.0, name="y")]

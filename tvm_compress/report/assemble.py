@@ -51,6 +51,8 @@ def assemble(
     arena = artefact.kernels.get("arena")
     for name in artefact.kernels.get("decoded_per_call", []):
         schemes[name] = f"{schemes.get(name, FLOAT)}, decoded per call"
+    for name in artefact.kernels.get("generic_layers", []):
+        schemes[name] = f"{schemes.get(name, FLOAT)}, generic kernel"
     for name, share in artefact.kernels.get("sparse_kernels", {}).items():
         schemes[name] = f"{schemes.get(name, FLOAT)}, {100 * share:.0f} % stored"
     layers, others = _rows(profile, before, after, benchmark, tensors, schemes)
