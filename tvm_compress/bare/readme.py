@@ -41,11 +41,12 @@ _RUNTIME = Template("""
 `counters.bin`. All it asks of the machine is in `runtime/host.h`: $host
 
 A sample in `input.bin` is every input of `$name.h` in turn, little-endian; one in `output.bin` is
-every output. In Python, for one input of int8 codes and `x` of shape [samples, ...]:
+every output. In Python, for one input of codes and `x` of shape [samples, ...]:
 
     import json, numpy as np
     port = json.load(open("interface.json"))["inputs"][0]
-    codes = np.clip(np.rint(x / port["scale"]) + port["zero_point"], -128, 127)
+    limits = np.iinfo(port["dtype"])
+    codes = np.clip(np.rint(x / port["scale"]) + port["zero_point"], limits.min, limits.max)
     codes.astype(port["dtype"]).tofile("input.bin")
 
 The emulated board's answers to the same samples: compress with the CPU's name as `--target` instead
@@ -64,12 +65,16 @@ does it by files, so the same program runs on the board: build it there or cross
 
 def readme(name: str, target: Target, form: str) -> str:
     """Markdown for a project called `name`; `form` is one of `build.FORMS`."""
+    from .build import C_FLAGS
+
+    # Kernels that are machine code have been compiled with theirs.
+    flags = [*target.compiler_flags, *(C_FLAGS if form == "c" else ())]
     facts = {
         "name": name,
         "upper": name.upper(),
         "target": target.name,
         "kernels": f"`lib{name}_kernels.a`" if form == "object" else f"`{name}_kernels.c`",
-        "flags": " ".join(target.compiler_flags) or "none of its own",
+        "flags": " ".join(flags) or "none of its own",
         "host": _BARE if target.is_bare_metal else _LINUX,
     }
     runtime = _RUNTIME.substitute(facts) if target.machine else ""
