@@ -73,6 +73,8 @@ def test_an_artefact_needs_the_file_no_more(tmp_path: Path) -> None:
         (("version: 1", "version: 1\nrunner: telepathy"), "runner"),
         (("version: 1", "version: 1\nname: a/b"), "slash"),
         (("version: 1", "- 1"), "my.yaml"),
+        ((TEXT, ""), r"my.yaml: empty; a board file starts with `version: 1`"),
+        (("0x20000000", "0x20000004"), r"my.yaml:.*ram_address 0x20000004 is not a multiple of 8"),
     ],
 )
 def test_mistakes_are_named_with_their_line(change: tuple[str, str], message: str) -> None:
@@ -80,7 +82,22 @@ def test_mistakes_are_named_with_their_line(change: tuple[str, str], message: st
         parse_board(TEXT.replace(*change), "my.yaml")
 
 
+def test_memories_do_not_overlap(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(TEXT.replace("0x20000000", "0x0807fff8"))
+    reason = "my.yaml: flash_address, ram_address: flash 0x8000000-0x807ffff and RAM 0x807fff8-0x"
+    with pytest.raises(TargetError, match=reason):
+        find_target(path)
+    path.write_text(TEXT.replace("0x20000000", "0x08080000"))  # they may touch
+    find_target(path)
+
+
 def test_unknown_cpu_and_file(tmp_path: Path) -> None:
+    for cpu, reason in (("cortex_m4", "did you mean"), ("host", "is no CPU of a board")):
+        path = tmp_path / "my.yaml"
+        path.write_text(TEXT.replace("cortex-m4", cpu))
+        with pytest.raises(TargetError, match=f"my.yaml: cpu.*{reason}"):
+            find_target(path)
     with pytest.raises(TargetError, match="did you mean 'cortex-m4'"):
         parse_board(TEXT.replace("cortex-m4", "cortex_m4"), "my.yaml").target("x")
     with pytest.raises(TargetError, match="is no CPU of a board"):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 SUFFIXES = (".yaml", ".yml")
+RAM_ALIGNMENT = 8  # of a stack, on every CPU of the table
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ class Board:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1 << 64:
                 raise ValueError(f"{name} is from 0 to 2^64 - 1, not {value}")
+        if self.ram_address is not None and self.ram_address % RAM_ALIGNMENT:
+            raise ValueError(
+                f"ram_address {self.ram_address:#x} is not a multiple of {RAM_ALIGNMENT}"
+            )
         if (self.tracker is None) != (self.key is None):
             raise ValueError("tracker and key belong together")
         if self.tracker is not None and self.runner != "rpc":
@@ -72,11 +77,14 @@ class Board:
             raise ValueError(f"name {self.name!r} is empty or holds a slash or line break")
 
     def target(self, default_name: str) -> Target:
-        """The CPU's target with what the board changes. Raises `TargetError`: no such CPU, or one
-        that TVM's RPC server does not run on."""
+        """The CPU's target with what the board changes. Raises `TargetError`: no such CPU, one that
+        TVM's RPC server does not run on, or memories that overlap."""
         from .targets import as_board, get_target
 
-        cpu = get_target(self.cpu)
+        try:
+            cpu = get_target(self.cpu)
+        except TargetError as error:
+            raise TargetError(f"cpu: {error}") from None
         if self.runner == "rpc":
             cpu = as_board(cpu)
             if cpu.is_bare_metal:
@@ -89,7 +97,7 @@ class Board:
             for key in ("flash_bytes", "ram_bytes", "flash_address", "ram_address")
             if (value := getattr(self, key)) is not None
         }
-        return dataclasses.replace(
+        target = dataclasses.replace(
             cpu,
             name=name,
             description=self.description or f"{name}: {cpu.description}",
@@ -97,6 +105,21 @@ class Board:
             rpc_tracker=self.tracker or "",
             rpc_key=self.key or "",
             **own,
+        )
+        _require_apart(target)
+        return target
+
+
+def _require_apart(target: Target) -> None:
+    """Flash and RAM share no byte, where both addresses are known."""
+    if target.flash_address is None or target.ram_address is None:
+        return
+    flash_end = target.flash_address + (target.flash_bytes or 1)
+    ram_end = target.ram_address + (target.ram_bytes or 1)
+    if target.flash_address < ram_end and target.ram_address < flash_end:
+        raise TargetError(
+            f"flash_address, ram_address: flash {target.flash_address:#x}-{flash_end - 1:#x} and "
+            f"RAM {target.ram_address:#x}-{ram_end - 1:#x} overlap"
         )
 
 
@@ -107,7 +130,11 @@ def find_target(name_or_path: str | Path) -> Target:
     path = Path(name_or_path)
     if path.suffix not in SUFFIXES:
         return get_target(str(name_or_path))
-    return load_board(path).target(path.stem)
+    board = load_board(path)
+    try:
+        return board.target(path.stem)
+    except TargetError as error:
+        raise TargetError(f"{path}: {error}") from None
 
 
 def load_board(path: Path) -> Board:
@@ -129,7 +156,7 @@ def parse_board(text: str, name: str) -> Board:
     from .runners.rpc import Rpc
     from .typed_yaml import Source, compose, pairs, parse, parse_dataclass
 
-    source = Source(name)
+    source = Source(name, "a board file")
     try:
         node = compose(text, source)
         versions = [value for key, _, value in pairs(node, source, "board") if key == "version"]

@@ -27,10 +27,13 @@ MAX_DEPTH = 16
 
 
 class Source:
-    """Where a document came from; makes the errors that name file and line."""
+    """Where a document came from; makes the errors that name file and line.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    `kind` is what it should be: "a recipe".
+    """
+
+    def __init__(self, name: str, kind: str = "a recipe") -> None:
+        self.name, self.kind = name, kind
 
     def error(self, node: yaml.Node, message: str) -> RecipeError:
         return RecipeError(f"{self.place(node)}: {message}")
@@ -63,7 +66,7 @@ def compose(text: str, source: Source) -> yaml.Node:
         reason = str(error).splitlines()[0]
         raise RecipeError(f"{source.name}: not valid YAML: {reason}") from None
     if node is None:
-        raise RecipeError(f"{source.name}: empty; a recipe starts with `version: 1`")
+        raise RecipeError(f"{source.name}: empty; {source.kind} starts with `version: 1`")
     return node
 
 
