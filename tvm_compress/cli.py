@@ -316,7 +316,8 @@ def profile(
     type=click.Choice(["object", "c"]),
     default="object",
     show_default=True,
-    help="Kernels of a C project: machine code, or C for any compiler.",
+    help="Kernels of a C project: machine code, or C for any compiler (portable; many times the "
+    "instructions of the default on cores with SIMD).",
 )
 @click.option("--force", is_flag=True, help="Replace the artefact of another model in OUT.")
 @_budget_options
@@ -528,7 +529,7 @@ def run(
     type=click.Path(path_type=Path),
     help="Data to check on; without it, the inputs kept in the artefact.",
 )
-@click.option("--per-layer", is_flag=True, help="Error of every layer's output.")
+@click.option("--per-layer", is_flag=True, help="Error of every layer's output; not of C projects.")
 @click.option(
     "--exact-inputs",
     type=click.IntRange(1, 100_000),
@@ -572,7 +573,7 @@ def verify(
     if as_json:
         _print_json(asdict(result))
     else:
-        print_verification(result, per_layer, opened.original)
+        print_verification(result, per_layer, opened.original, opened.is_project)
     result.require()
 
 

@@ -33,6 +33,7 @@ def test_a_board_computes_what_the_host_does(tmp_path: Path, name: str, form: st
         "compress", model, "--calib", data, "--target", name, "--emit", form, "-o", out, "--json"
     )
     assert result.status == 0, result.err
+    assert ("portable C takes many times" in result.err) == (form == "c" and name == "cortex-m4")
     checks = {check["name"]: check for check in result.json["checks"]}
     assert checks
     assert all(check["passed"] for check in checks.values())
@@ -40,6 +41,13 @@ def test_a_board_computes_what_the_host_does(tmp_path: Path, name: str, form: st
     after = result.json["after"]
     assert after["plan_bytes"] == interface["arena_bytes"]
     assert after["bytes"]["total"] > interface["constant_bytes"] > 0
+
+    # By layer there are checksums only: words, not a table without rows.
+    told = tvm_compress("verify", out, "--per-layer")
+    assert told.status == 0, told.err
+    assert "integers are compared by checksum" in " ".join(told.out.split())
+    assert "own dB" not in told.out
+    assert tvm_compress("verify", out, "--per-layer", "--json").json["tensors"] == []
 
     # The same network for this machine gives the same numbers.
     host = tmp_path / "host"

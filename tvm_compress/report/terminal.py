@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 12
 OWN_NOTE = "own: of the layer alone, with the original's values at its inputs."
+PROJECT_NOTE = (
+    "per layer: a C project's integers are compared by checksum (not where layers stayed float); "
+    "SQNR: compile for host"
+)
 PIPE_WIDTH = 120  # columns when the output is not a terminal
 TABLE_WIDTH = 100  # of a table that is mostly sentences
 
@@ -318,12 +322,16 @@ def _print_checks(console: Console, checks: Iterable[Mapping[str, Any]]) -> None
 # --- verify, benchmark, lists -------------------------------------------------------------------
 
 
-def print_verification(result: Verification, per_layer: bool, original: str) -> None:
+def print_verification(
+    result: Verification, per_layer: bool, original: str, is_project: bool
+) -> None:
     """`original`: what the artefact is compared with (`Artefact.original`)."""
     from dataclasses import asdict
 
     console = new_console()
-    if per_layer:
+    if per_layer and not result.tensors:
+        console.print(PROJECT_NOTE if is_project else "no layer's tensor is one of the original's")
+    elif per_layer:
         table = new_table("tensor", "layers", ">SQNR dB", ">own dB", ">cosine", ">max error")
         for row in result.tensors:
             table.add_row(
