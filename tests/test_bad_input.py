@@ -154,6 +154,10 @@ def test_target_that_does_not_exist(case: Case) -> None:
     case.refused("no target 'hots'", "did you mean 'host'", target="hots")
 
 
+def test_c_for_a_target_that_is_no_c_project(case: Case) -> None:
+    case.refused("--emit is for targets that ship as C projects", "host ships a lib", emit="c")
+
+
 def test_no_compiler_to_link_with(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(case.folder))
     monkeypatch.delenv("CXX", raising=False)

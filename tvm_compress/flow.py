@@ -27,7 +27,7 @@ from .artefact import (
     Artefact,
     describe_files,
 )
-from .errors import DataError, RecipeError
+from .errors import DataError, RecipeError, TargetError
 from .progress import Progress
 from .workspace import Workspace
 
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 PROBES = 8  # inputs kept in the artefact, so that it can be verified without data
 BENCHMARK_SECONDS = 2.0  # of each side, for the report; `benchmark` measures longer
+SIMD = frozenset({"dsp", "mve", "neon", "rvv"})  # which kernels in portable C do without
 
 
 def compress(
@@ -82,7 +83,7 @@ def compress(
     folder of tuning records (default: the user's own). Compiled kernels are kept in the user's
     cache and taken from there by later builds, of this model and of others, unless
     `kernel_cache` is false. `emit` says what the kernels of a C project are, `object` or `c`;
-    it matters for the targets whose artefacts are C projects. `force` replaces an artefact of
+    `c` is refused for a target whose artefact is no C project. `force` replaces an artefact of
     another model. An exact repetition of an interrupted call goes on where that one stopped.
 
     Raises an error of `errors.py` before anything is written when an input is wrong. Checks that
@@ -138,6 +139,11 @@ def compress(
         write_html(report, workspace.staging / REPORT_HTML)
         _write_manifest(artefact, workspace.staging)
         workspace.publish()
+    if job.emit == "c" and job.target.capabilities & SIMD:
+        progress.note(
+            f"{job.target.name}: portable C takes many times the instructions of machine code "
+            "(--emit object) on this core with SIMD"
+        )
     return Artefact.open(out)
 
 
@@ -194,6 +200,11 @@ def _load(
     target = find_target(board)
     if threads is not None:
         target = replace(target, threads=threads)
+    if emit == "c" and not target.is_cross:
+        raise TargetError(
+            "--emit is for targets that ship as C projects (Arm, RISC-V and board files; see "
+            f"`tvm-compress list targets`); {target.name} ships a library"
+        )
     chosen = chosen.replace(
         target=str(board) if target.name != board else target.name,  # a board file stays one
         seed=chosen.seed if seed is None else seed,
