@@ -606,6 +606,7 @@ def _write_info(
         "left_float": list(built.left_float),
         "decoded_per_call": list(built.decoded_per_call),
         "sparse_kernels": dict(built.sparse_kernels),
+        "generic_layers": list(built.generic_layers),
         "tuned": [record.to_json() for record in lowering.choices.used],
         "arena": None if arena is None else asdict(arena),
     }
@@ -659,6 +660,7 @@ def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
             "left_float": infos["compressed"]["left_float"],
             "decoded_per_call": infos["compressed"].get("decoded_per_call", []),
             "sparse_kernels": infos["compressed"].get("sparse_kernels", {}),
+            "generic_layers": infos["compressed"].get("generic_layers", []),
             "arena": infos["compressed"].get("arena"),
             "taps": taps,
         },
