@@ -31,6 +31,7 @@ from .numerics.low_rank import (
 from .numerics.second_order import damped
 from .numerics.statistics import Statistics
 from .observations import Observations
+from .quantize_weights import weight_layout
 from .weight_layers import WeightLayer, weight_layers
 
 Layer = WeightLayer[LowRankConfig]
@@ -92,13 +93,9 @@ def _layers(graph: Graph, schemes: Mapping[str, LowRankConfig]) -> list[Layer]:
     return [layer for layer in weight_layers(graph, schemes) if layer.patches.groups == 1]
 
 
-def _layout(call: relax.Call) -> str:
-    return "IO" if op_name(call) == "relax.matmul" else str(call.attrs.kernel_layout)
-
-
 def _kernel(layer: Layer) -> Array:
     """The weight as [H, W, I, O]; sides that it does not have are 1."""
-    layout = _layout(layer.call)
+    layout = weight_layout(layer.call)
     order = kernel_order(layout)
     array = layer.weight.astype(np.float64).transpose([layout.index(x) for x in order])
     return array.reshape((1,) * (4 - array.ndim) + array.shape)
@@ -222,7 +219,7 @@ def _calls(
 
 
 def _call(call: relax.Call, part: Part, source: tvm.ir.Expr) -> relax.Call:
-    layout = _layout(call)
+    layout = weight_layout(call)
     order = kernel_order(layout)
     kernel = part.kernel.reshape(part.kernel.shape[4 - len(order) :])
     weight = relax.const(

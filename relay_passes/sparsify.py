@@ -98,8 +98,7 @@ def _layers(graph: Graph, schemes: Mapping[str, SparsifyConfig]) -> list[Layer]:
 def _pattern(layer: Layer) -> SparsityPattern | None:
     """The pattern as it is for a layer's kernel; None: it has none, or too few outputs for it."""
     pattern = layer.config.pattern.of_layer(int(np.prod(layer.patches.kernel)))
-    has_outputs = layer.matrices().shape[2] > 1
-    return pattern if has_outputs or getattr(pattern, "outputs", 1) == 1 else None
+    return pattern if layer.outputs > 1 or getattr(pattern, "outputs", 1) == 1 else None
 
 
 def _pattern_of(layer: Layer) -> SparsityPattern:

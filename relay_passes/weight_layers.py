@@ -17,6 +17,7 @@ from .numerics.moments import PatchShape
 from .numerics.statistics import Statistics
 from .op_kinds import ANCHORS
 from .patches import patch_shape, weight_matrix
+from .quantize_weights import weight_layout
 
 Config = TypeVar("Config")
 
@@ -35,6 +36,12 @@ class WeightLayer(Generic[Config]):
     def name(self) -> str:
         """Of the first call."""
         return self.variables[0].name
+
+    @property
+    def outputs(self) -> int:
+        """Output channels of a group."""
+        axis = weight_layout(self.call).index("O")
+        return self.weight.shape[axis] // self.patches.groups
 
     def matrices(self) -> NDArray[np.float64]:
         """[groups, K, N], K in the order of `moments.extract_patches`."""

@@ -28,7 +28,7 @@ from .fused import FusedFunction
 from .layer_kernel import LayerKernel, read_layer
 from .matrix import PARALLEL_MACS
 from .sparse import SparseLayer, SparseOperands, sparse_operands
-from .sparse_conv2d import GROUP
+from .sparse_conv2d import BYTES, GROUP, neighbours_read_neighbours
 from .spec import SparseConv2dSpec, ceil_div
 from .window import window_of
 
@@ -54,12 +54,8 @@ def sparse_bytes_kernel(
 
 def takes_bytes(spec: SparseConv2dSpec) -> bool:
     """Whether positions that are neighbours read neighbours, and all is bytes."""
-    is_dense_window = spec.strides == (1, 1) or (spec.kernel == (1, 1) and not any(spec.padding))
-    return is_dense_window and (spec.data_dtype, spec.weight_dtype, spec.acc_dtype) == (
-        "uint8",
-        "int8",
-        "int32",
-    )
+    dtypes = (spec.data_dtype, spec.weight_dtype, spec.acc_dtype)
+    return neighbours_read_neighbours(spec) and dtypes == BYTES
 
 
 class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]):

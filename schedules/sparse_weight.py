@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 
 from ..targets import Target
-from .sparse_conv2d import GROUP, encode, group_entries, offsets_of
+from .sparse_conv2d import (
+    BYTES,
+    GROUP,
+    encode,
+    group_entries,
+    neighbours_read_neighbours,
+    offsets_of,
+)
 from .spec import Conv2dSpec, MatmulSpec, SparseConv2dSpec, WeightedSpec
 from .weights import weight_codes
 
@@ -56,24 +63,23 @@ def _has_kernel(spec: WeightedSpec, target: Target) -> bool:
     dtypes = spec.data_dtype, spec.weight_dtype, spec.acc_dtype
     if dtypes == ("float32",) * 3:
         return True
-    has_bytes = target.has("avx512vnni") or target.has("avxvnni")
-    is_dense_window = isinstance(spec, MatmulSpec) or (
-        spec.strides == (1, 1) or (spec.kernel == (1, 1) and not any(spec.padding))
-    )
+    from .x86.dot import widest_byte_dot
+
     return (
-        has_bytes
-        and is_dense_window
-        and dtypes == ("uint8", "int8", "int32")
+        widest_byte_dot(target) is not None
+        and dtypes == BYTES
+        and (isinstance(spec, MatmulSpec) or neighbours_read_neighbours(spec))
         and not spec.weight_zero_point
     )
 
 
 def _dense_cost(spec: WeightedSpec) -> float:
     """Of a multiply-add of the dense layer."""
+    from .x86 import winograd
+
     is_filtered = (
         isinstance(spec, Conv2dSpec)
-        and not spec.is_integer
-        and (spec.kernel, spec.strides, spec.dilation) == ((3, 3), (1, 1), (1, 1))
+        and winograd.is_applicable(spec)
         and min(spec.out_height, spec.out_width) >= 8
     )
     return _WINOGRAD if is_filtered else 1.0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .layout import PackedLayout, Reduction
-from .spec import KERNEL_ATTR, KernelSpec, WeightedSpec
+from .spec import KERNEL_ATTR, Conv2dSpec, KernelSpec, MatmulSpec, WeightedSpec
 
 if TYPE_CHECKING:
     from tvm import te, tirx
@@ -196,6 +196,34 @@ def look_up(spec: WeightedSpec, codes: np.ndarray, tables: np.ndarray) -> np.nda
     channels = np.arange(spec.columns * spec.groups_of_channels) // spec.table_channels
     owners = channels.reshape(spec.groups_of_channels, 1, spec.columns)
     return np.asarray(tables[owners, codes.astype(np.uint8) & 0xF])
+
+
+def without_zero_point(spec: WeightedSpec, codes: np.ndarray) -> tuple[WeightedSpec, np.ndarray]:
+    """Codes minus their zero point as int8, where they fit; else unchanged."""
+    if not spec.weight_zero_point and spec.weight_dtype != "uint8":
+        return spec, codes
+    centred = codes.astype(np.int32) - spec.weight_zero_point
+    if centred.min() < -128 or centred.max() > 127:
+        return spec, codes
+    return spec.replace(weight_dtype="int8", weight_zero_point=0), centred.astype(np.int8)
+
+
+def plain_depthwise(spec: Conv2dSpec, codes: np.ndarray) -> tuple[WeightedSpec, np.ndarray] | None:
+    """A depthwise weight for kernels that read the plain layout, whose channels lie side by side;
+    None: it is so already. `codes` [G, K, m]."""
+    changed, codes = without_zero_point(spec, codes)
+    if changed == spec:
+        return None
+    plain = codes.transpose(1, 0, 2).reshape(changed.weight_shape)
+    return changed, np.ascontiguousarray(plain)
+
+
+def padded_axis(spec: WeightedSpec) -> str:
+    """What a packed layout pads: R, whole kernel rows, where their inputs lie in one piece in NHWC
+    data, else I, the input channels of every tap."""
+    is_dilated = isinstance(spec, Conv2dSpec) and spec.dilation[1] != 1 and spec.kernel[1] != 1
+    is_flat = isinstance(spec, (Conv2dSpec, MatmulSpec))
+    return "R" if spec.groups_of_channels == 1 and not is_dilated and is_flat else "I"
 
 
 def pack_codes(

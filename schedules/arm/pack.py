@@ -6,8 +6,7 @@ import numpy as np
 
 from ...targets import Target
 from ..spec import Conv2dSpec, WeightedSpec
-from ..weights import pack_codes, weight_codes
-from ..x86.pack import without_zero_point
+from ..weights import pack_codes, weight_codes, without_zero_point
 from . import matrix, mve_depthwise, mve_matrix
 
 

@@ -88,10 +88,9 @@ class ByteDot(SignedDot):
         return _intrinsic("sdot.v4i32.v16i8", acc, weight, data)
 
 
-class MixedByteDot(ByteDot):
-    """The same for unsigned data."""
+class UnsignedData(Dot):
+    """Data are read as they are."""
 
-    name = "usdot"
     data_dtype = "uint8"
 
     def convert(self, value: ir.Expr) -> ir.Expr:
@@ -99,6 +98,12 @@ class MixedByteDot(ByteDot):
 
     def offset(self, dtype: str) -> int:
         return 0
+
+
+class MixedByteDot(UnsignedData, ByteDot):
+    """The same for unsigned data."""
+
+    name = "usdot"
 
     def accumulate(self, acc: ir.Expr, data: ir.Expr, weight: ir.Expr) -> ir.Expr:
         return _intrinsic("usdot.v4i32.v16i8", acc, data, weight)
@@ -115,17 +120,10 @@ class TileDot(SignedDot):
         return _intrinsic("smmla.v4i32.v16i8", acc, data, weight)
 
 
-class MixedTileDot(TileDot):
+class MixedTileDot(UnsignedData, TileDot):
     """The same for unsigned data."""
 
     name = "usmmla"
-    data_dtype = "uint8"
-
-    def convert(self, value: ir.Expr) -> ir.Expr:
-        return value
-
-    def offset(self, dtype: str) -> int:
-        return 0
 
     def accumulate(self, acc: ir.Expr, data: ir.Expr, weight: ir.Expr) -> ir.Expr:
         return _intrinsic("usmmla.v4i32.v16i8", acc, data, weight)

@@ -8,9 +8,8 @@ from ...targets import Target
 from ..layout import PackedLayout
 from ..saturation import longest_chain, run_of
 from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec
-from ..weights import pack_codes, weight_codes
+from ..weights import pack_codes, padded_axis, weight_codes, without_zero_point
 from ..window import window_of
-from ..x86.pack import without_zero_point
 from .depthwise import taps_in_turn
 from .dot import LANES, ByteDot, PairsDot, TileDot, WordDot, multiplies_bytes
 
@@ -27,11 +26,7 @@ def choose_layout(spec: WeightedSpec, target: Target) -> PackedLayout | None:
         return None
     if spec.weight_dtype not in ("float32", "int8", "uint8"):
         return None
-    # Kernel rows that lie in one piece in the data are padded as a whole.
-    rows_contiguous = spec.groups_of_channels == 1 and not (
-        isinstance(spec, Conv2dSpec) and spec.dilation[1] != 1 and spec.kernel[1] != 1
-    )
-    axis = "R" if rows_contiguous and not isinstance(spec, Conv2dTransposeSpec) else "I"
+    axis = padded_axis(spec)
     by_words = PackedLayout(LANES, WordDot.group, axis)
     if not multiplies_bytes(spec):
         return by_words

@@ -7,8 +7,14 @@ import numpy as np
 from ...targets import Target
 from ..layout import PackedLayout
 from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
-from ..weights import in_nibbles, pack_codes, weight_codes
-from ..x86.pack import without_zero_point
+from ..weights import (
+    in_nibbles,
+    pack_codes,
+    padded_axis,
+    plain_depthwise,
+    weight_codes,
+    without_zero_point,
+)
 from .dot import MOST_REGISTERS, select_dot
 
 _LANES = (32, 16, 8, 4)
@@ -38,12 +44,10 @@ def pack_weight(
     keep both."""
     if spec.weight_layout != spec.plain_layout or spec.weight_dtype == "int4":
         return None
-    changed, codes = without_zero_point(spec, weight_codes(spec, weight))
+    codes = weight_codes(spec, weight)
     if isinstance(spec, Conv2dSpec) and spec.is_depthwise:
-        if changed == spec:
-            return None
-        plain = codes.transpose(1, 0, 2).reshape(changed.weight_shape)
-        return changed, np.ascontiguousarray(plain)
+        return plain_depthwise(spec, codes)
+    changed, codes = without_zero_point(spec, codes)
     halved = in_nibbles(changed, codes)
     if halved is not None:
         return halved
@@ -52,9 +56,5 @@ def pack_weight(
         return None
     if select_dot(changed, lanes) is None:
         return None
-    rows_contiguous = spec.groups_of_channels == 1 and not (
-        isinstance(spec, Conv2dSpec) and spec.dilation[1] != 1 and spec.kernel[1] != 1
-    )
-    is_flat = not isinstance(spec, Conv2dTransposeSpec)
-    layout = PackedLayout(lanes, 1, "R" if rows_contiguous and is_flat else "I").name
+    layout = PackedLayout(lanes, 1, padded_axis(spec)).name
     return changed.replace(weight_layout=layout), pack_codes(changed, codes, layout)

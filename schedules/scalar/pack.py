@@ -7,9 +7,14 @@ import numpy as np
 from ...targets import Target
 from ..layout import PackedLayout
 from ..spec import Conv2dSpec, WeightedSpec
-from ..weights import in_nibbles, pack_codes, weight_codes
+from ..weights import (
+    in_nibbles,
+    pack_codes,
+    plain_depthwise,
+    weight_codes,
+    without_zero_point,
+)
 from ..window import window_of
-from ..x86.pack import without_zero_point
 from .matrix import takes
 
 
@@ -35,12 +40,10 @@ def pack_weight(
     keep both."""
     if spec.weight_layout != spec.plain_layout or spec.weight_dtype == "int4":
         return None
-    changed, codes = without_zero_point(spec, weight_codes(spec, weight))
+    codes = weight_codes(spec, weight)
     if isinstance(spec, Conv2dSpec) and spec.is_depthwise:
-        if changed == spec:
-            return None
-        plain = codes.transpose(1, 0, 2).reshape(changed.weight_shape)
-        return changed, np.ascontiguousarray(plain)
+        return plain_depthwise(spec, codes)
+    changed, codes = without_zero_point(spec, codes)
     halved = in_nibbles(changed, codes)
     if halved is not None:
         return halved

@@ -8,7 +8,7 @@ from ..sparse_bytes import SparseBytesKernel, sparse_bytes_kernel
 from ..template import Template
 from .batch_matmul import batch_matmul_kernel
 from .depthwise import depthwise_kernel
-from .dot import ByteDot, has_byte_dot
+from .dot import widest_byte_dot
 from .matrix import matrix_kernel
 from .nibbles import NAME as NIBBLES
 from .nibbles import nibble_kernel
@@ -19,9 +19,7 @@ def _sparse_bytes(
     fused: FusedFunction, target: Target, choice: Choice | None
 ) -> SparseBytesKernel | None:
     """With vpdpbusd, in the widest registers that have it."""
-    lanes = next((lanes for lanes in (16, 8) if has_byte_dot(target, lanes)), None)
-    dot = None if lanes is None else ByteDot(lanes, "int8", True)
-    return sparse_bytes_kernel(fused, target, choice, dot)
+    return sparse_bytes_kernel(fused, target, choice, widest_byte_dot(target))
 
 
 TEMPLATES = (

@@ -143,6 +143,12 @@ def has_byte_dot(target: Target, lanes: int) -> bool:
     return target.has("avxvnni") and lanes <= 8
 
 
+def widest_byte_dot(target: Target) -> ByteDot | None:
+    """For weights of 8 bits, in the widest registers that have it."""
+    lanes = next((lanes for lanes in (16, 8) if has_byte_dot(target, lanes)), None)
+    return None if lanes is None else ByteDot(lanes, "int8", True)
+
+
 def has_pairs(target: Target, lanes: int) -> bool:
     """Whether vpmaddubsw exists for registers of `lanes` 32-bit numbers."""
     return target.has({4: "ssse3", 8: "avx2", 16: "avx512bw"}[lanes])

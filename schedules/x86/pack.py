@@ -10,7 +10,13 @@ from ..layout import PackedLayout
 from ..matrix import takes_weight
 from ..saturation import LONGEST_CHAIN, longest_chain
 from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
-from ..weights import pack_codes, weight_codes
+from ..weights import (
+    pack_codes,
+    padded_axis,
+    plain_depthwise,
+    weight_codes,
+    without_zero_point,
+)
 from ..window import window_of
 from . import nibbles
 from .dot import ChainDot, select_dot
@@ -43,21 +49,7 @@ def choose_layout(spec: WeightedSpec, target: Target) -> PackedLayout | None:
     dot = select_dot(spec, target, lanes)
     if dot is None:
         return None
-    rows_contiguous = spec.groups_of_channels == 1 and not (
-        isinstance(spec, Conv2dSpec) and spec.dilation[1] != 1 and spec.kernel[1] != 1
-    )
-    flat = isinstance(spec, (Conv2dSpec, MatmulSpec))
-    return PackedLayout(lanes, dot.group, "R" if rows_contiguous and flat else "I")
-
-
-def without_zero_point(spec: WeightedSpec, codes: np.ndarray) -> tuple[WeightedSpec, np.ndarray]:
-    """Codes minus their zero point as int8, where they fit; else unchanged."""
-    if not spec.weight_zero_point and spec.weight_dtype != "uint8":
-        return spec, codes
-    centred = codes.astype(np.int32) - spec.weight_zero_point
-    if centred.min() < -128 or centred.max() > 127:
-        return spec, codes
-    return spec.replace(weight_dtype="int8", weight_zero_point=0), centred.astype(np.int8)
+    return PackedLayout(lanes, dot.group, padded_axis(spec))
 
 
 def pack_weight(
@@ -69,13 +61,7 @@ def pack_weight(
         return None
     codes = weight_codes(spec, weight)
     if isinstance(spec, Conv2dSpec) and spec.is_depthwise:
-        # [G, K, m] -> [kh, kw, 1, G*m]: depthwise reads the plain layout, its channels are
-        # contiguous.
-        changed, codes = without_zero_point(spec, codes)
-        if changed == spec:
-            return None
-        plain = codes.transpose(1, 0, 2).reshape(changed.weight_shape)
-        return changed, np.ascontiguousarray(plain)
+        return plain_depthwise(spec, codes)
     spec, codes = without_zero_point(spec, codes)
     halved = _halved(spec, codes, target)
     if halved is not None:

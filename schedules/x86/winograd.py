@@ -81,12 +81,12 @@ def winograd_kernel(
 
 def _dot_of(spec: Conv2dSpec, target: Target) -> Dot | None:
     packed = spec.packed_layout
-    if packed is None or packed.axis != "R" or packed.group != 1 or not _is_applicable(spec):
+    if packed is None or packed.axis != "R" or packed.group != 1 or not is_applicable(spec):
         return None
     return select_dot(spec, target, packed.width)
 
 
-def _is_applicable(spec: Conv2dSpec) -> bool:
+def is_applicable(spec: Conv2dSpec) -> bool:
     """Whether the sum is of float32 weights over 3x3 neighbours."""
     return (
         spec.data_dtype == spec.weight_dtype == "float32"
