@@ -32,6 +32,6 @@ class LayerCosts(Protocol):
         ...
 
     def sparse(self, layer: str, spec: LayerSpec, kept: NDArray[np.bool_]) -> float:
-        """Of the best kernel of the target for a layer of which only the weights `kept` [K, N]
-        are not zero; at most `dense`, since a dense kernel multiplies zeros as well."""
+        """Of the best kernel of the target for a layer of which only the weights `kept`
+        [groups, K, N] are not zero; at most `dense`: a dense kernel multiplies zeros as well."""
         ...

@@ -3,19 +3,28 @@ for it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..targets import Target
 from .choice import CHOICE_ATTR, Choice, SearchSpace, choice_to_json
-from .spec import SCHEDULE_ATTR, KernelSpec, SparseConv2dSpec, WeightedSpec
+from .spec import (
+    SCHEDULE_ATTR,
+    Conv2dSpec,
+    KernelSpec,
+    MatmulSpec,
+    SparseConv2dSpec,
+    WeightedSpec,
+)
 
 if TYPE_CHECKING:
     from tvm import tirx
 
     from .decode_weight import DecodedWeight
     from .fused import FusedFunction
+    from .sparse_form import SparseForm
     from .template import Template, WrittenKernel
 
 
@@ -76,6 +85,15 @@ def sparse_parts(
     from .sparse_weight import sparse_form
 
     return sparse_form(spec, parts[0], target)
+
+
+def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> Sequence[SparseForm]:
+    """In what forms kernels of the target read a weight without its zeros; none: no kernel does."""
+    if target.is_x86:
+        from .x86.sparse_forms import sparse_forms as forms
+
+        return forms(spec, target)
+    return ()
 
 
 def decode_weight(

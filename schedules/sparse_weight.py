@@ -1,8 +1,8 @@
 """Whether a weight's zeros are worth a kernel that skips them, and the weight for that kernel.
 
 Zeros are looked at as they lie, wherever they came from: a step of the recipe, or a model that was
-pruned elsewhere. A layer whose sparse kernel is predicted to be slower than its dense one keeps the
-dense one.
+pruned elsewhere. A layer whose sparse kernels are all expected to be slower than its dense one
+keeps the dense one.
 """
 
 from __future__ import annotations
@@ -12,25 +12,32 @@ from typing import Any
 import numpy as np
 
 from ..targets import Target
-from .sparse_conv2d import (
-    BYTES,
-    GROUP,
-    encode,
-    group_entries,
-    neighbours_read_neighbours,
-    offsets_of,
-)
+from .sparse_conv2d import encode, group_entries, offsets_of
+from .sparse_form import SparseForm
 from .spec import Conv2dSpec, MatmulSpec, SparseConv2dSpec, WeightedSpec
 from .weights import weight_codes
 
-# Outputs that share their inputs => cycles of a sparse multiply-add against a dense one: indices,
-# data without an order, narrow vectors (measured on Zen 4: 1.05 to 1.3 for blocks of 16).
-_COST = {16: 1.15, 8: 1.4, 4: 2.0}
-# The same of bytes in blocks of 16: gathering them costs as much as some products, and channels
-# first a copy that short sums do not repay (measured on Zen 4: 3.9 for 64 inputs, else 1.6-1.9).
-_COST_BYTES, _COPY_BYTES = 1.6, 150
-# Winograd's filtering makes a dense 3x3 layer so much cheaper (measured, 14x14 and up).
-_WINOGRAD = 0.42
+# Beyond this share of weights that are not zero nobody looks further.
+_DENSE = 0.9
+
+
+def sparse_candidates(
+    spec: WeightedSpec, kept: np.ndarray, target: Target
+) -> list[tuple[float, SparseForm]]:
+    """(expected time in times of the dense kernel's, form) of all forms of the target for a layer
+    of which only the weights `kept` [G, K, N] are not zero, best first; without those that are
+    expected to be slower."""
+    from .dispatch import sparse_forms
+
+    if not _is_plain(spec) or kept.mean() > _DENSE:
+        return []
+    assert isinstance(spec, (Conv2dSpec, MatmulSpec))
+    together = _ungrouped(spec, kept)
+    shares = [
+        (form.share(_entries(together, form.block) * form.block, kept.size), form)
+        for form in sparse_forms(spec, target)
+    ]
+    return sorted((pair for pair in shares if pair[0] < 1), key=lambda pair: pair[0])
 
 
 def sparse_form(
@@ -38,51 +45,22 @@ def sparse_form(
 ) -> tuple[SparseConv2dSpec, list[np.ndarray]] | None:
     """The layer by its nonzero weights alone, with the arrays values, offsets and starts; None:
     dense is as fast, or no kernel of the target skips zeros."""
-    if not _has_kernel(spec, target):
+    if not _is_plain(spec):
         return None
-    codes = weight_codes(spec, weight)[0]  # [K, N]
-    kept = codes != 0
-    if kept.mean() > 0.9:
-        return None
-    costs = _COST
-    if spec.is_integer:
-        costs = {16: _COST_BYTES + _COPY_BYTES / spec.reduction_size}
-    cost, block = min(
-        (_entries(kept, block) * block / kept.size * cost, block) for block, cost in costs.items()
-    )
-    if cost >= _dense_cost(spec):
-        return None
-    return _encoded(spec, codes, block, GROUP if spec.is_integer else 1)
+    codes = weight_codes(spec, weight)
+    found = sparse_candidates(spec, codes != 0, target)
+    return encoded(spec, codes, found[0][1]) if found else None
 
 
-def _has_kernel(spec: WeightedSpec, target: Target) -> bool:
-    if not target.is_x86 or not isinstance(spec, (Conv2dSpec, MatmulSpec)):
-        return False
-    if spec.groups_of_channels > 1 or spec.weight_layout != spec.plain_layout:
-        return False
-    dtypes = spec.data_dtype, spec.weight_dtype, spec.acc_dtype
-    if dtypes == ("float32",) * 3:
-        return True
-    from .x86.dot import widest_byte_dot
-
+def _is_plain(spec: WeightedSpec) -> bool:
+    """Whether the layer is one that sparse kernels compute, its weight as it was before packing."""
     return (
-        widest_byte_dot(target) is not None
-        and dtypes == BYTES
-        and (isinstance(spec, MatmulSpec) or neighbours_read_neighbours(spec))
+        isinstance(spec, (Conv2dSpec, MatmulSpec))
+        and spec.columns > 1
+        and spec.weight_layout == spec.plain_layout
         and not spec.weight_zero_point
+        and not spec.group_size
     )
-
-
-def _dense_cost(spec: WeightedSpec) -> float:
-    """Of a multiply-add of the dense layer."""
-    from .x86 import winograd
-
-    is_filtered = (
-        isinstance(spec, Conv2dSpec)
-        and winograd.is_applicable(spec)
-        and min(spec.out_height, spec.out_width) >= 8
-    )
-    return _WINOGRAD if is_filtered else 1.0
 
 
 def _entries(kept: np.ndarray, block: int) -> int:
@@ -91,18 +69,19 @@ def _entries(kept: np.ndarray, block: int) -> int:
     return int(np.count_nonzero(np.logical_or.reduceat(kept, starts, axis=1)))
 
 
-def _encoded(
-    spec: WeightedSpec, codes: np.ndarray, block: int, group: int
+def encoded(
+    spec: WeightedSpec, codes: np.ndarray, form: SparseForm
 ) -> tuple[SparseConv2dSpec, list[np.ndarray]]:
-    values, positions, starts = encode(codes, block)
+    """A layer with the weight `codes` [G, K, N] in a form: values, offsets and starts."""
+    values, positions, starts = encode(_ungrouped(spec, codes), form.block)
     if not len(values):  # nothing is left of the layer, and arrays are not empty
-        values, positions = np.zeros((1, block), codes.dtype), np.zeros(1, np.int32)
+        values, positions = np.zeros((1, form.block), codes.dtype), np.zeros(1, np.int32)
         starts[1:] = 1
-    if group > 1:
-        values, positions, starts = group_entries(values, positions, starts, group)
+    if form.group > 1:
+        values, positions, starts = group_entries(values, positions, starts, form.group)
     common: dict[str, Any] = {
         "data_dtype": spec.data_dtype, "weight_dtype": spec.weight_dtype,
-        "acc_dtype": spec.acc_dtype, "block": block, "group": group,
+        "acc_dtype": spec.acc_dtype, "block": form.block, "group": form.group,
         "entries": len(positions), "longest": int(np.diff(starts).max()),
     }  # fmt: skip
     if isinstance(spec, MatmulSpec):
@@ -118,3 +97,14 @@ def _encoded(
             padding=spec.padding, dilation=spec.dilation, pad_value=spec.pad_value, **common,
         )  # fmt: skip
     return sparse, [values, offsets_of(sparse, positions), starts]
+
+
+def _ungrouped(spec: WeightedSpec, codes: np.ndarray) -> np.ndarray:
+    """[G, K, N] => [K * G, N * G], the weight of the layer without groups: zeros where a group does
+    not read."""
+    groups, reduction, outputs = codes.shape
+    taps = spec.reduction[0] * spec.reduction[1]
+    full = np.zeros((taps, groups, reduction // taps, groups, outputs), codes.dtype)
+    for group in range(groups):
+        full[:, group, :, group] = codes[group].reshape(taps, -1, outputs)
+    return full.reshape(groups * reduction, groups * outputs)

@@ -1,0 +1,25 @@
+"""A way to store a layer's weights that are not zero, as a kernel of the target reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SparseForm:
+    """One form, with the time that its kernel is expected to take.
+
+    A weight is stored for each input that any of `block` neighbouring outputs reads; blocks are
+    filled up with zeros to whole `group`s of entries.
+    """
+
+    block: int
+    cost: float
+    """Of a stored weight, in times of a weight of the layer's dense kernel."""
+    group: int = 1
+    constant: float = 0.0
+    """What the kernel takes beside its weights, in times of the whole dense kernel."""
+
+    def share(self, stored: int, size: int) -> float:
+        """Expected time in times of the dense kernel's, for `stored` of `size` weights."""
+        return self.cost * stored / size + self.constant
