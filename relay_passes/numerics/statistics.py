@@ -54,13 +54,31 @@ class LayerMoments:
 
 
 @dataclass(frozen=True, eq=False)
+class ChannelGradients:
+    """What a labelled loss L (cross-entropy of a sample) makes of a tensor's channels along `axis`.
+
+    Means over samples, float64 [C]: `signed`, `absolute` and `squared` are of s, |s| and s², s the
+    sum over `positions` of a·dL/da; `gradient_squared` is of the sum over positions of (dL/da)².
+    """
+
+    axis: int
+    positions: int
+    signed: NDArray[np.float64]
+    absolute: NDArray[np.float64]
+    squared: NDArray[np.float64]
+    gradient_squared: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
 class Statistics(Mapping[str, TensorStatistics]):
-    """Tensor name => statistics of `samples` samples; `channels` by tensor, `moments` by layer."""
+    """Tensor name => statistics of `samples` samples; `channels` and `gradients` by tensor,
+    `moments` by layer."""
 
     tensors: Mapping[str, TensorStatistics] = field(default_factory=dict)
     channels: Mapping[str, ChannelStatistics] = field(default_factory=dict)
     moments: Mapping[str, LayerMoments] = field(default_factory=dict)
     samples: int = 0
+    gradients: Mapping[str, ChannelGradients] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> TensorStatistics:
         return self.tensors[name]
@@ -90,6 +108,10 @@ class Statistics(Mapping[str, TensorStatistics]):
             for item in fields(ChannelStatistics):
                 value = getattr(channels, item.name)
                 arrays[f"channels{index}.{item.name}"] = np.asarray(value)
+        arrays["gradients"] = np.asarray(list(self.gradients), np.str_)
+        for index, gradients in enumerate(self.gradients.values()):
+            for item in fields(ChannelGradients):
+                arrays[f"gradients{index}.{item.name}"] = np.asarray(getattr(gradients, item.name))
         for index, moments in enumerate(self.moments.values()):
             prefix = f"layer{index}"
             arrays[f"{prefix}.mean"] = moments.mean
@@ -128,4 +150,10 @@ def _read(arrays: Mapping[str, NDArray]) -> Statistics:
         moments[name] = LayerMoments(
             arrays[f"{prefix}.mean"], second, int(arrays[f"{prefix}.count"])
         )
-    return Statistics(tensors, channels, moments, int(arrays["samples"]))
+    gradients: dict[str, ChannelGradients] = {}
+    for index, name in enumerate(arrays["gradients"].tolist()):
+        axis, positions, *parts = (
+            arrays[f"gradients{index}.{item.name}"] for item in fields(ChannelGradients)
+        )
+        gradients[name] = ChannelGradients(int(axis), int(positions), *parts)
+    return Statistics(tensors, channels, moments, int(arrays["samples"]), gradients)
