@@ -114,23 +114,37 @@ def compare(layer: tuple[Any, ...], target: Any, threads: int) -> None:
 def ours(spec: Any, target: Any) -> Callable[[], float]:
     """The layer as this project builds it, with the epilogue of its kind: returns seconds of one
     call."""
-    from tvm_compress.schedules import pack_weight
-
-    rng = np.random.default_rng(0)
-    integer = spec.is_integer
-    weight = (
-        rng.integers(-127, 128, spec.weight_shape, dtype="int8")
-        if integer
-        else rng.standard_normal(spec.weight_shape, dtype="float32")
-    )
-    packed = pack_weight(spec, weight, target)
-    if packed is not None:
-        spec, weight = packed
+    spec, weight = packed(spec, target)
     return timed(spec, [weight], target)
 
 
+def packed(spec: Any, target: Any) -> tuple[Any, np.ndarray]:
+    """The layer in the target's layout, with a random weight."""
+    from tvm_compress.schedules import pack_weight
+
+    rng = np.random.default_rng(0)
+    weight = (
+        rng.integers(-127, 128, spec.weight_shape, dtype="int8")
+        if spec.is_integer
+        else rng.standard_normal(spec.weight_shape, dtype="float32")
+    )
+    return pack_weight(spec, weight, target) or (spec, weight)
+
+
 def timed(spec: Any, weights: list[np.ndarray], target: Any) -> Callable[[], float]:
-    """A kernel with the epilogue of its kind."""
+    """A kernel with the epilogue of its kind: returns seconds of one call."""
+    import tvm
+
+    library, arguments = built(spec, weights, target)
+    timer = library.mod.time_evaluator("main", tvm.cpu(), number=calls(spec.macs))
+    return lambda: float(timer(*arguments).mean)
+
+
+def built(
+    spec: Any, weights: list[np.ndarray], target: Any, activation: bool = True
+) -> tuple[Any, list[Any]]:
+    """A compiled kernel with the epilogue of its kind (floats: ReLU if `activation`), and its
+    arguments: the first is its input, the last its output."""
     import tvm
     from tvm import te, tirx
 
@@ -156,8 +170,10 @@ def timed(spec: Any, weights: list[np.ndarray], target: Any) -> Callable[[], flo
             lambda *i: te.max(te.min(scaled[i], 127.0), -128.0).astype("int32").astype("int8"),
             name="out",
         )
-    else:
+    elif activation:
         out = te.compute(shape, lambda *i: te.max(total[i], 0.0), name="out")
+    else:
+        out = total
     func = schedule(te.create_prim_func([*inputs, *constants, out]), target)
     library = tvm.compile(func, target.tvm_target())
     data = rng.integers(-128, 128, spec.data_shape).astype(spec.data_dtype)
@@ -165,8 +181,7 @@ def timed(spec: Any, weights: list[np.ndarray], target: Any) -> Callable[[], flo
     if integer:
         arrays.append(np.full(channels, 1e-4, "float32"))
     arguments = [tvm.runtime.tensor(a) for a in (*arrays, np.zeros(shape, str(out.dtype)))]
-    timer = library.mod.time_evaluator("main", tvm.cpu(), number=calls(spec.macs))
-    return lambda: float(timer(*arguments).mean)
+    return library, arguments
 
 
 def onnx_layer(spec: Any, quantised: bool, as_qdq: bool = False) -> tuple[bytes, np.ndarray]:
