@@ -3,35 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..schedules import Conv2dSpec, MatmulSpec
+from .layer_spec import LayerSpec
 
-LayerSpec = Conv2dSpec | MatmulSpec
+# A smaller layer may take so much longer than the dense one.
+TOLERATED = 1.1
+
+MEASURED, COUNTED, PREDICTED = "us", "instructions", "cycles"
+HOW = {MEASURED: "measured", COUNTED: "counted", PREDICTED: "predicted"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a layer costs on the target in its cheapest compressed form, and as it was."""
+
+    form: str
+    """In words, such as `sparse 16x1`; empty: the target has no kernel for it."""
+    cost: float
+    dense_cost: float
+    bytes: int
+    """Stored, indices included."""
+    dense_bytes: int
+    unit: str
+    """`MEASURED` on the target, `COUNTED` under its emulator or `PREDICTED`."""
+
+    @property
+    def pays(self) -> bool:
+        """Whether the compressed layer is faster, or smaller and hardly slower."""
+        if not self.form:
+            return False
+        if self.cost < self.dense_cost:
+            return True
+        return self.bytes < self.dense_bytes and self.cost <= TOLERATED * self.dense_cost
+
+    @property
+    def words(self) -> str:
+        """Such as `sparse 16x1 takes 1.30x of dense's time (measured)`."""
+        if not self.form:
+            return "the target has no kernel that gains from it"
+        share = self.cost / self.dense_cost
+        return f"{self.form} takes {share:.2f}x of dense's time ({HOW[self.unit]})"
 
 
 class LayerCosts(Protocol):
     """Costs of layers on the target that a model is compressed for.
 
-    `layer` is a layer's name in the module, `specs` describe its kernels as they are in that
-    module, float32. Costs are of the kernels that ship: in the integers that later steps of the
-    recipe give the layer, in the layout and schedule of the target.
+    `layer` is a layer's name in the module; specs describe kernels as they are in that module,
+    float32 (`layer_spec.layer_spec`). Costs are of the kernels that ship: in the integers that
+    later steps of the recipe give the layer, in the layout and schedule of the target.
     """
 
-    @property
-    def unit(self) -> str:
-        """ "us" (measured on the target), "instructions" (counted under its emulator) or "cycles"
-        (predicted)."""
+    def compare(self, layer: str, chains: Sequence[Sequence[LayerSpec]]) -> list[float]:
+        """Costs of alternatives, each of them dense kernels one behind the other that take the
+        place of `layer`; the first may be the layer as it is. All in one unit."""
         ...
 
-    def dense(self, layer: str, specs: Sequence[LayerSpec]) -> float:
-        """Of kernels one behind the other that take the place of a layer."""
+    def sparse(self, layer: str, spec: LayerSpec, kept: NDArray[np.bool_]) -> Comparison:
+        """Of a layer of which only the weights `kept` [groups, K, N] are not zero, in the cheapest
+        sparse form of the target, with all weights in the dense one."""
         ...
 
-    def sparse(self, layer: str, spec: LayerSpec, kept: NDArray[np.bool_]) -> float:
-        """Of the best kernel of the target for a layer of which only the weights `kept`
-        [groups, K, N] are not zero; at most `dense`: a dense kernel multiplies zeros as well."""
+    def blocks(self, layer: str, spec: LayerSpec) -> tuple[int, ...]:
+        """How many neighbouring outputs share their inputs in the target's sparse kernels for the
+        layer, the cheapest for a weight first; empty: the target has no such kernel."""
         ...

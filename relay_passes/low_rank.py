@@ -17,6 +17,7 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relax
 
+from .costs import LayerCosts
 from .encodings import kernel_order
 from .graph import Graph, rebuild
 from .ir import ints, op_name
@@ -57,9 +58,15 @@ class LowRank:
     they are missing.
     """
 
-    def __init__(self, schemes: Mapping[str, LowRankConfig], statistics: Statistics) -> None:
+    def __init__(
+        self,
+        schemes: Mapping[str, LowRankConfig],
+        statistics: Statistics,
+        costs: LayerCosts | None = None,
+    ) -> None:
         self.schemes = dict(schemes)
         self.statistics = statistics
+        self.costs = costs
 
     def transform_module(
         self, module: tvm.IRModule, _context: tvm.transform.PassContext

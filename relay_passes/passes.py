@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import tvm
 
+    from .costs import LayerCosts
     from .numerics.statistics import Statistics
     from .observations import Observations
 
@@ -35,6 +36,8 @@ class PassEntry:
     keeps_statistics: bool = True
     compares_with_float: bool = False
     """Not for layers that came quantised: there is no float original to compare with."""
+    uses_costs: bool = False
+    """Whether the pass asks what layers cost on the target."""
 
     @property
     def config(self) -> type:
@@ -70,10 +73,16 @@ class PassEntry:
         module: tvm.IRModule,
         schemes: Mapping[str, Any],
         statistics: Statistics | None = None,
+        costs: LayerCosts | None = None,
     ) -> tvm.IRModule:
-        """Run the pass. `statistics` is what `observe` asked for."""
+        """Run the pass. `statistics` is what `observe` asked for; without `costs` nothing is
+        compared with the layers as they were."""
         make: Callable[..., tvm.transform.Pass] = _load(self.pass_at)
-        arguments = (schemes, statistics) if self.needs_statistics else (schemes,)
+        arguments: list[Any] = [schemes]
+        if self.needs_statistics:
+            arguments.append(statistics)
+        if self.uses_costs:
+            arguments.append(costs)
         return make(*arguments)(module)
 
 
@@ -109,6 +118,7 @@ PASSES: dict[str, PassEntry] = {
         pass_at="low_rank:LowRank",
         observe_at="low_rank:observe",
         keeps_statistics=False,
+        uses_costs=True,
     ),
     "sparsify": PassEntry(
         summary="set weights to zero where they matter least, and let the others make up for it",
@@ -116,6 +126,7 @@ PASSES: dict[str, PassEntry] = {
         pass_at="sparsify:Sparsify",
         observe_at="sparsify:observe",
         keeps_statistics=False,
+        uses_costs=True,
     ),
     "quantize": PassEntry(
         summary="integer weights and activations, or integer weights alone",

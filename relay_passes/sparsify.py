@@ -18,6 +18,7 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relax
 
+from .costs import LayerCosts
 from .graph import Graph, rebuild
 from .numerics import saliency
 from .numerics.second_order import damped, prune_greedily, prune_in_order, reconstruct
@@ -49,9 +50,15 @@ class Sparsify:
     layer => pattern and share of zeros). Raises `DataError` when statistics are missing.
     """
 
-    def __init__(self, schemes: Mapping[str, SparsifyConfig], statistics: Statistics) -> None:
+    def __init__(
+        self,
+        schemes: Mapping[str, SparsifyConfig],
+        statistics: Statistics,
+        costs: LayerCosts | None = None,
+    ) -> None:
         self.schemes = dict(schemes)
         self.statistics = statistics
+        self.costs = costs
 
     def transform_module(
         self, module: tvm.IRModule, _context: tvm.transform.PassContext

@@ -20,6 +20,7 @@ from ...schedules import BatchMatmulSpec, Conv2dSpec, Conv2dTransposeSpec, Matmu
 from ...schedules.prim import ROLES_ATTR
 from .. import ir
 from ..encodings import FourBit, GroupWise, kernel_order
+from ..layer_spec import conv_sizes, has_known_layout, matmul_sizes, spatial_axes
 from .context import QUANTISED, Lowering
 from .values import Accumulator, Constant, Dequantised, QuantParams, Tensor, Value
 
@@ -207,16 +208,13 @@ def _weight_fields(weight: Weight) -> dict[str, object]:
 
 def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     """conv1d / conv2d, plain or transposed, with a constant weight."""
-    attrs = call.attrs
-    rank = 3 if "1d" in (ir.op_name(call) or "") else 4
+    layout, kernel_layout = str(call.attrs.data_layout), str(call.attrs.kernel_layout)
+    space = spatial_axes(call)
     transposed = "transpose" in (ir.op_name(call) or "")
-    layout, kernel_layout = str(attrs.data_layout), str(attrs.kernel_layout)
-    space = "HW" if rank == 4 else "W"
-    if set(layout) != set(f"NC{space}") or set(kernel_layout) != set(f"OI{space}"):
-        return ctx.no(f"layout {layout}/{kernel_layout}")
-    if str(attrs.out_layout or layout) != layout:
-        return ctx.no(f"output layout {attrs.out_layout} differs from {layout}")
-    groups = int(attrs.groups)
+    if not has_known_layout(call):
+        return ctx.no(f"layout {layout}/{kernel_layout}, output {call.attrs.out_layout or layout}")
+    sizes = conv_sizes(call)
+    groups = sizes["groups"]
     weight = weight_of(ctx, call.args[1], kernel_layout, f"{space}IO")
     if weight is None:
         return ctx.no("weight is computed at run time")
@@ -238,32 +236,20 @@ def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
     )
     perm = tuple(layout.index(letter) for letter in f"N{space}C")
     data = ctx.permuted(data, perm, f"{name}.nhwc")
-    strides, dilation, padding = (
-        ir.ints(attrs.strides),
-        ir.ints(attrs.dilation),
-        ir.ints(attrs.padding),
-    )
     values = weight.values
-    if rank == 3:
-        n, width, channels = data.physical_shape
-        shape4: tuple[int, ...] = (n, 1, width, channels)
-        data_expr = ctx.reshape(data.expr, shape4, f"{name}.rows")
-        strides, dilation = (1, *strides), (1, *dilation)
-        padding = (0, padding[0], 0, padding[1])
-        values = values if weight.dtype == "int4" else values[None]
-    else:
-        shape4, data_expr = data.physical_shape, data.expr
+    if space == "W" and weight.dtype != "int4":
+        values = values[None]
     weight = replace(weight, values=values)
-    out_channels = _out_channels(call, kernel_layout, groups, transposed)
+    out_channels = sizes["out_channels"]
+    shape4 = (sizes["batch"], sizes["height"], sizes["width"], sizes["in_channels"])
+    data_expr = data.expr
+    if space == "W":
+        data_expr = ctx.reshape(data_expr, shape4, f"{name}.rows")
     channel_shape = tuple(out_channels if letter == "C" else 1 for letter in layout)
-    common: dict[str, Any] = dict(
-        batch=shape4[0], height=shape4[1], width=shape4[2], in_channels=shape4[3],
-        out_channels=out_channels, kernel=_kernel_hw(call, kernel_layout), strides=strides,
-        padding=padding, dilation=dilation, groups=groups, **_weight_fields(weight),
-    )  # fmt: skip
+    common: dict[str, Any] = {**sizes, **_weight_fields(weight)}
     if transposed:
-        out_padding = ir.ints(attrs.output_padding)
-        common["output_padding"] = (0, *out_padding) if rank == 3 else out_padding
+        out_padding = ir.ints(call.attrs.output_padding)
+        common["output_padding"] = (0, *out_padding) if space == "W" else out_padding
     family: Any = Conv2dTransposeSpec if transposed else Conv2dSpec
     if integer:
         assert data.quant is not None
@@ -288,23 +274,9 @@ def conv(ctx: Lowering, name: str, call: tvm.ir.Call) -> Value | None:
         sums = Tensor(expr, logical, spec.acc_dtype, perm)
         ctx.integer_layers.add(name)
         return Accumulator(sums, scale, bias, layer=name, limit=limit, centre=bias, reach=reach)
-    if rank == 3:
+    if space == "W":
         expr = ctx.reshape(expr, tuple(logical[axis] for axis in perm), f"{name}.view")
     return _float_result(ctx, name, Tensor(expr, logical, "float32", perm), weight)
-
-
-def _kernel_hw(call: tvm.ir.Call, kernel_layout: str) -> tuple[int, int]:
-    shape = ir.shape_of(call.args[1])
-    assert shape is not None
-    height = shape[kernel_layout.index("H")] if "H" in kernel_layout else 1
-    return (height, shape[kernel_layout.index("W")])
-
-
-def _out_channels(call: tvm.ir.Call, kernel_layout: str, groups: int, transposed: bool) -> int:
-    shape = ir.shape_of(call.args[1])
-    assert shape is not None
-    channels = shape[kernel_layout.index("O")]
-    return channels * groups if transposed else channels
 
 
 def _transposed_groups(weight: Weight, groups: int) -> Weight:
@@ -360,13 +332,11 @@ def _matmul_constant(
     )
     rank = len(left_shape)
     data = ctx.permuted(data, ir.renormalise_perm(rank), f"{name}.rows")
-    rows = int(np.prod(left_shape[:-1]))
-    features, columns = left_shape[-1], right_shape[1]
-    data_expr = ctx.reshape(data.expr, (rows, features), f"{name}.rows")
+    sizes = matmul_sizes(left_shape, right_shape)
+    rows, columns = sizes["rows"], sizes["out_features"]
+    data_expr = ctx.reshape(data.expr, (rows, sizes["in_features"]), f"{name}.rows")
     logical = (*left_shape[:-1], columns)
-    fields: dict = dict(
-        rows=rows, in_features=features, out_features=columns, **_weight_fields(weight)
-    )
+    fields: dict[str, Any] = {**sizes, **_weight_fields(weight)}
     if integer:
         assert data.quant is not None
         scale, bias = _scale_bias(data, weight, (1,) * (rank - 1) + (columns,))
