@@ -70,9 +70,10 @@ class Sparsify:
         notes = read_sparsified(module)
         for layer in layers:
             weight = _sparsified(layer, sparsities.get(layer.name), self.statistics)
+            constant = relax.const(weight)  # one for all: that is how later passes see a loop
             for variable in layer.variables:
                 call = graph.values[variable]
-                arguments = [call.args[0], relax.const(weight), *call.args[2:]]
+                arguments = [call.args[0], constant, *call.args[2:]]
                 replace[variable] = relax.Call(call.op, arguments, call.attrs, call.ty_args)
                 zeros = 1 - np.count_nonzero(weight) / weight.size
                 notes[variable.name] = f"{_pattern_of(layer).words} {100 * zeros:.0f} % zeros"
