@@ -2,21 +2,23 @@
 one number of the data for each position of the tile.
 
 The data's numbers are broadcast from memory by the multiply-add itself; the offset and the weights
-of an entry are read once for all positions. Blocks of at least four channels.
+of an entry are read once for all positions. Blocks of at least four channels. What multiplies is an
+instruction set's `Dot` of group 1: floats everywhere, bytes with RISC-V's vectors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm import ir, tirx
 
 from ..targets import Target
-from .band import Band, BandReader, Source
+from .band import Band, BandReader, Source, even_rows
 from .choice import Choice, SearchSpace
-from .dot import FloatDot
+from .dot import Dot, FloatDot
 from .emit import Emitter, splat, vector, vector_parts
 from .epilogue import Epilogue
 from .fused import FusedFunction, Stage
@@ -37,20 +39,33 @@ def sparse_kernel(
     fused: FusedFunction, target: Target, choice: Choice | None
 ) -> SparseKernel | None:
     """A sparse convolution with float data; None: no form for it."""
-    lanes_of = partial(_lanes, target=target)
+    return sparse_kernel_as(SparseKernel, float_dot, fused, target, choice)
+
+
+def sparse_kernel_as(
+    kernel: type[SparseKernel],
+    select_dot: Callable[[SparseConv2dSpec, Target], Dot | None],
+    fused: FusedFunction,
+    target: Target,
+    choice: Choice | None,
+) -> SparseKernel | None:
+    """The anchor as a kernel of an instruction set; None: no form for it."""
+    takes = partial(select_dot, target=target)
     layer = read_layer(
-        fused, target, choice, (SparseConv2dSpec,), lanes_of, sparse_operands, Epilogue
+        fused, target, choice, (SparseConv2dSpec,), takes, sparse_operands, kernel.epilogue_type
     )
-    lanes = None if layer is None else lanes_of(layer.spec)
-    return None if layer is None or lanes is None else SparseKernel(layer, lanes)
+    dot = None if layer is None else takes(layer.spec)
+    return None if layer is None or dot is None else kernel(layer, dot)
 
 
-def _lanes(spec: SparseConv2dSpec, target: Target) -> int | None:
-    """Channels of a register: the block's, or a part of them; None: not floats, or no such part."""
+def float_dot(spec: SparseConv2dSpec, target: Target) -> Dot | None:
+    """Registers of the block's channels, or a part of them; None: not floats, or no such part."""
     if spec.is_integer or spec.weight_dtype != "float32":
         return None
     widest = min(16, target.lanes(32))
-    return next((n for n in (16, 8, 4) if n <= widest and spec.block % n == 0), None)
+    lanes = next((n for n in (16, 8, 4) if n <= widest and spec.block % n == 0), None)
+    fused = target.has("fma") or not target.is_x86
+    return None if lanes is None else FloatDot(lanes, "float32", fused)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,19 +113,21 @@ def sparse_operands(
 class SparseKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]):
     """One function being written."""
 
-    def __init__(self, layer: SparseLayer, lanes: int) -> None:
+    epilogue_type: ClassVar[type[Epilogue]] = Epilogue
+    unrolling: ClassVar[int] = 1
+    """Entries that a turn of the loop takes by default."""
+
+    def __init__(self, layer: SparseLayer, dot: Dot) -> None:
         super().__init__(layer)
         spec, target, choice = layer.spec, layer.target, layer.choice
-        self.lanes, self.window = lanes, window_of(spec)
-        self.dot = FloatDot(lanes, "float32", target.has("fma"))
-        vectors = spec.block // lanes
+        self.dot, self.lanes, self.window = dot, dot.lanes, window_of(spec)
+        vectors = spec.block // self.lanes
         # A block wider than the registers is read in parts, each with all of its entries.
         self.vectors = next(n for n in (4, 2, 1) if vectors % n == 0)
-        registers = target.vector_registers
-        most = (registers - _SPARE - self.vectors) // self.vectors
-        self.tile = self._tile_of_positions(min(most, _MOST_POSITIONS))
-        self.unroll = 1
-        self.parallel = target.threads > 1 and spec.macs >= PARALLEL_MACS
+        most = max(n for n in range(1, _MOST_POSITIONS + 1) if n == 1 or self._fits(n))
+        self.tile = self._tile_of_positions(most)
+        self.unroll = self.unrolling
+        self.parallel = target.threads > 1 and spec.macs >= PARALLEL_MACS * dot.speed
         self.band = Band(
             self.window, any(spec.padding), spec.data_dtype, spec.data_dtype, lambda value: value,
             spec.pad_value, self.window.channels,
@@ -122,6 +139,13 @@ class SparseKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]):
             self.rows = max(self.tile.rows, min(self.window.rows, choice["band"]))
             self.unroll = choice["unroll"]
         self.e = Emitter()
+
+    def _registers(self, positions: int, vectors: int) -> int:
+        """Registers that a tile needs."""
+        return (positions + 1) * vectors + _SPARE
+
+    def _fits(self, positions: int) -> bool:
+        return self._registers(positions, self.vectors) <= self.target.vector_registers
 
     def _tile_of_positions(self, most: int) -> Tile:
         """Columns first: they are neighbours. The fewest positions of the last tile are wasted."""
@@ -145,8 +169,8 @@ class SparseKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]):
     def _rows_of_a_task(self) -> int:
         """Output rows whose input stays in the second-level cache, at least one for each thread."""
         threads = self.target.threads if self.parallel else 1
-        most = self.band.most_rows(self.target.l2_bytes // 2)
-        rows = min(most, ceil_div(self.window.rows, threads))
+        most = min(self.band.most_rows(self.target.l2_bytes // 2), self.window.rows)
+        rows = even_rows(self.window.rows, most, self.window.batch, threads, self.tile.rows)
         return max(self.tile.rows, rows)
 
     def space(self) -> SearchSpace:
@@ -159,7 +183,7 @@ class SparseKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]):
         }  # fmt: skip
 
         def is_valid(choice: Choice) -> bool:
-            used = (choice["rows"] * choice["columns"] + 1) * choice["vectors"] + _SPARE
+            used = self._registers(choice["rows"] * choice["columns"], choice["vectors"])
             return registers <= 2 * used <= 2 * registers and choice["rows"] <= choice["band"]
 
         sides = range(1, registers)
@@ -206,9 +230,10 @@ class SparseKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]):
         b: Any, y: Any, dy: Any, x: Any,
     ) -> None:  # fmt: skip
         e, tile, lanes, vectors = self.e, self.tile, self.lanes, self.vectors
-        acc = e.alloc(tile.positions * vectors * lanes, "float32", "acc", registers=True)
+        dtype = self.dot.acc_dtype
+        acc = e.alloc(tile.positions * vectors * lanes, dtype, "acc", registers=True)
         for place in range(tile.positions * vectors):
-            e.store_vector(acc, splat(tirx.const(0.0, "float32"), lanes), place * lanes, lanes)
+            e.store_vector(acc, splat(tirx.const(0, dtype), lanes), place * lanes, lanes)
         start = e.bind("start", source.base + dy * source.step[0] + x * source.step[1])
         first, count = entries
         channel = e.bind("channel", part * (vectors * lanes))
@@ -216,11 +241,9 @@ class SparseKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]):
         def entry(index: Any) -> None:
             number = e.bind("number", first + index)
             at = e.bind("at", start + self.operands.offsets[number].astype("int32"))
+            codes = e.bind("codes", number * self.spec.block + channel)
             weights = [
-                e.bind(
-                    f"w{v}",
-                    vector(self.values, number * self.spec.block + channel + v * lanes, lanes),
-                )
+                e.bind(f"w{v}", self.dot.widen(vector(self.values, codes + v * lanes, lanes)))
                 for v in range(vectors)
             ]
             for row in range(tile.rows):

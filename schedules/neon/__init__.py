@@ -3,8 +3,10 @@
 from ..template import Template
 from .depthwise import depthwise_kernel
 from .matrix import matrix_kernel
+from .sparse import sparse_kernel
 
 NEON_TEMPLATES = (
     Template("neon.depthwise", depthwise_kernel),
     Template("neon.matrix", matrix_kernel),
+    Template("neon.sparse", sparse_kernel),
 )

@@ -3,8 +3,10 @@
 from ..template import Template
 from .depthwise import depthwise_kernel
 from .matrix import matrix_kernel
+from .sparse import sparse_kernel
 
 RVV_TEMPLATES = (
     Template("riscv.depthwise", depthwise_kernel),
     Template("riscv.matrix", matrix_kernel),
+    Template("riscv.sparse", sparse_kernel),
 )

@@ -53,13 +53,18 @@ def select_dot(spec: WeightedSpec, lanes: int) -> Dot | None:
     """The dot of a layer; None: no form for its numbers."""
     if spec.weight_zero_point or spec.group_size or spec.table_channels:
         return None
-    if spec.data_dtype == "float32":
-        is_float = spec.weight_dtype == "float32"
+    return dot_for(spec.data_dtype, spec.weight_dtype, spec.acc_dtype, lanes)
+
+
+def dot_for(data_dtype: str, weight_dtype: str, acc_dtype: str, lanes: int) -> Dot | None:
+    """The dot of data, weights and sums of these dtypes; None: no form for them."""
+    if data_dtype == "float32":
+        is_float = weight_dtype == "float32"
         return FloatDot(lanes, "float32", fused=True) if is_float else None
-    if spec.weight_dtype != "int8" or spec.acc_dtype != "int32":
+    if weight_dtype != "int8" or acc_dtype != "int32":
         return None
     kinds: dict[str, type[Dot]] = {"int8": WideningDot, "uint8": UnsignedWideningDot}
-    kind = kinds.get(spec.data_dtype)
+    kind = kinds.get(data_dtype)
     return None if kind is None else kind(lanes, "int8", fused=True)
 
 
