@@ -93,6 +93,10 @@ def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> Sequence[Spar
         from .x86.sparse_forms import sparse_forms as forms
 
         return forms(spec, target)
+    if target.has("dsp"):
+        from .arm.sparse_forms import sparse_forms as arm_forms
+
+        return arm_forms(spec, target)
     return ()
 
 

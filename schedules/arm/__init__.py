@@ -5,10 +5,12 @@ from .depthwise import depthwise_kernel
 from .matrix import matrix_kernel
 from .mve_depthwise import depthwise_kernel as mve_depthwise_kernel
 from .mve_matrix import matrix_kernel as mve_matrix_kernel
+from .sparse import sparse_kernel
 
 DSP_TEMPLATES = (
     Template("arm.depthwise", depthwise_kernel),
     Template("arm.matrix", matrix_kernel),
+    Template("arm.sparse", sparse_kernel),
 )
 
 MVE_TEMPLATES = (

@@ -31,7 +31,7 @@ from tvm_compress.schedules import (
 from tvm_compress.schedules.choice import Choice
 from tvm_compress.schedules.tflite_add import tflite_add
 from tvm_compress.schedules.weights import kernel_attrs, weight_value
-from tvm_compress.targets import get_target
+from tvm_compress.targets import Target, get_target
 from tvm_compress.targets.toolchains import missing_tools
 
 from .test_arm_dsp import Requantisation, conv, depthwise, linear, requantisation
@@ -190,19 +190,19 @@ def largest(size: int, stride: int, pad: int, channels: int) -> Case:
 class Board:
     """One program with all cases, each a sample of it."""
 
-    def __init__(self, cases: dict[str, Case], folder: Path) -> None:
-        missing = missing_tools(TARGET)
+    def __init__(self, cases: dict[str, Case], folder: Path, target: Target = TARGET) -> None:
+        missing = missing_tools(target)
         if missing:
-            pytest.skip(f"cortex-m55: {', '.join(missing)} not installed")
+            pytest.skip(f"{target.name}: {', '.join(missing)} not installed")
         self.cases = cases
         text: list[str] = []
         calls, objects, arena = [], [], 16
         for number, case in enumerate(cases.values()):
-            scheduled = schedule(case.func, TARGET, case.choice)
+            scheduled = schedule(case.func, target, case.choice)
             assert scheduled.attrs[SCHEDULE_ATTR] == case.form
-            kernel = to_bare(scheduled, f"kernel{number}", TARGET, False)
+            kernel = to_bare(scheduled, f"kernel{number}", target, False)
             objects.append(f"kernel{number}.o")
-            (folder / objects[-1]).write_bytes(object_file(kernel, TARGET))
+            (folder / objects[-1]).write_bytes(object_file(kernel, target))
             call, size = _call(number, kernel, case.arrays, text)
             calls.append(call)
             arena = max(arena, size)
@@ -221,7 +221,7 @@ class Board:
             folder, "all.h", "all_run", arena, (TensorSpec("which", (1,), "int32"),),
             (TensorSpec("out", (most,), "int8"),), sources=("all.c",), objects=tuple(objects),
         )  # fmt: skip
-        program = build_program(project, TARGET, folder)
+        program = build_program(project, target, folder)
         samples = [{"which": np.array([number], np.int32)} for number in range(len(cases))]
         self.result = run_program(program, samples)
 
@@ -246,7 +246,9 @@ def _call(
         is_float = kind in ("float", "double")
         values = ",".join(float(v).hex() if is_float else str(int(v)) for v in array.ravel())
         names.append(f"c{number}_{i}")
-        text.append(f"static const {kind} {names[-1]}[] = {{{values}}};")
+        text.append(
+            f"static const {kind} {names[-1]}[] __attribute__((aligned(8))) = {{{values}}};"
+        )
     names.append("outputs[0]")
     for workspace in kernel.workspaces:
         names.append(f"(char *)arena + {size}")

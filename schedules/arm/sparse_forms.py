@@ -1,0 +1,15 @@
+"""Sparse forms of Cortex-M and what they cost against dense kernels: instructions under QEMU."""
+
+from __future__ import annotations
+
+from ...targets import Target
+from ..sparse_form import SparseForm
+from ..spec import Conv2dSpec, MatmulSpec
+from .sparse_loops import SmladLoops
+
+
+def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> list[SparseForm]:
+    """Forms of layers of bytes."""
+    if target.has("mve") or not SmladLoops.takes_dtypes(spec):
+        return []
+    return [SparseForm(block, 1.2, SmladLoops.group) for block in (16, 8, 4, 2)]

@@ -1,0 +1,314 @@
+"""Sparse convolutions of bytes on cores without vectors, or with short ones: the entries of a block
+are gathered once for a tile of positions, then multiplied as in a dense kernel.
+
+    stage[entry][position] = data[position's window + offsets[entry]]      for one block of outputs
+    sums[output][position] = bias[output] + stage[:, position] . values[:, output]
+
+Gathering is shared by all outputs of the block, so a stored weight costs about what it costs in a
+dense kernel. Both lines are one function of assembly (`StagedLoops`), the same for all layers of a
+program that have such blocks. A window lies in one piece, or offsets would have to be looked at:
+rows are copied only where there is a border, into as many rows as the kernel is high, which move up
+for the next output row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from tvm import ir, tirx
+
+from .arm.assembly import as_llvm
+from .arm.epilogue import DspEpilogue
+from .choice import SearchSpace
+from .emit import Emitter
+from .layer_kernel import Layer, LayerKernel
+from .sparse import SparseOperands
+from .spec import Conv2dSpec, MatmulSpec, SparseConv2dSpec, ceil_div
+from .window import window_of
+
+
+@dataclass(frozen=True)
+class StagedLoops:
+    """The loops of a block and a tile of positions as assembly:
+
+        void NAME(const int8_t *data, const uint16_t *offsets, const int8_t *values,
+                  const int32_t *initial, int32_t *sums, void *stage, int entries, int column)
+
+    `initial` [block] is what the outputs' sums start from, `column` how many bytes of data lie
+    between two positions.
+    """
+
+    columns: int
+    """Positions of a tile."""
+    block: int
+    is_signed: bool
+    offset_bytes: int
+    """2 or 4, of an offset."""
+
+    prefix: ClassVar[str] = ""
+    group: ClassVar[int] = 1
+    """Entries whose weights lie side by side."""
+    stage_bytes: ClassVar[int] = 1
+    """Of an entry's number."""
+    widest: ClassVar[int] = 1
+    """Positions at once at most."""
+
+    @property
+    def name(self) -> str:
+        """Unique among the kernels of a program, the same for equal ones."""
+        facts = (self.columns, self.block, int(self.is_signed), self.offset_bytes)
+        return f"tvmc_{self.prefix}_" + "_".join(str(fact) for fact in facts)
+
+    def place(self, channel: Any, column: int) -> Any:
+        """Where the sum of one of the block's outputs is."""
+        raise NotImplementedError
+
+    def assembly(self) -> str:
+        """The function."""
+        raise NotImplementedError
+
+    @classmethod
+    def takes(cls, spec: SparseConv2dSpec) -> bool:
+        """Whether the loops are right for the layer."""
+        return cls.takes_dtypes(spec) and spec.group == cls.group
+
+    @classmethod
+    def takes_dtypes(cls, spec: SparseConv2dSpec | Conv2dSpec | MatmulSpec) -> bool:
+        """Whether they multiply such numbers."""
+        dtypes = spec.weight_dtype, spec.acc_dtype
+        return spec.data_dtype in ("int8", "uint8") and dtypes == ("int8", "int32")
+
+
+StagedLayer = Layer[SparseConv2dSpec, SparseOperands, DspEpilogue]
+
+
+class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, DspEpilogue]):
+    """One function being written."""
+
+    def __init__(self, layer: StagedLayer, form: type[StagedLoops], name: str) -> None:
+        super().__init__(layer)
+        self.name, self.form = name, form
+        self.window = window = window_of(self.spec)
+        self.flat = window.columns == 1 and window.kernel == (1, 1) and not any(window.padding)
+        self.extent = window.rows if self.flat else window.columns
+        self.columns = min(form.widest, self.extent)
+        if layer.choice is not None:
+            self.columns = layer.choice["columns"]
+        self.e = self._emitter()
+
+    def _emitter(self) -> Emitter:
+        return Emitter()
+
+    def space(self) -> SearchSpace:
+        """Positions of a tile."""
+        columns = tuple(range(1, min(self.form.widest, self.extent) + 1))
+        default = {"columns": columns[-1]}
+        return SearchSpace(self.name, {"columns": columns}, default, lambda choice: True)
+
+    def build(self) -> tirx.PrimFunc:
+        e, spec = self.e, self.spec
+        self.values = e.flat(self.operands.weight)
+        self.data = e.flat(self.operands.data)
+        self.epilogue.declare(e)
+        self.loops = self.form(
+            self.columns, spec.block, spec.data_dtype == "int8",
+            2 if spec.offsets_dtype == "uint16" else 4,
+        )  # fmt: skip
+        self._declare()
+        self.biases = None
+        bias = getattr(self.epilogue, "bias_buffer", None)
+        if bias is not None and spec.out_channels % spec.block == 0:
+            self.biases = e.flat(bias)
+        else:
+            self.initial = opaque(e, spec.block, "int32", "initial")
+        self.has_copy = any(self.window.padding)
+        if self.has_copy:
+            self._make_rows()
+        if self.flat:
+            self._positions()
+        else:
+            with e.loop("b", self.window.batch) as b:
+                self._image(b)
+        self.epilogue.emit_rest(e, self._lanes)
+        return e.function(list(self.fused.func.params), {}, self._code())
+
+    _lanes = 1
+
+    def _declare(self) -> None:
+        """What the loops read and write."""
+        spec, e = self.spec, self.e
+        size = spec.longest * self.columns * self.form.stage_bytes
+        self.stage = opaque(e, max(1, ceil_div(size, 4)), "int32", "stage")
+        self.sums = opaque(e, spec.block * self.columns, "int32", "sums")
+
+    def _code(self) -> str:
+        return as_llvm(self.loops.name, self.loops.assembly(), 6, 2)
+
+    # Positions
+
+    def _tiles(self) -> int:
+        return ceil_div(self.extent, self.columns)
+
+    def _first(self, tile: Any) -> Any:
+        """The last tile is moved back inside."""
+        first = tile * self.columns
+        if self.extent % self.columns:
+            first = tirx.min(first, self.extent - self.columns)
+        return self.e.bind("first", first)
+
+    def _positions(self) -> None:
+        """A layer without neighbours."""
+        zero = tirx.const(0, "int32")
+        with self.e.loop("tile", self._tiles()) as tile:
+            first = self._first(tile)
+            self._blocks(zero, zero, first, self.data, first * self.window.channels)
+
+    def _image(self, b: Any) -> None:
+        e, window = self.e, self.window
+        down, along = window.strides
+        pitch = self.spec.pitches[0]
+        if self.has_copy:
+            self._fill_border()
+        with e.loop("y", window.rows) as y:
+            source, top = self.data, (b * window.in_rows + y * down) * pitch
+            if self.has_copy:
+                self._fill(b, y)
+                source, top = self.rows, tirx.const(0, "int32")
+            with e.loop("tile", self._tiles()) as tile:
+                x = self._first(tile)
+                self._blocks(b, y, x, source, top + x * (along * window.channels))
+
+    # The copy of rows with their border
+
+    @property
+    def _kernel_rows(self) -> int:
+        return (self.window.kernel[0] - 1) * self.window.dilation[0] + 1
+
+    def _make_rows(self) -> None:
+        size = self._kernel_rows * self.spec.pitches[0]
+        self.rows = self.e.alloc(size, self.spec.data_dtype, "rows")
+
+    def _fill_border(self) -> None:
+        """The columns left and right: written once, no row changes them."""
+        window, pitch = self.window, self.spec.pitches[0]
+        left, right = window.padding[1], window.padding[3]
+        if not left and not right:
+            return
+        with self.e.loop("row", self._kernel_rows) as row:
+            first = row * pitch
+            self._constant(first, left * window.channels)
+            self._constant(
+                first + (left + window.in_columns) * window.channels, right * window.channels
+            )
+
+    def _fill(self, b: Any, y: Any) -> None:
+        """The rows of output row y: those that the one before had move up."""
+        e, window, pitch = self.e, self.window, self.spec.pitches[0]
+        top, left, _, _ = window.padding
+        stride, count = window.strides[0], window.in_columns * window.channels
+        with e.loop("row", self._kernel_rows) as row:
+            to = e.bind("to", row * pitch + left * window.channels)
+            source = e.bind("source", y * stride + row - top)
+
+            def read() -> None:
+                def copy() -> None:
+                    origin = e.bind("origin", (b * window.in_rows + source) * count)
+                    self._copy(self.data, origin, to, count)
+
+                e.branch(
+                    tirx.all(source >= 0, source < window.in_rows),
+                    copy,
+                    lambda: self._constant(to, count),
+                )
+
+            if self._kernel_rows <= stride:
+                read()
+            else:
+                e.branch(
+                    tirx.all(y > 0, row < self._kernel_rows - stride),
+                    lambda: self._copy(self.rows, to + stride * pitch, to, count),
+                    read,
+                )
+
+    def _copy(self, source: tirx.Buffer, origin: Any, to: Any, count: int) -> None:
+        with self.e.loop("i", count) as i:
+            self.e.store(self.rows, source[origin + i], to + i)
+
+    def _constant(self, first: Any, count: int) -> None:
+        value = tirx.const(self.spec.pad_value, self.spec.data_dtype)
+        with self.e.loop("i", count) as i:
+            self.e.store(self.rows, value, first + i)
+
+    # Blocks of outputs
+
+    def _blocks(self, b: Any, y: Any, x: Any, source: tirx.Buffer, at: Any) -> None:
+        e, spec = self.e, self.spec
+        at = e.bind("at", at)
+        with e.loop("block", spec.blocks) as block:
+            first = e.bind("first_entry", self.operands.starts[block])
+            count = e.bind("entries", self.operands.starts[block + 1] - first)
+            self._sum(block, source, at, first, count)
+            self._results(b, y, x, block)
+
+    def _initial(self, block: Any) -> Any:
+        """Where the first sums of a block are."""
+        e, spec, window = self.e, self.spec, self.window
+        if self.biases is not None:
+            return tirx.address_of(self.biases[block * spec.block])
+        zero = tirx.const(0, "int32")
+        with e.loop("c", spec.block) as c:
+            channel = tirx.min(block * spec.block + c, spec.out_channels - 1)
+            indices = window.indices(zero, zero, zero, e.bind("channel", channel))
+            e.store(self.initial, self.epilogue.initial(indices), c)
+        return tirx.address_of(self.initial[0])
+
+    def _sum(self, block: Any, source: tirx.Buffer, at: Any, first: Any, count: Any) -> None:
+        step = self.window.channels * (1 if self.flat else self.window.strides[1])
+        self.e.evaluate(
+            tirx.call_extern(
+                "void", f"{self.loops.name}_call", tirx.address_of(source[at]),
+                tirx.address_of(self.operands.offsets[first]),
+                tirx.address_of(self.values[first * self.spec.block]), self._initial(block),
+                tirx.address_of(self.sums[0]), tirx.address_of(self.stage[0]), count,
+                tirx.const(step, "int32"),
+            )
+        )  # fmt: skip
+
+    def _results(self, b: Any, y: Any, x: Any, block: Any) -> None:
+        """What follows the sums, channel by channel."""
+        e, spec = self.e, self.spec
+        count: Any = spec.block
+        if spec.out_channels % spec.block:
+            count = e.bind("count", tirx.min(count, spec.out_channels - block * spec.block))
+        with e.loop("c", count) as c:
+            channel = e.bind("channel", block * spec.block + c)
+            self.epilogue.start_channel(e)
+            for p in range(self.columns):
+                self._finish(b, y, x + p, channel, self.loops.place(c, p), 1)
+
+    def _finish(self, b: Any, y: Any, x: Any, channel: Any, place: Any, lanes: int) -> None:
+        window = self.window
+        row, column = (x, 0) if self.flat else (y, x)
+        self.epilogue.sums = self.sums
+        self.epilogue.emit(
+            self.e,
+            partial(window.indices, b, row, column),
+            x if self.flat else (b * window.rows + y) * window.columns + x,
+            channel,
+            lanes,
+            partial(_element, self.sums, place),
+        )
+
+
+def _element(buffer: tirx.Buffer, place: Any, lane: Any) -> ir.Expr:
+    return buffer[place + lane]
+
+
+def opaque(e: Emitter, size: int, dtype: str, name: str) -> tirx.Buffer:
+    """A workspace that assembly reads or writes. TVM would cut it down to what loops access, so its
+    end is named."""
+    buffer = e.alloc(size, dtype, name)
+    e.evaluate(tirx.address_of(buffer[size - 1]))
+    return buffer
