@@ -90,7 +90,7 @@ def right_answers(
     runs = -(-len(dataset) // dataset.batch)
     for run in progress.track(dataset.runs(), "measuring accuracy", runs):
         assert run.labels is not None
-        _check_labels(int(run.labels.min()), int(run.labels.max()), spec, dataset.source)
+        check_labels(int(run.labels.min()), int(run.labels.max()), spec, dataset.source)
         for side, scorer in scorers.items():
             scores = scorer(run.feed)
             classes = scores.reshape(scores.shape[0], -1)[: run.count].argmax(1)
@@ -116,7 +116,7 @@ def right_answers_of_project(
         for side, outputs in results.items():
             for run, named in zip(piece, outputs, strict=True):
                 assert run.labels is not None
-                _check_labels(int(run.labels.min()), int(run.labels.max()), spec, dataset.source)
+                check_labels(int(run.labels.min()), int(run.labels.max()), spec, dataset.source)
                 scores = named[spec.name]
                 classes = scores.reshape(scores.shape[0], -1)[: run.count].argmax(1)
                 found[side].append(classes == run.labels)
@@ -154,7 +154,7 @@ def scores_output(outputs: tuple[TensorSpec, ...], dataset: Dataset) -> TensorSp
         classes = math.prod(spec.shape[1:])
         if spec.shape and spec.shape[0] == dataset.batch and classes > 1:
             if dataset.label_range is not None:
-                _check_labels(*dataset.label_range, spec, dataset.source)
+                check_labels(*dataset.label_range, spec, dataset.source)
             return spec
     shapes = ", ".join(f"{spec.name!r} {list(spec.shape)}" for spec in outputs)
     raise DataError(
@@ -163,7 +163,7 @@ def scores_output(outputs: tuple[TensorSpec, ...], dataset: Dataset) -> TensorSp
     )
 
 
-def _check_labels(low: int, high: int, spec: TensorSpec, source: str) -> None:
+def check_labels(low: int, high: int, spec: TensorSpec, source: str) -> None:
     classes = math.prod(spec.shape[1:])
     if low < 0 or high >= classes:
         raise DataError(

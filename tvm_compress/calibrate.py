@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     import tvm
     from tvm import relax
 
+    from .data import Run
     from .kernel_cache import KernelCache
+    from .labelled_gradients import LabelledGradients
     from .model import Model, TensorSpec
     from .relay_passes.graph import Graph
-    from .relay_passes.numerics.statistics import Statistics
+    from .relay_passes.numerics.statistics import ChannelGradients, Statistics
     from .relay_passes.observations import Observations
     from .targets import Target
 
@@ -39,26 +41,44 @@ def calibrate(
     """Statistics of what `observations` names, over all `samples` (input name => array).
 
     The model is compiled once, with the observed tensors as outputs; kernels that are in `cached`
-    are taken from there. The result depends on the
-    samples and their order alone. Raises `DataError` when there are no samples or when a sample or
-    a tensor holds NaN or infinity, `RecipeError` when a name is not in the model.
+    are taken from there. The result depends on the samples and their order alone. Raises
+    `DataError` when there are no samples, when a sample or a tensor holds NaN or infinity, or when
+    gradients are asked for without labels, `RecipeError` when a name is not in the model.
     """
     main = model.module.get_global_var("main")
     observed = _Observed(model.module, main, model.inputs, observations, target, cached)
     found = {watcher.variable.name for watcher in observed.all_watchers()}
     layers = {layer.name for watcher in observed.all_watchers() for layer in watcher.layers}
-    for name in sorted(observations.names() - found - layers):
+    for name in sorted(observations.names() - found - layers - set(observations.gradients)):
         raise RecipeError(f"the model has no tensor {name!r} to calibrate")
+    labelled: LabelledGradients | None = None
+    if observations.gradients:
+        from .labelled_gradients import LabelledGradients
+
+        labelled = LabelledGradients(model, samples, observations.gradients, target, cached)
     total = len(samples) if isinstance(samples, Sized) else 0
-    tracked = (progress or Progress()).track(samples, "calibrate", total)
+    tracked = (progress or Progress()).track(_runs(samples), "calibrate", total)
     count = 0
-    for index, sample in enumerate(tracked):
-        _require_finite(sample, index)
-        observed.run([sample[spec.name] for spec in model.inputs], index)
+    for index, run in enumerate(tracked):
+        _require_finite(run.feed, index)
+        observed.run([run.feed[spec.name] for spec in model.inputs], index)
+        if labelled is not None:
+            labelled.update(run)
         count = index + 1
     if count == 0:
         raise DataError("there are no calibration samples; statistics need at least one")
-    return _collect(observed.all_watchers(), count)
+    gradients = {} if labelled is None else labelled.result()
+    return _collect(observed.all_watchers(), count, gradients)
+
+
+def _runs(samples: Iterable[Sample]) -> Iterator[Run]:
+    """With labels where there are any."""
+    from .data import Dataset, Run
+
+    if isinstance(samples, Dataset):
+        yield from samples.runs()
+    else:
+        yield from (Run(dict(sample), 1, None) for sample in samples)
 
 
 class _Watcher:
@@ -273,7 +293,9 @@ def _instrument(module: tvm.IRModule, wanted: list[relax.Var]) -> tvm.IRModule:
     return relax.transform.Normalize()(module)
 
 
-def _collect(watched: list[_Watcher], samples: int) -> Statistics:
+def _collect(
+    watched: list[_Watcher], samples: int, gradients: Mapping[str, ChannelGradients]
+) -> Statistics:
     """What was gathered; nothing of branches that no sample took."""
     from .relay_passes.numerics.statistics import Statistics
 
@@ -283,4 +305,5 @@ def _collect(watched: list[_Watcher], samples: int) -> Statistics:
         {item.variable.name: item.channels.result() for item in seen if item.channels is not None},
         {layer.name: layer.moments.result() for item in seen for layer in item.layers},
         samples,
+        gradients,
     )

@@ -401,6 +401,7 @@ def _observations_key(wanted: Observations) -> str:
             "channels": dict(sorted(wanted.channels.items())),
             "first": sorted(wanted.first_moments),
             "second": sorted(wanted.second_moments),
+            "gradients": dict(sorted(wanted.gradients.items())),
         }
     )
 

@@ -16,23 +16,31 @@ from .statistics import ChannelGradients
 
 
 class GradientObserver:
-    """Sums over samples of what `ChannelGradients` holds, float64 [C] each."""
+    """Sums over samples of what `ChannelGradients` holds, float64 [C] each.
 
-    def __init__(self, axis: int) -> None:
+    `axis`: of the channels; `batch`: samples in one run, along the first of the other axes.
+    """
+
+    def __init__(self, axis: int, batch: int = 1) -> None:
         self._axis = axis
+        self._batch = batch
         self._sums: NDArray[np.float64] | None = None
         self._samples = 0
         self._positions = 1
 
-    def update(self, activation: NDArray[np.float32], gradient: NDArray[np.float32]) -> None:
-        """One batch: a and dL/da of one shape, samples first (or no sample axis where the channels
-        come first), L the sum of the samples' losses."""
+    def update(
+        self,
+        activation: NDArray[np.float32],
+        gradient: NDArray[np.float32],
+        count: int | None = None,
+    ) -> None:
+        """One run: a and dL/da of one shape, L the sum of its samples' losses; only the first
+        `count` samples are real."""
         a, g = (
             np.moveaxis(item.astype(np.float64), self._axis, -1) for item in (activation, gradient)
         )
-        channels = a.shape[-1]
-        samples = 1 if self._axis % activation.ndim == 0 else a.shape[0]
-        a, g = (item.reshape(samples, -1, channels) for item in (a, g))  # [S, P, C]
+        shape = (self._batch, -1, a.shape[-1])
+        a, g = (item.reshape(shape)[:count] for item in (a, g))  # [S, P, C]
         product = np.einsum("spc,spc->sc", a, g)
         sums = np.stack(
             [
@@ -43,7 +51,7 @@ class GradientObserver:
             ]
         )
         self._sums = sums if self._sums is None else self._sums + sums
-        self._samples += samples
+        self._samples += len(a)
         self._positions = a.shape[1]
 
     def result(self) -> ChannelGradients:

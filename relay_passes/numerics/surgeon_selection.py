@@ -49,7 +49,7 @@ class _State:
 
     def __init__(self, consumer: Consumer, damping: float) -> None:
         self.weight: Matrix = consumer.weight.astype(np.float64, copy=True)
-        self.inverse: Matrix = np.linalg.inv(damped(consumer.second, damping))
+        self.inverse = np.asarray(np.linalg.inv(damped(consumer.second, damping)), np.float64)
         self.energy = consumer.energy
         owners = consumer.owners
         self.rows: list[NDArray[np.int64]] = [

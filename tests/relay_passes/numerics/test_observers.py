@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tvm_compress.relay_passes.numerics.gradient_saliency import GradientObserver
 from tvm_compress.relay_passes.numerics.moments import MomentsObserver, PatchShape, extract_patches
 from tvm_compress.relay_passes.numerics.observers import ChannelObserver, TensorObserver
 from tvm_compress.relay_passes.numerics.statistics import Statistics
@@ -116,11 +117,14 @@ def test_statistics_come_back_from_a_file(tmp_path: Path) -> None:
     moments.update(RNG.normal(0, 1, (9, 3)).astype(np.float32))
     first = MomentsObserver(PatchShape(), with_second=False)
     first.update(np.ones((2, 2), np.float32))
+    gradients = GradientObserver(1)
+    gradients.update(np.ones((1, 3, 2, 2), np.float32), np.ones((1, 3, 2, 2), np.float32))
     saved = Statistics(
         {"conv/1:0": observer.result(), "z": plain.result()},
         {"conv/1:0": by_channel.result()},
         {"fc": moments.result(), "b": first.result()},
         5,
+        {"relu": gradients.result()},
     )
     saved.save(tmp_path / "s.npz")
     loaded = Statistics.load(tmp_path / "s.npz")
@@ -141,6 +145,8 @@ def test_statistics_come_back_from_a_file(tmp_path: Path) -> None:
     assert channels.axis == 0
     np.testing.assert_array_equal(channels.mean, expected.mean)
     assert list(loaded.channels) == ["conv/1:0"]
+    assert (loaded.gradients["relu"].axis, loaded.gradients["relu"].positions) == (1, 4)
+    np.testing.assert_array_equal(loaded.gradients["relu"].squared, [16.0] * 3)
     np.testing.assert_array_equal(loaded.moments["fc"].second, saved.moments["fc"].second)
     assert loaded.moments["b"].second is None
 
