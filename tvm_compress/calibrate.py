@@ -60,7 +60,7 @@ def calibrate(
     tracked = (progress or Progress()).track(_runs(samples), "calibrate", total)
     count = 0
     for index, run in enumerate(tracked):
-        _require_finite(run.feed, index)
+        require_finite(run.feed, index)
         observed.run([run.feed[spec.name] for spec in model.inputs], index)
         if labelled is not None:
             labelled.update(run)
@@ -133,6 +133,42 @@ class _LayerWatcher:
         self.moments.update(channels_first(array, self._call))
 
 
+class Tensors:
+    """What some variables of `main` are for an input: compiled to return them."""
+
+    def __init__(
+        self,
+        module: tvm.IRModule,
+        variables: Iterable[relax.Var],
+        inputs: Sequence[TensorSpec],
+        target: Target,
+        cached: KernelCache | None,
+    ) -> None:
+        from .model import TensorSpec
+        from .relay_passes.ir import dtype_of, shape_of
+
+        self._params = dict(zip(module["main"].params, inputs, strict=True))
+        computed = list(dict.fromkeys(item for item in variables if item not in self._params))
+        self._computed = {variable: f"{i}" for i, variable in enumerate(computed)}
+        self._session = None
+        if computed:
+            from .build import compile_module
+            from .runtime import Session
+
+            outputs = tuple(
+                TensorSpec(name, shape_of(variable) or (), dtype_of(variable))
+                for variable, name in self._computed.items()
+            )
+            executable = compile_module(_instrument(module, computed), target, cached)
+            self._session = Session(executable, tuple(inputs), outputs)
+
+    def run(self, feed: Sample) -> dict[relax.Var, np.ndarray]:
+        """One inference: the values of the variables, and of all inputs."""
+        arrays = {} if self._session is None else self._session.run(feed)
+        values = {variable: arrays[name] for variable, name in self._computed.items()}
+        return values | {param: feed[spec.name] for param, spec in self._params.items()}
+
+
 class _Observed:
     """A function of the module, compiled to return what is watched in it, and its branches.
 
@@ -149,13 +185,10 @@ class _Observed:
         target: Target,
         cached: KernelCache | None,
     ) -> None:
-        from .model import TensorSpec
         from .relay_passes.branches import as_main
         from .relay_passes.graph import Graph
-        from .relay_passes.ir import dtype_of, shape_of
 
         graph = Graph(module[global_var])
-        self._params = list(graph.function.params)
         self._inputs = inputs
         self.watchers = list(_watched(graph, observations))
         self._branches = [
@@ -165,20 +198,7 @@ class _Observed:
         ]
         needed = [watcher.variable for watcher in self.watchers]
         needed += [variable for branch in self._branches for variable in branch.reads()]
-        computed = list(dict.fromkeys(v for v in needed if v not in self._params))
-        self._computed = {variable: f"{i}" for i, variable in enumerate(computed)}
-        self._session = None
-        if computed:
-            from .build import compile_module
-            from .runtime import Session
-
-            outputs = tuple(
-                TensorSpec(name, shape_of(variable) or (), dtype_of(variable))
-                for variable, name in self._computed.items()
-            )
-            program = _instrument(as_main(module, global_var), computed)
-            executable = compile_module(program, target, cached)
-            self._session = Session(executable, tuple(inputs), outputs)
+        self._tensors = Tensors(as_main(module, global_var), needed, inputs, target, cached)
 
     def all_watchers(self) -> list[_Watcher]:
         """Those of the function and of its branches."""
@@ -188,9 +208,7 @@ class _Observed:
     def run(self, arguments: Sequence[np.ndarray], sample: int) -> None:
         """One inference; every watcher of what ran is updated."""
         feed = {spec.name: array for spec, array in zip(self._inputs, arguments, strict=True)}
-        arrays = {} if self._session is None else self._session.run(feed)
-        values = {variable: arrays[name] for variable, name in self._computed.items()}
-        values |= zip(self._params, arguments, strict=True)
+        values = self._tensors.run(feed)
         for watcher in self.watchers:
             watcher.update(values[watcher.variable], sample)
         for branch in self._branches:
@@ -261,7 +279,7 @@ def _watched(graph: Graph, observations: Observations) -> Iterator[_Watcher]:
         yield watcher
 
 
-def _require_finite(sample: Sample, index: int) -> None:
+def require_finite(sample: Sample, index: int) -> None:
     import numpy as np
 
     for name, array in sample.items():
