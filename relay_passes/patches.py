@@ -43,6 +43,17 @@ def channels_first(x: NDArray, call: relax.Call) -> NDArray:
     return x.transpose([layout.index(axis) for axis in order])
 
 
+def outputs_by_patch(y: NDArray, call: relax.Call) -> NDArray:
+    """A layer's output as [groups, N, *positions, O // groups], of a matmul as [1, rows, O]:
+    positions in the order of `moments.extract_patches`."""
+    if op_name(call) == "relax.matmul":
+        return y.reshape(1, -1, y.shape[-1])
+    layout, groups = str(call.attrs.out_layout or call.attrs.data_layout), int(call.attrs.groups)
+    spatial = "".join(axis for axis in str(call.attrs.data_layout) if axis not in "NC")
+    rows = y.transpose([layout.index(axis) for axis in f"N{spatial}C"])
+    return np.moveaxis(rows.reshape(*rows.shape[:-1], groups, -1), -2, 0)
+
+
 def weight_matrix(weight: NDArray, call: relax.Call) -> NDArray:
     """A weight as [groups, O // groups, K], K in the order of `moments.extract_patches`."""
     if op_name(call) == "relax.matmul":

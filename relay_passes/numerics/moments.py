@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from .statistics import LayerMoments
+from .statistics import LayerMoments, WantedOutputs
 
 BLOCK_FLOATS = 1 << 22  # patches are laid out at most this many numbers (16 MiB) at a time
 
@@ -49,9 +49,10 @@ def extract_patches(x: NDArray[np.float32], shape: PatchShape) -> NDArray[np.flo
 
 
 class MomentsObserver:
-    """Sums of x and, when asked, of x xᵀ over all patches x, in float64, block by block.
+    """Sums of x and, when asked, of x xᵀ over all patches x, in float64, block by block; of x yᵀ
+    as well where it is told which outputs y to give for them.
 
-    Memory: K (K * K) numbers for each group and one block of patches, whatever the samples.
+    Memory: K (K * K, K * O) numbers for each group and one block of patches, whatever the samples.
     """
 
     def __init__(self, shape: PatchShape, with_second: bool) -> None:
@@ -59,10 +60,15 @@ class MomentsObserver:
         self._with_second = with_second
         self._sum: NDArray[np.float64] | None = None
         self._second: NDArray[np.float64] | None = None
+        self._wanted: NDArray[np.float64] | None = None
+        self._wanted_sum: NDArray[np.float64] | None = None
         self._count = 0
 
-    def update(self, x: NDArray[np.float32]) -> None:
-        """Take in the layer's input for one sample. [N, C, *spatial]"""
+    def update(self, x: NDArray[np.float32], wanted: NDArray[np.float32] | None = None) -> None:
+        """Take in the layer's input for one sample, and the outputs that it should have.
+
+        [N, C, *spatial], [groups, N, *positions, O // groups]
+        """
         patches = extract_patches(x, self._shape)
         spatial = len(self._shape.kernel)
         groups = patches.shape[0]
@@ -71,14 +77,22 @@ class MomentsObserver:
             self._sum = np.zeros((groups, length))
             if self._with_second:
                 self._second = np.zeros((groups, length, length))
+            if wanted is not None:
+                self._wanted = np.zeros((groups, length, wanted.shape[-1]))
+                self._wanted_sum = np.zeros((groups, wanted.shape[-1]))
         self._count += int(np.prod(patches.shape[1 : 2 + spatial]))
         for group in range(groups):
             # One sample at a time, and of images some rows at a time: [positions, *kernel, c]
-            for sample in patches[group] if spatial else patches[group][None]:
+            for index, sample in enumerate(patches[group] if spatial else patches[group][None]):
                 row = max(1, sample[0].size)
                 step = max(1, BLOCK_FLOATS // row)
                 for start in range(0, sample.shape[0], step):
-                    self._add(group, sample[start : start + step].reshape(-1, length))
+                    block = sample[start : start + step].reshape(-1, length)
+                    self._add(group, block)
+                    if wanted is not None:
+                        outputs = wanted[group][index] if spatial else wanted[group]
+                        part = outputs[start : start + step].reshape(len(block), -1)
+                        self._add_wanted(group, block, part)
 
     def _add(self, group: int, block: NDArray[np.float32]) -> None:
         """[P, K]: float32 inside a block, float64 from block to block."""
@@ -87,9 +101,19 @@ class MomentsObserver:
         if self._second is not None:
             self._second[group] += block.T @ block
 
+    def _add_wanted(
+        self, group: int, block: NDArray[np.float32], outputs: NDArray[np.float32]
+    ) -> None:
+        assert self._wanted is not None and self._wanted_sum is not None
+        self._wanted[group] += block.T @ outputs
+        self._wanted_sum[group] += outputs.sum(axis=0, dtype=np.float64)
+
     def result(self) -> LayerMoments:
         """Raises `ValueError` when nothing was observed."""
         if self._sum is None:
             raise ValueError("no values were observed")
         second = None if self._second is None else self._second.copy()
-        return LayerMoments(self._sum / self._count, second, self._count)
+        wanted = None
+        if self._wanted is not None and self._wanted_sum is not None:
+            wanted = WantedOutputs(self._wanted_sum / self._count, self._wanted.copy())
+        return LayerMoments(self._sum / self._count, second, self._count, wanted)

@@ -41,6 +41,15 @@ class TensorStatistics:
 
 
 @dataclass(frozen=True, eq=False)
+class WantedOutputs:
+    """What a layer should give for its input patches x, where that is not what it gives: y, mean
+    float64 [G, N], and the sum of x yᵀ over all patches, float64 [G, K, N]."""
+
+    mean: NDArray[np.float64]
+    second: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
 class LayerMoments:
     """Moments of a layer's input patches x (length K = kernel positions * input channels).
 
@@ -51,6 +60,7 @@ class LayerMoments:
     mean: NDArray[np.float64]
     second: NDArray[np.float64] | None
     count: int
+    wanted: WantedOutputs | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +128,9 @@ class Statistics(Mapping[str, TensorStatistics]):
             arrays[f"{prefix}.count"] = np.asarray(moments.count)
             if moments.second is not None:
                 arrays[f"{prefix}.second"] = moments.second
+            if moments.wanted is not None:
+                arrays[f"{prefix}.wanted"] = moments.wanted.second
+                arrays[f"{prefix}.wanted_mean"] = moments.wanted.mean
         with path.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
 
@@ -147,8 +160,11 @@ def _read(arrays: Mapping[str, NDArray]) -> Statistics:
     for index, name in enumerate(arrays["layers"].tolist()):
         prefix = f"layer{index}"
         second = arrays.get(f"{prefix}.second")
+        wanted = None
+        if f"{prefix}.wanted" in arrays:
+            wanted = WantedOutputs(arrays[f"{prefix}.wanted_mean"], arrays[f"{prefix}.wanted"])
         moments[name] = LayerMoments(
-            arrays[f"{prefix}.mean"], second, int(arrays[f"{prefix}.count"])
+            arrays[f"{prefix}.mean"], second, int(arrays[f"{prefix}.count"]), wanted
         )
     gradients: dict[str, ChannelGradients] = {}
     for index, name in enumerate(arrays["gradients"].tolist()):
