@@ -58,7 +58,8 @@ def merge_similar(incoming: Matrix, outgoing: Sequence[Matrix], keep: int) -> Me
     into = np.arange(channels)
     for _ in range(channels - keep):
         sizes = np.mean(np.concatenate([part**2 for part in leaving], axis=1), axis=1)
-        prices = np.where(np.isinf(distances), np.inf, distances * sizes)
+        prices = np.full_like(distances, np.inf)
+        np.multiply(distances, sizes, out=prices, where=np.isfinite(distances))
         stays, goes = divmod(int(prices.argmin()), channels)
         for part in leaving:
             part[stays] += part[goes]

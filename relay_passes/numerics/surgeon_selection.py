@@ -48,7 +48,8 @@ class _State:
     """A consumer while channels leave: weights so far, inverse of what is left."""
 
     def __init__(self, consumer: Consumer, damping: float) -> None:
-        self.weight: Matrix = consumer.weight.astype(np.float64, copy=True)
+        read = np.diag(consumer.second) > 0  # of inputs that are always 0 weights cost nothing
+        self.weight: Matrix = consumer.weight * read[:, None]
         self.inverse = np.asarray(np.linalg.inv(damped(consumer.second, damping)), np.float64)
         self.energy = consumer.energy
         owners = consumer.owners
