@@ -128,6 +128,21 @@ PASSES: dict[str, PassEntry] = {
         keeps_statistics=False,
         uses_costs=True,
     ),
+    "shrink": PassEntry(
+        summary="remove whole channels, and let the layers that read them make up for it",
+        config_at="shrink_config:ShrinkConfig",
+        pass_at="shrink:Shrink",
+        observe_at="shrink:observe",
+        keeps_statistics=False,
+    ),
+    "structured": PassEntry(
+        summary="give linear layers weights of few numbers, multiplied by fast transforms",
+        config_at="structured_config:StructuredConfig",
+        pass_at="structured:Structured",
+        observe_at="structured:observe",
+        keeps_statistics=False,
+        uses_costs=True,
+    ),
     "quantize": PassEntry(
         summary="integer weights and activations, or integer weights alone",
         config_at="quantize_config:QuantizeConfig",
