@@ -1,0 +1,88 @@
+"""What is asked of layers that lose channels. The recipe's step `shrink` has these fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..errors import RecipeError
+
+# Scores that can be compared from group to group.
+RANKED = ("l1", "l2", "batch_norm")
+# Those that look at nothing but the model.
+WITHOUT_DATA = ("l1", "l2", "merging")
+
+
+@dataclass(frozen=True)
+class Operations:
+    """As many channels as take a share of the selected layers' multiply-accumulates."""
+
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"a share is between 0 and 1, not {self.share}")
+
+
+@dataclass(frozen=True)
+class ChannelShare:
+    """A share of the channels of each group."""
+
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"a share is between 0 and 1, not {self.share}")
+
+
+@dataclass(frozen=True)
+class ShrinkConfig:
+    """Remove whole channels; what is left is an ordinary, smaller network."""
+
+    keep: Operations | ChannelShare = field(
+        default=Operations(0.5), metadata={"help": "how much of the selected layers stays"}
+    )
+    criterion: Literal["l1", "l2", "batch_norm", "lasso", "thinet", "surgeon", "merging"] = field(
+        default="surgeon",
+        metadata={
+            "help": "what a channel is worth: l1, l2: the weights that compute it; batch_norm: the "
+            "spread of its values; lasso, thinet, surgeon: what the layers that read it lose; "
+            "merging: whether another channel can stand for it. All but l1, l2 and merging need "
+            "calibration data"
+        },
+    )
+    scope: Literal["group", "network"] = field(
+        default="group",
+        metadata={
+            "help": "group: all groups of channels keep the same share; network: channels of all "
+            "groups are ranked together, by their worth relative to their group's mean"
+        },
+    )
+    reconstruct: bool = field(
+        default=True,
+        metadata={
+            "help": "layers that read fewer channels get the weights and biases that come nearest "
+            "to what they computed, by least squares on the calibration data"
+        },
+    )
+    multiple: int = field(
+        default=8,
+        metadata={
+            "help": "channels that stay are a multiple of this: a vector's lanes, since a kernel "
+            "takes as long for a part of a vector as for all of it; groups with no more stay whole"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.multiple < 1:
+            raise RecipeError(f"multiple is from 1 on, not {self.multiple}")
+        if self.scope == "network" and self.criterion not in RANKED:
+            raise RecipeError(
+                f"scope: network with criterion: {self.criterion}: channels are ranked across "
+                f"groups by {', '.join(RANKED)}"
+            )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration has to sum X·Xᵀ."""
+        return self.reconstruct or self.criterion not in WITHOUT_DATA
