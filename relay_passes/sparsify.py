@@ -1,8 +1,11 @@
-"""conv(x, w) => conv(x, w') with zeros in w', the others moved to make up for them
+"""conv(x, w) + b => conv(x, w') + b' with zeros in w', the others moved to make up for them
 
 The weight stays a dense constant: every later pass works on it as on any other, zeros survive
 symmetric quantisation, and the module runs anywhere. `PackWeights` looks at the zeros, wherever
 they came from, and takes a kernel that skips them where the target has one that pays.
+
+`stages` splits a step: each stage's statistics are gathered behind the layers of those before, and
+its layers make up for what those lost (`numerics/least_squares.py`).
 
 Sources by criterion: `numerics/saliency.py` and `numerics/second_order.py`.
 """
@@ -12,20 +15,25 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import tvm
 from numpy.typing import NDArray
 from tvm import relax
 
+from .biases import BiasWriter
 from .costs import LayerCosts
-from .graph import Graph, rebuild
+from .graph import Graph
+from .layer_spec import layer_spec
 from .numerics import saliency
-from .numerics.second_order import damped, prune_greedily, prune_in_order, reconstruct
+from .numerics.least_squares import LeastSquares
+from .numerics.second_order import prune_greedily, prune_in_order, reconstruct
 from .numerics.sparsity_pattern import Block, KernelShape, SemiStructured, SparsityPattern
 from .numerics.statistics import Statistics
 from .observations import Observations
-from .patches import weight_of_matrix
+from .patches import weight_matrix, weight_of_matrix
 from .sparsify_config import SparsifyConfig
 from .weight_layers import WeightLayer, weight_layers
 
@@ -35,7 +43,8 @@ SPARSIFIED_ATTR = "tvm_compress.sparsified"
 _GREEDY_OPERATIONS = 2e12
 # Updates of the prices for a group of outputs, whatever the number of inputs.
 _GREEDY_UPDATES = 64
-
+# Parts of a step that calibration runs between: each is two inferences a sample.
+STAGES = 24
 
 Layer = WeightLayer[SparsifyConfig]
 
@@ -66,21 +75,58 @@ class Sparsify:
         graph = Graph(module["main"])
         layers = _layers(graph, self.schemes)
         sparsities = _network_sparsities(layers, self.statistics)
+        biases = BiasWriter(graph, module)
         replace: dict[relax.Var, tvm.ir.Expr] = {}
         notes = read_sparsified(module)
         for layer in layers:
-            weight = _sparsified(layer, sparsities.get(layer.name), self.statistics)
-            constant = relax.const(weight)  # one for all: that is how later passes see a loop
+            pruned = _sparsified(layer, sparsities.get(layer.name), self.statistics)
+            reason = self._why_dense(layer, pruned.weight)
+            if reason:
+                notes |= {variable.name: f"dense: {reason}" for variable in layer.variables}
+                continue
+            if pruned.bias_shift is not None:
+                biases.subtract(layer.variables[0], pruned.bias_shift)
+            constant = relax.const(
+                pruned.weight
+            )  # one for all: that is how later passes see a loop
             for variable in layer.variables:
                 call = graph.values[variable]
                 arguments = [call.args[0], constant, *call.args[2:]]
                 replace[variable] = relax.Call(call.op, arguments, call.attrs, call.ty_args)
-                zeros = 1 - np.count_nonzero(weight) / weight.size
+                zeros = 1 - np.count_nonzero(pruned.weight) / pruned.weight.size
                 notes[variable.name] = f"{_pattern_of(layer).words} {100 * zeros:.0f} % zeros"
-        main = rebuild(graph.function, replace=replace)
         module = module.clone()
-        module["main"] = main.with_attr(SPARSIFIED_ATTR, json.dumps(notes))
+        module["main"] = biases.write(replace).with_attr(SPARSIFIED_ATTR, json.dumps(notes))
         return relax.transform.Normalize()(module)
+
+    def _why_dense(self, layer: Layer, weight: NDArray[np.float32]) -> str:
+        """Why the layer had better stay as it was on the target; empty: it does not."""
+        spec = None if self.costs is None else layer_spec(layer.call)
+        if self.costs is None or spec is None or layer.config.insist:
+            return ""
+        kept = weight_matrix(weight, layer.call).transpose(0, 2, 1) != 0
+        comparison = self.costs.sparse(layer.name, spec, kept)
+        return "" if comparison.pays else comparison.words
+
+
+def stages(
+    module: tvm.IRModule, schemes: Mapping[str, SparsifyConfig]
+) -> list[dict[str, SparsifyConfig]]:
+    """`schemes` in parts, in the order of the graph, each to be applied behind those before."""
+    layers = [
+        layer for layer in _layers(Graph(module["main"]), schemes) if layer.config.reconstructs
+    ]
+    if not layers:
+        return [dict(schemes)]
+    names = [[variable.name for variable in layer.variables] for layer in layers]
+    bounds = np.linspace(0, len(names), min(len(names), STAGES) + 1).round().astype(int)
+    parts = [
+        {name: schemes[name] for group in names[start:end] for name in group}
+        for start, end in pairwise(bounds)
+    ]
+    in_parts = {name for part in parts for name in part}
+    parts[0] |= {name: item for name, item in schemes.items() if name not in in_parts}
+    return parts
 
 
 def observe(module: tvm.IRModule, schemes: Mapping[str, SparsifyConfig]) -> Observations | None:
@@ -165,42 +211,52 @@ def _network_sparsities(layers: list[Layer], statistics: Statistics) -> dict[str
     return found
 
 
-def _sparsified(
-    layer: Layer, sparsity: float | None, statistics: Statistics
-) -> NDArray[np.float32]:
+@dataclass(frozen=True, eq=False)
+class _Pruned:
+    weight: NDArray[np.float32]
+    bias_shift: NDArray[np.float64] | None
+    """To be taken off the bias, [O]."""
+
+
+def _sparsified(layer: Layer, sparsity: float | None, statistics: Statistics) -> _Pruned:
     config, pattern = layer.config, _pattern_of(layer)
     share = sparsity if sparsity is not None else config.sparsity
     if share is None:
         assert isinstance(pattern, (SemiStructured, KernelShape))
         share = pattern.sparsity
-    matrices = layer.matrices()
+    problems = layer.problems(statistics) if config.reconstructs else None
     if config.criterion == "second_order":
-        second, _, _ = layer.moments(statistics)
-        pruned = [
-            _second_order(matrix, damped(xx), pattern, share)
-            for matrix, xx in zip(matrices, second, strict=True)
-        ]
+        assert problems is not None
+        pruned = [_second_order(problem, pattern, share) for problem in problems]
     else:
         kept = [pattern.choose(scores, share) for scores in _scores(layer, statistics)]
-        pruned = [matrix * mask for matrix, mask in zip(matrices, kept, strict=True)]
-        if config.reconstruct:
-            second, _, _ = layer.moments(statistics)
+        if problems is None:
+            pruned = [w * mask for w, mask in zip(layer.matrices(), kept, strict=True)]
+        else:
             pruned = [
-                reconstruct(matrix, damped(xx), mask)
-                for matrix, xx, mask in zip(matrices, second, kept, strict=True)
+                reconstruct(problem.best, problem.hessian, mask)
+                for problem, mask in zip(problems, kept, strict=True)
             ]
     rows = np.stack(pruned).transpose(0, 2, 1)  # [G, N, K]
-    return weight_of_matrix(rows, layer.call, layer.weight.shape).astype(np.float32)
+    weight = weight_of_matrix(rows, layer.call, layer.weight.shape).astype(np.float32)
+    return _Pruned(weight, None if problems is None else _bias_shift(problems, pruned))
+
+
+def _bias_shift(
+    problems: list[LeastSquares], weights: list[NDArray[np.float64]]
+) -> NDArray[np.float64] | None:
+    pairs = zip(problems, weights, strict=True)
+    shifts = [problem.bias_shift(weight) for problem, weight in pairs]
+    found = [shift for shift in shifts if shift is not None]
+    return np.concatenate(found) if found else None
 
 
 def _second_order(
-    matrix: NDArray[np.float64],
-    hessian: NDArray[np.float64],
-    pattern: SparsityPattern,
-    sparsity: float,
+    problem: LeastSquares, pattern: SparsityPattern, sparsity: float
 ) -> NDArray[np.float64]:
     """The greedy solver where it takes about a minute at most, else the ordered one; the weights
     that are left are solved for in the end."""
+    matrix, hessian = problem.best, problem.hessian
     size = len(matrix)
     if isinstance(pattern, (Block, SemiStructured)):
         groups = -(-matrix.shape[1] // pattern.outputs)

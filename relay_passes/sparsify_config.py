@@ -46,9 +46,14 @@ class SparsifyConfig:
     reconstruct: bool = field(
         default=True,
         metadata={
-            "help": "weights that are kept make up for those that go (least squares on the "
-            "calibration data); always so with second_order"
+            "help": "weights that are kept, and biases, make up for those that go and for what "
+            "layers before have lost (least squares on the calibration data); always so with "
+            "second_order"
         },
+    )
+    insist: bool = field(
+        default=False,
+        metadata={"help": "keep the zeros in layers that gain nothing by them on the target"},
     )
 
     def __post_init__(self) -> None:
@@ -69,6 +74,11 @@ class SparsifyConfig:
                 f"scope: network with {self.pattern.words} and criterion: {self.criterion}: one "
                 "threshold for all layers needs blocks or unstructured, and another criterion"
             )
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether the weights that are left are solved for."""
+        return self.reconstruct or self.criterion == "second_order"
 
     @property
     def needs_data(self) -> bool:

@@ -13,6 +13,7 @@ from tvm import relax
 from ..errors import DataError
 from .graph import Graph
 from .ir import shape_of
+from .numerics.least_squares import LeastSquares
 from .numerics.moments import PatchShape
 from .numerics.statistics import Statistics
 from .op_kinds import ANCHORS
@@ -61,6 +62,27 @@ class WeightLayer(Generic[Config]):
         counts = [item.count for item in found if item is not None]
         means = [item.mean * item.count for item in found if item is not None]
         return np.sum(seconds, axis=0), np.sum(means, axis=0) / sum(counts), sum(counts)
+
+    def problems(self, statistics: Statistics) -> list[LeastSquares]:
+        """What new weights have to solve, by group. The calls of a loop share one bias, and their
+        means are not one, so there it stays. Raises `DataError` as `moments`."""
+        second, mean, count = self.moments(statistics)
+        is_one = len(self.variables) == 1
+        found = [statistics.moments[variable.name].wanted for variable in self.variables]
+        wanted = [item for item in found if item is not None]
+        problems = []
+        for group, weight in enumerate(self.matrices()):
+            problems.append(
+                LeastSquares.make(
+                    weight,
+                    second[group],
+                    mean[group] if is_one else None,
+                    count,
+                    np.sum([item.second[group] for item in wanted], axis=0) if wanted else None,
+                    wanted[0].mean[group] if wanted else None,
+                )
+            )
+        return problems
 
 
 def weight_layers(graph: Graph, schemes: Mapping[str, Config]) -> list[WeightLayer[Config]]:

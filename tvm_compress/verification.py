@@ -350,7 +350,7 @@ def _by_tensor_of_artefact(
     infos: Mapping[str, LibraryInfo], captured: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Tensor of the artefact => the original's real numbers for it, in the graph's axis order."""
-    from .relay_passes.correct_bias import CORRECTED
+    from .relay_passes.biases import CORRECTED
 
     by_source = {
         info.source: name for name, info in infos["original"].tensors.items() if name in captured

@@ -27,13 +27,10 @@ _ORDERED_INPUTS = 128
 
 
 def damped(second: Matrix, damping: float = DAMPING) -> Matrix:
-    """X·Xᵀ [K, K] with a ridge, so that it has an inverse; inputs that are always 0 get 1."""
+    """X·Xᵀ [K, K] with a ridge, so that it has an inverse."""
     hessian = second.astype(np.float64, copy=True)
-    diagonal = np.diag(hessian).copy()
-    mean = diagonal.mean()
+    mean = np.diag(hessian).mean()
     hessian[np.diag_indices_from(hessian)] += damping * mean if mean > 0 else 1.0
-    dead = diagonal == 0
-    hessian[dead, dead] = mean if mean > 0 else 1.0
     return hessian
 
 
