@@ -1,0 +1,166 @@
+"""Random recipes on random small networks: what ships is what its reference graph computes, and
+later steps keep what earlier ones made.
+
+`TVM_COMPRESS_RANDOM_RECIPES=200 pytest tests/end_to_end/test_random_recipes.py` tries more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax
+from tvm.ir import Expr
+from tvm.relax import op
+
+from tests.relay_passes.floats import Net, run, samples
+from tests.relay_passes.floats import build as make
+from tvm_compress.build import build, compile_reference
+from tvm_compress.flow import compress_module
+from tvm_compress.importers import load_model
+from tvm_compress.recipe import parse_recipe
+from tvm_compress.relay_passes import ir
+from tvm_compress.relay_passes.select import list_layers
+from tvm_compress.relay_passes.sparsify import read_sparsified
+from tvm_compress.runtime import Session
+from tvm_compress.targets import get_target
+
+COUNT = int(os.environ.get("TVM_COMPRESS_RANDOM_RECIPES", "5"))
+SAMPLES = 12
+TOLERANCE = 1e-3
+HOST = get_target("host")
+
+
+def random_network(seed: int) -> tvm.IRModule:
+    """Convolutions of all kinds in a row, with sums and concatenations of branches, and a linear
+    end."""
+    rng = np.random.default_rng(seed)
+
+    def block(net: Net, x: relax.Var, name: str) -> relax.Var:
+        channels = (ir.shape_of(x) or ())[1]
+        wider = int(rng.choice([16, 24, 40]))
+        kinds: dict[str, Callable[[], relax.Var]] = {
+            "plain": lambda: net.conv_relu(name, x, wider, strides=int(rng.integers(1, 3))),
+            "point": lambda: net.conv_relu(name, x, wider, kernel=1),
+            "depthwise": lambda: net.conv_relu(name, x, channels, groups=channels),
+            "grouped": lambda: net.conv_relu(name, x, 2 * channels, groups=2),
+            "residual": lambda: residual(net, x, name, channels),
+            "concat": lambda: concat(net, x, name),
+            "pool": lambda: net(name, op.nn.max_pool2d(x, (2, 2), strides=(2, 2))),
+        }
+        kind = str(rng.choice(list(kinds)))
+        if kind == "pool" and (ir.shape_of(x) or ())[2] < 4:
+            kind = "point"
+        return kinds[kind]()
+
+    def residual(net: Net, x: relax.Var, name: str, channels: int) -> relax.Var:
+        inner = net.conv_relu(f"{name}_1", x, 24)
+        inner = net.conv_bias(f"{name}_2", inner, channels)
+        return net(f"{name}_relu", op.nn.relu(net(f"{name}_sum", op.add(inner, x))))
+
+    def concat(net: Net, x: relax.Var, name: str) -> relax.Var:
+        parts = [net.conv_relu(f"{name}_1", x, 16, kernel=1), net.conv_relu(f"{name}_3", x, 16)]
+        return net(name, op.concat(parts, axis=1))
+
+    def body(net: Net, x: relax.Var) -> relax.Var:
+        x = net.conv_relu("stem", x, int(rng.choice([16, 32])))
+        for number in range(int(rng.integers(1, 4))):
+            x = block(net, x, f"b{number}")
+        if rng.random() < 0.5:
+            pooled = net("mean", op.mean(x, axis=[2, 3]))
+        else:
+            pooled = net("flat", op.reshape(x, (1, -1)))
+        hidden: Expr = net("fc1_bias", op.add(net.linear("fc1", pooled, 32), net.array(32)))
+        return net.linear("fc2", net("fc1_relu", op.nn.relu(hidden)), 10)
+
+    return make(body, (1, 3, int(rng.choice([8, 11])), 9), seed)
+
+
+def random_steps(seed: int) -> list[str]:
+    """Steps in an order that can work, each with a random config; at least one."""
+    rng = np.random.default_rng(1000 + seed)
+
+    def pick(*options: str) -> str:
+        return str(rng.choice(options))
+
+    share = f"{rng.uniform(0.3, 0.9):.2f}"
+    # Mostly zeros, and insisted on: small layers would often stay as they are.
+    pattern = pick("{block: {outputs: 16, inputs: 1}}", "{block: {outputs: 4, inputs: 2}}",
+                   "unstructured")  # fmt: skip
+    steps = {
+        "shrink": f"{{keep: {{operations: {{share: {share}}}}}, "
+        f"criterion: {pick('l1', 'surgeon', 'thinet', 'merging')}, multiple: {pick('1', '8')}}}",
+        "lowrank": f"{{form: {pick('channels', 'rows_and_columns', 'tucker', 'canonical')}, "
+        f"rank: {{operations: {{share: {share}}}}}, insist: true}}",
+        "structured": f"{{form: {pick('{circulant: {block: 4}}', 'hadamard')}, insist: true}}",
+        "sparsify": f"{{sparsity: {rng.uniform(0.5, 0.95):.2f}, pattern: {pattern}, "
+        f"criterion: {pick('magnitude', 'second_order', 'activation_aware')}, insist: true}}",
+        "quantize": f"{{weights: {pick('int8', 'int8', 'int4')}, activations: int8}}",
+        "correct_bias": "{}",
+    }
+    chosen = [name for name in steps if name != "correct_bias" and rng.random() < 0.5]
+    if not chosen:
+        chosen = ["sparsify", "quantize"]
+    if chosen[-1] == "quantize" and rng.random() < 0.5:
+        chosen.append("correct_bias")
+    return [f"{name}: {steps[name]}" for name in chosen]
+
+
+def session_run(executable: Any, module: tvm.IRModule, arrays: list[np.ndarray]) -> np.ndarray:
+    loaded = load_model(module)
+    session = Session(executable, loaded.inputs, loaded.outputs)
+    feeds = [{loaded.inputs[0].name: array} for array in arrays]
+    return np.stack([session.run(feed)[loaded.outputs[0].name] for feed in feeds])
+
+
+@pytest.mark.parametrize("seed", range(COUNT))
+def test_artefact_is_its_reference_graph(seed: int) -> None:
+    module, steps = random_network(seed), random_steps(seed)
+    lines = "\n".join(f"  - {step}" for step in steps)
+    recipe = parse_recipe(f"version: 1\nsteps:\n{lines}\n")
+    data = [{"x": array} for array in samples(module, count=SAMPLES)]
+    compressed = compress_module(module, recipe, "host", data)[0]
+    built = build(compressed, HOST)
+    arrays = samples(module, count=SAMPLES, seed=7)
+    shipped = session_run(built.executable, module, arrays)
+    reference = session_run(compile_reference(built.reference_module), module, arrays)
+    scale = max(float(np.abs(reference).max()), 1e-6)
+    is_integer = any(step.startswith("quantize") for step in steps)
+    if is_integer and not built.left_float:
+        np.testing.assert_array_equal(shipped, reference, err_msg=str(steps))
+    else:
+        np.testing.assert_allclose(shipped, reference, rtol=0, atol=TOLERANCE * scale)
+    if not is_integer:
+        # The module after the last step runs anywhere, and it is what ships.
+        plain = np.stack([run(compressed, array) for array in arrays])
+        np.testing.assert_allclose(shipped, plain, rtol=0, atol=TOLERANCE * scale)
+    keeps_zeros(recipe, compressed)
+
+
+def keeps_zeros(recipe: Any, compressed: tvm.IRModule) -> None:
+    """Layers that are called sparse have these zeros in the end."""
+    notes = read_sparsified(compressed)
+    if "sparsify" not in [step.name for step in recipe.steps]:
+        assert not notes
+        return
+    weights = {layer.name: layer for layer in list_layers(compressed)}
+    assert notes and set(notes) <= set(weights)
+    values = {item.var.name: item.value for item in ir.bindings(compressed["main"])}
+    for name, words in notes.items():
+        found = zeros_of(values, values[name].args[1])
+        if "%" in words and found is not None:
+            wanted = int(words.rpartition(" % zeros")[0].split()[-1])
+            assert 100 * found >= wanted - 0.6, (name, words, found)
+
+
+def zeros_of(values: dict[str, Any], weight: Any) -> float | None:
+    """Share of zeros of a constant, or of one that is decoded from codes."""
+    array = ir.constant(weight)
+    while array is None and isinstance(weight, relax.Var) and weight.name in values:
+        weight = values[weight.name].args[0]
+        array = ir.constant(weight)
+    return None if array is None else float(np.mean(array == 0))
