@@ -8,6 +8,8 @@ an addition wraps, and the result is exact for every input.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from .layout import PackedLayout
@@ -30,11 +32,15 @@ def longest_chain(
     Chains start anew with every `run` of steps, by default the kernel's innermost loop (`run_of`).
     `added` neighbouring products are one sum already in a step; data lie anywhere in `data`.
     """
-    groups, blocks, steps, width, group = packed.shape
     if run is None:
         layout = spec.packed_layout
         assert layout is not None
         run = run_of(spec, layout)
+    return _longest(packed, run, data, added)
+
+
+def _longest(packed: np.ndarray, run: int, data: tuple[int, int], added: int) -> int:
+    groups, blocks, steps, width, group = packed.shape
     # The 16-bit sums of every output: [groups, blocks, runs, steps of a run, width, sums]
     missing = -steps % run
     full = np.pad(packed.astype(np.int32), ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0)))
@@ -54,6 +60,24 @@ def longest_chain(
             break
         longest = chain
     return longest
+
+
+@dataclass(frozen=True)
+class NarrowSums:
+    """How a kernel for sparse weights adds products in 16 bits: `added` neighbours at once, data
+    that lie anywhere in `data`."""
+
+    data: tuple[int, int]
+    added: int
+
+    def longest_chain(self, values: np.ndarray, starts: np.ndarray) -> int:
+        """How many of a block's groups, values [groups, block, group], may be added; each block
+        starts a chain. 0: a single group may saturate."""
+        counts = np.diff(starts) // values.shape[2]
+        steps = int(counts.max())
+        packed = np.zeros((1, len(counts), steps, *values.shape[1:]), values.dtype)
+        packed[0, np.arange(steps) < counts[:, None]] = values
+        return _longest(packed, steps, self.data, self.added)
 
 
 def run_of(spec: WeightedSpec, layout: PackedLayout) -> int:

@@ -1,65 +1,71 @@
-"""Sparse convolution of bytes: inputs in groups of four, which one instruction multiplies and adds.
+"""Sparse convolution of bytes: inputs in groups, which one instruction multiplies and adds.
 
-The four inputs of a group lie anywhere, so their bytes are brought together first, for one block of
+The inputs of a group lie anywhere, so their bytes are brought together first, for one block of
 outputs and a run of positions at a time:
 
     planes[c][position]                    the data, channels first
-    quads[group][position][4]              four planes interleaved, a vector of positions at once
-    sums[position][output] += quads[group][position] . values[group][output]
+    woven[group][position][i]              the planes of a group interleaved, a vector at once
+    sums[position][output] += woven[group][position] . values[group][output]
 
-The last line is the inner loop of a dense kernel. A vector of quads has its positions in the order
-in which unpacking leaves them (`_position`); only the epilogue has to know. Positions run on
+The last line is the inner loop of a dense kernel, with an instruction set's `Dot`. Positions run on
 through the columns of the padding, whose sums nobody stores.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm import ir, tirx
 
 from ..targets import Target
+from .byte_shuffles import LANE, interleave, interleave_name, transpose, transpose_name
 from .choice import Choice, SearchSpace
 from .dot import Dot
-from .emit import Emitter, splat, vector, vector_parts
+from .emit import Emitter, dtype_bits, splat, vector, vector_parts
 from .epilogue import Epilogue
 from .fused import FusedFunction
 from .layer_kernel import LayerKernel, read_layer
 from .matrix import PARALLEL_MACS
 from .sparse import SparseLayer, SparseOperands, sparse_operands
-from .sparse_conv2d import BYTES, GROUP, neighbours_read_neighbours
+from .sparse_conv2d import neighbours_read_neighbours
 from .spec import SparseConv2dSpec, ceil_div
 from .window import window_of
 
-# Bytes that unpacking instructions keep together.
-_LANE = 16
-_INTERLEAVE, _TRANSPOSE = "tvmc_interleave", "tvmc_transpose"
 
-
-def sparse_bytes_kernel(
-    fused: FusedFunction, target: Target, choice: Choice | None, dot: Dot | None
+def sparse_bytes_kernel_as(
+    kernel: type[SparseBytesKernel],
+    select_dot: Callable[[SparseConv2dSpec, Target], Dot | None],
+    fused: FusedFunction,
+    target: Target,
+    choice: Choice | None,
 ) -> SparseBytesKernel | None:
-    """A sparse convolution of bytes with the four-byte products of `dot`; None: no form for it."""
-    if dot is None:
-        return None
-    lanes = dot.lanes
+    """The anchor as a kernel of an instruction set; None: no form for it."""
 
-    def takes(spec: SparseConv2dSpec) -> bool:
-        return takes_bytes(spec) and spec.group == GROUP and spec.block % lanes == 0
+    def takes(spec: SparseConv2dSpec) -> Dot | None:
+        if spec.by_channel or not neighbours_read_neighbours(spec):
+            return None
+        dot = select_dot(spec, target)
+        if dot is None or dot.group != spec.group or spec.block % dot.lanes:
+            return None
+        return dot
 
-    layer = read_layer(fused, target, choice, (SparseConv2dSpec,), takes, sparse_operands, Epilogue)
-    return None if layer is None else SparseBytesKernel(layer, dot)
-
-
-def takes_bytes(spec: SparseConv2dSpec) -> bool:
-    """Whether positions that are neighbours read neighbours, and all is bytes."""
-    dtypes = (spec.data_dtype, spec.weight_dtype, spec.acc_dtype)
-    return neighbours_read_neighbours(spec) and dtypes == BYTES
+    layer = read_layer(
+        fused, target, choice, (SparseConv2dSpec,), takes, sparse_operands, kernel.epilogue_type
+    )
+    dot = None if layer is None else takes(layer.spec)
+    return None if layer is None or dot is None else kernel(layer, dot)
 
 
 class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]):
     """One function being written."""
+
+    epilogue_type: ClassVar[type[Epilogue]] = Epilogue
+    spare: ClassVar[int] = 1
+    """Registers besides sums and weights."""
+    epilogue_lanes: ClassVar[int] = 0
+    """Outputs of a position that go through the epilogue together; 0: a register of sums."""
 
     def __init__(self, layer: SparseLayer, dot: Dot) -> None:
         super().__init__(layer)
@@ -69,16 +75,35 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
         self.run = target.vector_bits // 8
         """Positions that are interleaved at once."""
         self.vectors = spec.block // dot.lanes
-        registers = target.vector_registers
-        most = (registers - 1 - self.vectors) // self.vectors
-        self.positions = next(n for n in (16, 8, 4, 2, 1) if n <= most)
+        chains = [n for n in (1, 2, 4) if n <= max(1, dot.chain if dot.is_chained else 1)]
+        self.positions, self.chain = max(
+            ((p, c) for p in (16, 8, 4, 2, 1) for c in chains if p == 1 or self._fits(p, c)),
+            key=self._worth,
+        )
         self.parallel = target.threads > 1 and spec.macs >= PARALLEL_MACS * dot.speed
         threads = target.threads if self.parallel else 1
         self.rows = self._rows_of_a_task(threads)
         if choice is not None:
-            self.positions = choice["positions"]
+            self.positions, self.chain = choice["positions"], choice["chain"]
             self.rows = min(self.window.rows, choice["band"])
+        self.turned = [n for n in (LANE, 8, 4) if n <= self._columns_of_a_run(self.rows)][:1]
+        """Positions of the block that the copy transposes at once; none: byte by byte."""
+        if self.window.channels < LANE:
+            self.turned = []
         self.e = Emitter()
+
+    def _registers(self, positions: int, chain: int) -> int:
+        """Registers that a tile needs."""
+        return positions * self.vectors + chain * self.vectors + self.spare
+
+    def _fits(self, positions: int, chain: int) -> bool:
+        return self._registers(positions, chain) <= self.target.vector_registers
+
+    def _worth(self, tile: tuple[int, int]) -> float:
+        """Multiply-adds an instruction of a tile's inner loop."""
+        positions, chain = tile
+        sums = 1 / chain if self.dot.is_chained else 0
+        return positions / (positions * self.vectors * (1 + sums) + self.vectors + positions)
 
     # Geometry of a task's planes
 
@@ -95,6 +120,12 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
         behind = self.run + (self.window.kernel[1] - 1) * self.window.dilation[1]
         return ceil_div(self._plane_rows(rows) * self.row_pitch + behind, 64) * 64
 
+    def _columns_of_a_run(self, rows: int) -> int:
+        """Positions that are copied side by side."""
+        if self.is_pointwise:
+            return rows if self.window.columns == 1 else self.window.columns
+        return self.window.in_columns
+
     def _rows_of_a_task(self, threads: int) -> int:
         rows = ceil_div(self.window.rows, threads)
         limit = self.target.l2_bytes // 2
@@ -103,39 +134,44 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
         return rows
 
     def space(self) -> SearchSpace:
-        """Positions of a register tile, rows of a task."""
-        registers, rows = self.target.vector_registers, self.window.rows
+        """Positions of a register tile, length of chains, rows of a task."""
+        rows = self.window.rows
         bands = {ceil_div(rows, parts) for parts in (1, 2, 3, 4, 6, 8, 16)} | {self.rows}
+        longest = self.dot.chain if self.dot.is_chained else 1
 
         def is_valid(choice: Choice) -> bool:
-            return (choice["positions"] + 1) * self.vectors + 1 <= registers
+            return self._fits(choice["positions"], choice["chain"])
 
         return SearchSpace(
             "sparse_bytes",
-            {"positions": (4, 8, 16), "band": tuple(sorted(bands))},
-            {"positions": self.positions, "band": self.rows},
+            {
+                "positions": tuple(n for n in (2, 4, 8, 16) if n <= self.run),
+                "chain": tuple(n for n in (1, 2, 4, 8) if n == 1 or n <= longest),
+                "band": tuple(sorted(bands)),
+            },
+            {"positions": self.positions, "chain": self.chain, "band": self.rows},
             is_valid,
         )
 
     # Writing
 
     def build(self) -> tirx.PrimFunc:
-        e, window, spec = self.e, self.window, self.spec
+        e, window, spec, group = self.e, self.window, self.spec, self.dot.group
         self.values = e.flat(self.operands.weight)
         self.data = e.flat(self.operands.data)
         self.epilogue.declare(e)
         plane, run = self._plane(self.rows), self.run
         slots = (self.rows - 1) * self.row_pitch + window.columns
         bands = ceil_div(window.rows, self.rows)
-        groups = max(1, spec.longest // GROUP)
+        groups = max(1, spec.longest // group)
         kind = "parallel" if self.parallel else "serial"
         with e.loop("task", window.batch * bands, kind) as task:
             b = task // bands
             y = e.bind("y", tirx.min(task % bands * self.rows, window.rows - self.rows))
-            planes = e.alloc(window.channels * plane, "uint8", "planes")
+            planes = e.alloc(window.channels * plane, spec.data_dtype, "planes")
             self._copy(planes, plane, b, y)
-            where = e.alloc(groups * GROUP, "int32", "where")
-            quads = e.alloc(groups * run * GROUP, "uint8", "quads")
+            where = e.alloc(groups * group, "int32", "where")
+            woven = e.alloc(groups * run * group, self.dot.data_dtype, "woven")
             with e.loop("block", spec.blocks) as block:
                 first = e.bind("first", self.operands.starts[block])
                 count = e.bind("count", self.operands.starts[block + 1] - first)
@@ -143,11 +179,12 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
                     e.store(where, self._in_planes(first + entry, plane), entry)
                 with e.loop("chunk", ceil_div(slots, run)) as chunk:
                     begin = e.bind("begin", chunk * run)
-                    self._gather(quads, planes, where, begin, count)
-                    with e.loop("tile", run // self.positions) as tile:
-                        self._tile(quads, first, count, tile, block, b, y, begin)
+                    self._weave(woven, planes, where, begin, count)
+                    left = tirx.min(slots - begin, run) + (self.positions - 1)
+                    with e.loop("tile", tirx.div(left, self.positions)) as tile:
+                        self._tile(woven, first, count, tile, block, b, y, begin)
         self.epilogue.emit_rest(e, self.dot.lanes)
-        helpers = _interleave(run) + _transpose()
+        helpers = self._interleave() + "".join(transpose(n) for n in self.turned)
         return e.function(list(self.fused.func.params), {}, helpers)
 
     def _in_planes(self, entry: Any, plane: int) -> ir.Expr:
@@ -169,9 +206,10 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
             return
         top, left, bottom, _ = window.padding
         if any(window.padding):
-            border = splat(tirx.const(self.spec.pad_value, "uint8"), 64)
-            with e.loop("i", channels * plane // 64) as i:
-                e.store_vector(planes, border, i * 64, 64)
+            lanes = self.run
+            border = splat(tirx.const(self.spec.pad_value, self.spec.data_dtype), lanes)
+            with e.loop("i", channels * plane // lanes) as i:
+                e.store_vector(planes, border, i * lanes, lanes)
         step_y, step_x = window.strides if self.is_pointwise else (1, 1)
         columns = window.columns if self.is_pointwise else window.in_columns
 
@@ -194,19 +232,20 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
     ) -> None:
         """`count` positions, `step` apart in the data, side by side from `at` on in every plane."""
         e, channels = self.e, self.window.channels
-        if min(count, channels) < _LANE:
+        if not self.turned:
             with e.loop("x", count) as x:
                 with e.loop("c", channels) as c:
                     value = self.data[origin + x * (step * channels) + c]
                     e.store(planes, value, c * plane + at + x)
             return
-        with e.loop("x16", ceil_div(count, _LANE)) as outer:
-            x = e.bind("x", tirx.min(outer * _LANE, count - _LANE))
-            with e.loop("c16", ceil_div(channels, _LANE)) as inner:
-                c = e.bind("c", tirx.min(inner * _LANE, channels - _LANE))
+        [height] = self.turned
+        with e.loop("turned", ceil_div(count, height)) as outer:
+            x = e.bind("x", tirx.min(outer * height, count - height))
+            with e.loop("c16", ceil_div(channels, LANE)) as inner:
+                c = e.bind("c", tirx.min(inner * LANE, channels - LANE))
                 e.evaluate(
                     tirx.call_extern(
-                        "void", _TRANSPOSE,
+                        "void", transpose_name(height),
                         tirx.address_of(self.data[origin + x * (step * channels) + c]),
                         tirx.const(step * channels, "int64"),
                         tirx.address_of(planes[c * plane + at + x]),
@@ -214,59 +253,100 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
                     )
                 )  # fmt: skip
 
-    def _gather(
-        self, quads: tirx.Buffer, planes: tirx.Buffer, where: tirx.Buffer, begin: Any, count: Any
+    # Groups of planes, interleaved
+
+    def _interleave(self) -> str:
+        """The function that interleaves a run of positions."""
+        wide = dtype_bits(self.dot.data_dtype) > 8
+        return interleave(self.dot.group, self.run, wide)
+
+    def _slot(self, position: int) -> int:
+        """Where that function puts the position, one of the first tile's."""
+        return position
+
+    def _weave(
+        self, woven: tirx.Buffer, planes: tirx.Buffer, where: tirx.Buffer, begin: Any, count: Any
     ) -> None:
-        e = self.e
-        with e.loop("group", tirx.div(count, GROUP)) as group:
+        e, size = self.e, self.dot.group
+        name = interleave_name(size, self.run)
+        with e.loop("group", tirx.div(count, size)) as group:
             sources = [
-                tirx.address_of(planes[where[group * GROUP + i] + begin]) for i in range(GROUP)
+                tirx.address_of(planes[where[group * size + i] + begin]) for i in range(size)
             ]
-            target = tirx.address_of(quads[group * (self.run * GROUP)])
-            e.evaluate(tirx.call_extern("void", _INTERLEAVE, *sources, target))
+            target = tirx.address_of(woven[group * (self.run * size)])
+            e.evaluate(tirx.call_extern("void", name, *sources, target))
+
+    def _operands(self, woven: tirx.Buffer, at: Any) -> list[ir.Expr]:
+        """A group's data for every position of the tile, in all lanes; `at`: the first of them."""
+        dot, size = self.dot, self.dot.group
+        return [
+            dot.broadcast(vector(woven, at + self._slot(p) * size, size))
+            for p in range(self.positions)
+        ]
 
     def _tile(
-        self, quads: tirx.Buffer, first: Any, count: Any, tile: Any, block: Any, b: Any, y: Any,
+        self, woven: tirx.Buffer, first: Any, count: Any, tile: Any, block: Any, b: Any, y: Any,
         begin: Any,
     ) -> None:  # fmt: skip
         e, dot, lanes, vectors = self.e, self.dot, self.dot.lanes, self.vectors
-        places = self.positions * vectors
+        size, places = dot.group, self.positions * vectors
         acc = e.alloc(places * lanes, "int32", "acc", registers=True)
         zero = splat(tirx.const(0, "int32"), lanes)
         for place in range(places):
             e.store_vector(acc, zero, place * lanes, lanes)
-        slot = e.bind("slot", tile * self.positions)
-        size = lanes * GROUP
-        start = e.bind("start", tirx.div(first, GROUP))
-        with e.loop("group", tirx.div(count, GROUP)) as group:
-            number = e.bind("number", (start + group) * self.spec.block * GROUP)
-            weights = [
-                e.bind(f"w{v}", vector(self.values, number + v * size, size))
-                for v in range(vectors)
+        position = e.bind("position", tile * self.positions)
+        slot = e.bind("slot", self._first_slot(position))
+        start = e.bind("start", tirx.div(first, size))
+        groups = e.bind("groups", tirx.div(count, size))
+
+        def step(group: Any, chain: int) -> None:
+            weights: list[list[Any]] = []
+            for i in range(chain):
+                number = e.bind("number", (start + group + i) * self.spec.block * size)
+                codes = (vector(self.values, number + v * lanes * size, lanes * size)
+                         for v in range(vectors))  # fmt: skip
+                weights.append([e.bind(f"w{v}", dot.widen(code)) for v, code in enumerate(codes)])
+            data = [
+                self._operands(woven, e.bind("at", ((group + i) * self.run + slot) * size))
+                for i in range(chain)
             ]
-            at = e.bind("at", (group * self.run + slot) * GROUP)
             for p in range(self.positions):
-                data = e.bind("x", dot.broadcast(vector(quads, at + p * GROUP, GROUP)))
-                for v, weight in enumerate(weights):
+                x = [e.bind("x", data[i][p]) for i in range(chain)]
+                for v in range(vectors):
                     place = (p * vectors + v) * lanes
                     old = vector(acc, place, lanes)
-                    e.store_vector(acc, dot.accumulate(old, data, weight), place, lanes)
+                    if dot.is_chained:
+                        pairs: Any = dot.pairs(x[0], weights[0][v])
+                        for i in range(1, chain):
+                            pairs = pairs + dot.pairs(x[i], weights[i][v])
+                        new = dot.add_pairs(old, pairs)
+                    else:
+                        new = dot.accumulate(old, x[0], weights[0][v])
+                    e.store_vector(acc, new, place, lanes)
+
+        if self.chain == 1:
+            with e.loop("group", groups) as group:
+                step(group, 1)
+        else:
+            with e.loop("groups", tirx.div(groups, self.chain)) as turn:
+                step(turn * self.chain, self.chain)
+            whole = tirx.div(groups, self.chain) * self.chain
+            with e.loop("group", groups - whole) as group:
+                step(whole + group, 1)
         sums = e.alloc(places * lanes, "int32", "sums")
         for place in range(places):
             e.store_vector(sums, vector(acc, place * lanes, lanes), place * lanes, lanes)
         with e.loop("p", self.positions) as p:
-            self._finish(sums, p, begin + self._position(slot + p), block, b, y)
+            self._finish(sums, p, begin + position + p, block, b, y)
 
-    def _position(self, slot: Any) -> Any:
-        """The position of a slot among the `run` that were interleaved: unpacking works on 16
-        bytes at a time, and each of four vectors has four positions of every 16."""
-        of_a_vector = self.run // GROUP
-        lane = slot % of_a_vector // 4
-        return lane * _LANE + slot // of_a_vector * 4 + slot % 4
+    def _first_slot(self, position: Any) -> Any:
+        """The slot of a tile's first position, a multiple of the tile's size."""
+        return position
 
     def _finish(self, sums: tirx.Buffer, p: Any, position: Any, block: Any, b: Any, y: Any) -> None:
         """One position through the epilogue, if there is such a position."""
-        e, window, lanes = self.e, self.window, self.dot.lanes
+        e, window, size = self.e, self.window, self.spec.block
+        lanes = min(size, self.epilogue_lanes or self.dot.lanes)
         row = e.bind("row", position // self.row_pitch)
         column = e.bind("column", position % self.row_pitch)
         inside = row < self.rows
@@ -275,17 +355,17 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
         outputs, rest = self.spec.out_channels, self.spec.out_channels % lanes
         with e.when(inside):
             here = (b * window.rows + y + row) * window.columns + column
-            for v in range(self.vectors):
-                start = e.bind("channel", block * self.spec.block + v * lanes)
+            for first in range(0, size, lanes):
+                start = e.bind("channel", block * size + first)
 
-                def write(parts: list[tuple[int, int]], v: int = v, start: Any = start) -> None:
+                def write(parts: list[tuple[int, int]], at: int = first, start: Any = start) -> None:
                     for inner, width in parts:
                         self.epilogue.emit(
                             e, partial(window.indices, b, y + row, column), here, start + inner,
-                            width, partial(_element, sums, (p * self.vectors + v) * lanes + inner),
+                            width, partial(_element, sums, p * size + (at + inner)),
                         )  # fmt: skip
 
-                if outputs % self.spec.block == 0:
+                if outputs % size == 0:
                     write([(0, lanes)])
                     continue
                 with e.when(start + lanes <= outputs):
@@ -297,74 +377,3 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
 
 def _element(buffer: tirx.Buffer, start: Any, lane: Any) -> ir.Expr:
     return buffer[start + lane]
-
-
-def _mask(indices: list[int]) -> str:
-    return f"<{len(indices)} x i32> <" + ", ".join(f"i32 {i}" for i in indices) + ">"
-
-
-def _unpack(count: int, of_a_lane: int, high: bool) -> list[int]:
-    """The shuffle of an unpacking instruction on two vectors of `count` elements: elements of both
-    in turn, from the low or the high half of every 16 bytes."""
-    half = of_a_lane // 2
-    return [
-        lane * of_a_lane + high * half + element + which * count
-        for lane in range(count // of_a_lane)
-        for element in range(half)
-        for which in (0, 1)
-    ]
-
-
-def _interleave(run: int) -> str:
-    """LLVM's form of: `run` bytes of each of four planes as four vectors of quads."""
-    bytes_, words = f"<{run} x i8>", f"<{run // 2} x i16>"
-    arguments = "ptr %a, ptr %b, ptr %c, ptr %d, ptr %o"
-    lines = [f"define internal void @{_INTERLEAVE}({arguments}) alwaysinline nounwind {{"]
-    lines += [f"  %v{x} = load {bytes_}, ptr %{x}, align 1" for x in "abcd"]
-    for name, first, second in (("p", "a", "b"), ("q", "c", "d")):
-        for high in (0, 1):
-            mask = _mask(_unpack(run, 16, bool(high)))
-            lines.append(
-                f"  %{name}{high} = shufflevector {bytes_} %v{first}, {bytes_} %v{second}, {mask}"
-            )
-            lines.append(f"  %{name}{high}w = bitcast {bytes_} %{name}{high} to {words}")
-    for half in (0, 1):
-        for high in (0, 1):
-            number = 2 * half + high
-            mask = _mask(_unpack(run // 2, 8, bool(high)))
-            lines += [
-                f"  %r{number} = shufflevector {words} %p{half}w, {words} %q{half}w, {mask}",
-                f"  %o{number} = getelementptr i8, ptr %o, i64 {number * run}",
-                f"  store {words} %r{number}, ptr %o{number}, align 1",
-            ]
-    return "\n".join([*lines, "  ret void", "}\n"])
-
-
-def _transpose() -> str:
-    """LLVM's form of: 16 x 16 bytes turned over, rows `%n` apart to rows `%m` apart."""
-    kind = "<16 x i8>"
-    arguments = "ptr %a, i64 %n, ptr %o, i64 %m"
-    lines = [f"define internal void @{_TRANSPOSE}({arguments}) alwaysinline nounwind {{"]
-    for row in range(16):
-        lines += [
-            f"  %i{row} = mul i64 %n, {row}",
-            f"  %p{row} = getelementptr i8, ptr %a, i64 %i{row}",
-            f"  %x0_{row} = load {kind}, ptr %p{row}, align 1",
-        ]
-    # Four rounds: row r with row r + 8, elements in turn, is a quarter of the way to columns.
-    low = _mask([element + which * 16 for element in range(8) for which in (0, 1)])
-    high = _mask([8 + element + which * 16 for element in range(8) for which in (0, 1)])
-    for step in range(4):
-        for row in range(8):
-            pair = f"{kind} %x{step}_{row}, {kind} %x{step}_{row + 8}"
-            lines += [
-                f"  %x{step + 1}_{2 * row} = shufflevector {pair}, {low}",
-                f"  %x{step + 1}_{2 * row + 1} = shufflevector {pair}, {high}",
-            ]
-    for row in range(16):
-        lines += [
-            f"  %j{row} = mul i64 %m, {row}",
-            f"  %q{row} = getelementptr i8, ptr %o, i64 %j{row}",
-            f"  store {kind} %x4_{row}, ptr %q{row}, align 1",
-        ]
-    return "\n".join([*lines, "  ret void", "}\n"])

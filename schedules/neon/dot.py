@@ -14,6 +14,8 @@ Data are signed bytes where the weights are: unsigned ones become x - 128 when t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...targets import Target
@@ -174,6 +176,45 @@ class PairsDot32(PairsDot):
         add = "llvm.arm.neon.vpadd.v2i32"
         low, high = (tirx.call_llvm_pure_intrin("int32x2", add, *two[i : i + 2]) for i in (0, 2))
         return tirx.Shuffle([low, high], [_index(i) for i in range(4)])
+
+
+class OutputsDot(PairsDot):
+    """acc[l] += sum over a chain of x[0] * w[l][0] + x[1] * w[l][1]: outputs side by side, as sparse
+    kernels need them, four or eight (two registers)"""
+
+    group = 2
+
+    _IS_64: ClassVar[bool] = True
+
+    def pairs(self, data: ir.Expr, weight: ir.Expr) -> ir.Expr:
+        return _each_half(self.lanes, partial(multiply_halves, self._IS_64), data, weight)
+
+    def add_pairs(self, acc: ir.Expr, pairs: ir.Expr) -> ir.Expr:
+        return _each_half(self.lanes, super().add_pairs, acc, pairs)
+
+
+class OutputsDot32(OutputsDot, PairsDot32):
+    """The same on ARMv7."""
+
+    _IS_64 = False
+
+
+def _each_half(lanes: int, operation: Callable[..., ir.Expr], *operands: ir.Expr) -> ir.Expr:
+    """An operation on four lanes, on four or eight."""
+    from tvm import tirx
+
+    if lanes == LANES:
+        return operation(*operands)
+    halves = []
+    for half in range(2):
+        parts = []
+        for operand in operands:
+            count = int(str(operand.ty.dtype).partition("x")[2]) // 2
+            indices = [_index(half * count + i) for i in range(count)]
+            parts.append(tirx.Shuffle([operand], indices))
+        halves.append(operation(*parts))
+    count = int(str(halves[0].ty.dtype).partition("x")[2])
+    return tirx.Shuffle(halves, [_index(i) for i in range(2 * count)])
 
 
 def multiply_halves(is_64: bool, a: ir.Expr, b: ir.Expr) -> ir.Expr:
