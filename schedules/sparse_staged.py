@@ -23,7 +23,7 @@ from .arm.assembly import as_llvm
 from .arm.epilogue import DspEpilogue
 from .choice import SearchSpace
 from .emit import Emitter
-from .layer_kernel import Layer, LayerKernel
+from .layer_kernel import EpilogueT, Layer, LayerKernel
 from .sparse import SparseOperands
 from .spec import Conv2dSpec, MatmulSpec, SparseConv2dSpec, ceil_div
 from .window import window_of
@@ -81,13 +81,13 @@ class StagedLoops:
         return spec.data_dtype in ("int8", "uint8") and dtypes == ("int8", "int32")
 
 
-StagedLayer = Layer[SparseConv2dSpec, SparseOperands, DspEpilogue]
+StagedLayer = Layer[SparseConv2dSpec, SparseOperands, EpilogueT]
 
 
-class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, DspEpilogue]):
+class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
     """One function being written."""
 
-    def __init__(self, layer: StagedLayer, form: type[StagedLoops], name: str) -> None:
+    def __init__(self, layer: StagedLayer[EpilogueT], form: type[StagedLoops], name: str) -> None:
         super().__init__(layer)
         self.name, self.form = name, form
         self.window = window = window_of(self.spec)
@@ -117,12 +117,6 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, DspEpilogue]):
             2 if spec.offsets_dtype == "uint16" else 4,
         )  # fmt: skip
         self._declare()
-        self.biases = None
-        bias = getattr(self.epilogue, "bias_buffer", None)
-        if bias is not None and spec.out_channels % spec.block == 0:
-            self.biases = e.flat(bias)
-        else:
-            self.initial = opaque(e, spec.block, "int32", "initial")
         self.has_copy = any(self.window.padding)
         if self.has_copy:
             self._make_rows()
@@ -142,6 +136,17 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, DspEpilogue]):
         size = spec.longest * self.columns * self.form.stage_bytes
         self.stage = opaque(e, max(1, ceil_div(size, 4)), "int32", "stage")
         self.sums = opaque(e, spec.block * self.columns, "int32", "sums")
+        self._declare_initial()
+
+    def _declare_initial(self) -> None:
+        """What sums start from: the biases, or memory for a block of them."""
+        e, spec = self.e, self.spec
+        assert isinstance(self.epilogue, DspEpilogue)
+        bias = self.epilogue.bias_buffer
+        is_whole = bias is not None and spec.out_channels % spec.block == 0
+        self.biases = e.flat(bias) if is_whole else None
+        if self.biases is None:
+            self.initial = opaque(e, spec.block, "int32", "initial")
 
     def _code(self) -> str:
         return as_llvm(self.loops.name, self.loops.assembly(), 6, 2)
@@ -258,6 +263,7 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, DspEpilogue]):
         if self.biases is not None:
             return tirx.address_of(self.biases[block * spec.block])
         zero = tirx.const(0, "int32")
+        assert isinstance(self.epilogue, DspEpilogue)
         with e.loop("c", spec.block) as c:
             channel = tirx.min(block * spec.block + c, spec.out_channels - 1)
             indices = window.indices(zero, zero, zero, e.bind("channel", channel))
@@ -284,14 +290,15 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, DspEpilogue]):
             count = e.bind("count", tirx.min(count, spec.out_channels - block * spec.block))
         with e.loop("c", count) as c:
             channel = e.bind("channel", block * spec.block + c)
+            assert isinstance(self.epilogue, DspEpilogue)
             self.epilogue.start_channel(e)
+            self.epilogue.sums = self.sums
             for p in range(self.columns):
                 self._finish(b, y, x + p, channel, self.loops.place(c, p), 1)
 
     def _finish(self, b: Any, y: Any, x: Any, channel: Any, place: Any, lanes: int) -> None:
         window = self.window
         row, column = (x, 0) if self.flat else (y, x)
-        self.epilogue.sums = self.sums
         self.epilogue.emit(
             self.e,
             partial(window.indices, b, row, column),

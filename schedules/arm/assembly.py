@@ -36,3 +36,21 @@ def function(name: str, body: list[str]) -> str:
         f"{name}:",
     ]
     return "\n".join([*head, *body, f".size {name}, . - {name}"])
+
+
+def entry(count: str, bit: int, many: str, odd: str, none: str, to: str, scratch: str) -> list[str]:
+    """to = where to jump: label `none` if `count` is 0, else `odd` if it has the bit, else `many`.
+    Leaves the flags of the comparison with 0."""
+    return [
+        f"adr.w {to}, {many}",
+        f"adr.w {scratch}, {odd}",
+        f"tst {count}, #{bit}",
+        "it ne",
+        f"movne {to}, {scratch}",
+        f"orr {to}, {to}, #1",
+        f"adr.w {scratch}, {none}",
+        f"orr {scratch}, {scratch}, #1",
+        f"cmp {count}, #0",
+        "it eq",
+        f"moveq {to}, {scratch}",
+    ]

@@ -19,7 +19,7 @@ NAME = "arm.sparse"
 
 def sparse_kernel(
     fused: FusedFunction, target: Target, choice: Choice | None
-) -> StagedKernel | None:
+) -> StagedKernel[DspEpilogue] | None:
     """The sparse layer with what follows it; None: no form for it."""
     layer = read_layer(
         fused, target, choice, (SparseConv2dSpec,), SmladLoops.takes, sparse_operands, DspEpilogue
@@ -27,7 +27,7 @@ def sparse_kernel(
     return None if layer is None else _SparseKernel(layer, SmladLoops, NAME)
 
 
-class _SparseKernel(StagedKernel):
+class _SparseKernel(StagedKernel[DspEpilogue]):
     """One function being written."""
 
     def _emitter(self) -> Emitter:

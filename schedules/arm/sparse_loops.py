@@ -9,12 +9,14 @@ outputs 19 for 16; gathering 27 for three positions and all outputs of the block
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 from ..sparse_staged import StagedLoops
 from ..spec import SparseConv2dSpec
-from .assembly import function
+from .assembly import entry, function
 
-# The frame, of which the first two are read together; then what was pushed, and behind it the other arguments.
+# The frame, of which the first two are read together; then what was pushed, and behind it the other
+# arguments.
 _VALUES, _INITIAL, _LAST, _ENTRY, _PARTS, _FRAME = 0, 4, 8, 12, 16, 24
 _SUMS, _STAGE, _ENTRIES, _COLUMN = (_FRAME + 36 + 4 * i for i in range(4))
 
@@ -65,16 +67,7 @@ class SmladLoops(StagedLoops):
             out.append(f"ldr r5, [sp, #{_COLUMN}]")
             out += [f"add {b}, {a}, r5" for a, b in pairwise(bases)]
         out += [
-            "adr.w r5, 4f",
-            "adr.w r6, 5f",
-            "tst r12, #4",
-            "it ne",
-            "movne r5, r6",
-            "adr.w r6, 6f",
-            "cmp r12, #0",
-            "it eq",
-            "moveq r5, r6",
-            "orr r5, r5, #1",
+            *entry("r12", self.group, "4f", "5f", "6f", "r5", "r6"),
             f"str r5, [sp, #{_ENTRY}]",
             "beq.w 2f",
             f"add r12, r1, r12, lsl #{self.offset_bytes // 2}",

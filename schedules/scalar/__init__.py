@@ -3,8 +3,10 @@
 from ..template import Template
 from .depthwise import depthwise_kernel
 from .matrix import matrix_kernel
+from .sparse import sparse_kernel
 
 SCALAR_TEMPLATES = (
     Template("scalar.depthwise", depthwise_kernel),
     Template("scalar.matrix", matrix_kernel),
+    Template("scalar.sparse", sparse_kernel),
 )

@@ -27,8 +27,14 @@ from .kernels import UINT8
 from .test_arm_dsp import conv, linear, requantisation
 from .test_arm_mve import Board, Case
 
-FORMS = {"cortex-m4": "arm.sparse"}
-RULES = {"cortex-m4": "rounded_once"}
+FORMS = {
+    "cortex-m4": "arm.sparse",
+    "cortex-m55": "arm.mve_sparse",
+    "cortex-m0plus": "scalar.sparse",
+    "cortex-m3": "scalar.sparse",
+    "riscv32imc": "scalar.sparse",
+    "riscv64gc": "scalar.sparse",
+}
 RAGGED: dict[str, Conv2dSpec | MatmulSpec] = {
     "odd": linear(5, 33, 19),
     "one_row": linear(1, 70, 37),
@@ -60,8 +66,8 @@ def pruned(spec: Conv2dSpec | MatmulSpec, block: int, sparsity: float, seed: int
 
 
 def case(
-    spec: Conv2dSpec | MatmulSpec, weight: np.ndarray, form: SparseForm | None, name: str, core: str,
-    rule: str = "float32",
+    spec: Conv2dSpec | MatmulSpec, weight: np.ndarray, form: SparseForm | None, name: str,
+    core: str, rule: str = "float32",
 ) -> Case:  # fmt: skip
     """A layer, sparse or dense, and its requantisation."""
     rng = np.random.default_rng(0)
@@ -93,11 +99,12 @@ def test_ragged_shapes(core: str, tmp_path: Path) -> None:
     for name, spec in RAGGED.items():
         for number, form in enumerate(sparse_forms(spec, target)):
             weight = pruned(spec, form.block, 0.6 + 0.1 * number, number)
-            rule = RULES[core] if number % 2 else "float32"
+            rule = "rounded_once" if number % 2 else "float32"
             cases[f"{name}_{form.block}"] = case(spec, weight, form, FORMS[core], core, rule)
     for form in list(sparse_forms(UNSIGNED, target))[:1]:
         weight = pruned(UNSIGNED, form.block, 0.7)
-        cases["unsigned"] = case(UNSIGNED, weight, form, FORMS[core], core)
+        name = FORMS[core].replace("mve_", "")
+        cases["unsigned"] = case(UNSIGNED, weight, form, name, core)
     board = Board(cases, tmp_path, target)
     for name in cases:
         board.check(name)
