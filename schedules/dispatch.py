@@ -97,6 +97,10 @@ def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> Sequence[Spar
         from .arm.sparse_forms import sparse_forms as arm_forms
 
         return arm_forms(spec, target)
+    if is_scalar(target):
+        from .scalar.sparse_forms import sparse_forms as scalar_forms
+
+        return scalar_forms(spec, target)
     return ()
 
 

@@ -1,0 +1,111 @@
+"""Which layers ship without their zeros, decided by cost before anything is lowered.
+
+The choice is noted in `tvm_compress.sparse_choices` of `main` (JSON: layer => `SparseChoice`), so
+that everything behind it, tuning and building, sees the same kernels: `PackWeights` follows it.
+Layers that nobody decided on get the form that is expected to be best.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from .costs import Comparison, LayerCosts
+from .encodings import kernel_order
+from .graph import Graph
+from .ir import op_name
+from .layer_spec import layer_spec
+from .op_kinds import ANCHORS
+from .quantize_weights import weight_layout
+
+CHOICES_ATTR = "tvm_compress.sparse_choices"
+
+
+@dataclass(frozen=True)
+class SparseChoice:
+    """How one layer with zeros ships, and what that was decided by."""
+
+    form: str
+    """`SparseForm.words`; empty: dense."""
+    reason: str
+    """Why it is dense, or that it was insisted on; empty: it pays."""
+    cost: float
+    dense_cost: float
+    unit: str
+
+
+@tvm.transform.module_pass(opt_level=0, name="ChooseSparse")
+class ChooseSparse:
+    """Decide for every layer of `main` that has zeros in its weight; the recipe's last step.
+
+    Layers named in `insisted` are sparse wherever the target has a kernel for that.
+    """
+
+    def __init__(self, costs: LayerCosts, insisted: Collection[str] = ()) -> None:
+        self.costs = costs
+        self.insisted = frozenset(insisted)
+
+    def transform_module(
+        self, module: tvm.IRModule, _context: tvm.transform.PassContext
+    ) -> tvm.IRModule:
+        graph = Graph(module["main"])
+        choices = {}
+        for variable, call in graph.values.items():
+            if graph.op(variable) not in ANCHORS:
+                continue
+            spec, kept = layer_spec(call), kept_weights(graph, call)
+            if spec is None or kept is None or kept.all():
+                continue
+            compared = self.costs.sparse(variable.name, spec, kept)
+            if compared.form is not None or variable.name in self.insisted:
+                choices[variable.name] = _choice(compared, variable.name in self.insisted)
+        if not choices:
+            return module
+        module = module.clone()
+        noted = json.dumps({name: asdict(choice) for name, choice in choices.items()})
+        module["main"] = module["main"].with_attr(CHOICES_ATTR, noted)
+        return module
+
+
+def _choice(compared: Comparison, is_insisted: bool) -> SparseChoice:
+    reason = "" if compared.pays else compared.words
+    is_sparse = compared.form is not None and (compared.pays or is_insisted)
+    if is_sparse and reason:
+        reason = f"insisted on: {reason}"
+    form = compared.form.words if is_sparse and compared.form is not None else ""
+    return SparseChoice(form, reason, compared.cost, compared.dense_cost, compared.unit)
+
+
+def read_choices(function: relax.Function) -> dict[str, SparseChoice]:
+    """What `ChooseSparse` noted; layers that it did not look at are missing."""
+    attributes = function.attrs or {}
+    if CHOICES_ATTR not in attributes:
+        return {}
+    noted = json.loads(str(attributes[CHOICES_ATTR]))
+    return {name: SparseChoice(**fields) for name, fields in noted.items()}
+
+
+def kept_weights(graph: Graph, call: relax.Call) -> np.ndarray | None:
+    """[groups, K, N], K in the order of kernels (rows, columns, inputs): which weights of a layer
+    are not zero; `None` where the weight is computed, has a batch axis or is not plain codes."""
+    weight = call.args[1]
+    values = graph.constant(weight)
+    if values is None:
+        stored = graph.values.get(weight, weight)
+        if op_name(stored) != "relax.dequantize":
+            return None
+        values, zero_point = (graph.constant(stored.args[i]) for i in (0, 2))
+        if values is None or zero_point is None or zero_point.any():
+            return None
+    if op_name(call) == "relax.matmul":
+        return None if values.ndim != 2 else (values != 0)[None]
+    layout = weight_layout(call)
+    ordered = values.transpose([layout.index(axis) for axis in kernel_order(layout)])
+    groups, outputs = int(call.attrs.groups), ordered.shape[-1]
+    split = (ordered != 0).reshape(-1, groups, outputs // groups)  # [K, G, N]
+    return np.ascontiguousarray(split.transpose(1, 0, 2))

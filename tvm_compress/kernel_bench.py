@@ -1,0 +1,287 @@
+"""What single kernels cost on a target, side by side: times, instructions of its emulator, or a
+prediction.
+
+All kernels of a call take turns on the same machine, warm, with the target's threads, their weights
+beyond the caches as in a network. Nothing is checked here: kernels have tests of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from .errors import ArtefactError
+from .relay_passes.costs import COUNTED, MEASURED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .schedules import KernelSpec
+    from .targets import Target
+
+# A kernel runs about this long at a turn, in this many turns; few where one run takes long.
+_TURN_SECONDS, _TURNS, _LEAST_TURNS = 1e-3, 15, 3
+_MOST_SECONDS = 0.1
+# Weights come from beyond the second-level cache in a network: as many copies take turns.
+_COLD_BYTES, _MOST_COPIES = 2 << 20, 16
+# Under an emulator layers are cut to about so many products: counts grow with the rows.
+_COUNTED_MACS = 300_000
+_LEAST_ROWS = 4
+_COUNT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A layer's kernel, with the bias and the activation that usually follow it, and what it reads
+    besides its data."""
+
+    spec: KernelSpec
+    weights: tuple[np.ndarray, ...]
+
+
+class KernelBench(Protocol):
+    """One way to find out what kernels cost."""
+
+    unit: str
+
+    def costs(self, kernels: Sequence[Kernel]) -> list[float]:
+        """Of one call of each, in `unit`. Raises `TargetError` or `ArtefactError` where the target
+        cannot run them."""
+        ...
+
+
+def bench_of(target: Target) -> KernelBench | None:
+    """The best way there is here; None: the target does not run here, nor anything like it."""
+    from .bare.session import cannot_run
+    from .tuning.tune import emulated
+
+    if target.rpc_tracker:
+        return RemoteBench(target)
+    if not target.is_cross:
+        return LocalBench(target) if target.runs_here() else None
+    board = emulated(target)
+    if not board.is_emulated or not board.machine or cannot_run(board) is not None:
+        return None
+    return CountingBench(board)
+
+
+class LocalBench:
+    """Times on this machine."""
+
+    unit = MEASURED
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def costs(self, kernels: Sequence[Kernel]) -> list[float]:
+        import tvm
+
+        programs = [
+            _Program(_compiled(kernel, self.target)["kernel"], _arguments(kernel, tvm.cpu()))
+            for kernel in kernels
+        ]
+        with _threads(self.target.threads):
+            return _in_turns([program.seconds for program in programs])
+
+
+class RemoteBench:
+    """Times on a device behind TVM's RPC tracker."""
+
+    unit = MEASURED
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def costs(self, kernels: Sequence[Kernel]) -> list[float]:
+        from tempfile import TemporaryDirectory
+
+        from .runners.rpc import Rpc
+        from .tuning.worker import KERNEL, Remote, linker
+
+        rpc = Rpc.of(self.target)
+        rpc.require()
+        failed = None
+        try:
+            device = Remote(rpc.tracker, rpc.key, self.target.threads)
+            with TemporaryDirectory() as folder:
+                runs: list[Callable[[int], float]] = []
+                for number, kernel in enumerate(kernels):
+                    path = Path(folder) / f"{KERNEL}{number}.so"
+                    library = _compiled(kernel, self.target, KERNEL)
+                    options = ["-s", "-nostartfiles", "-nostdlib"]
+                    library.export_library(str(path), fcompile=linker(self.target), options=options)
+                    device.load(str(path))
+                    runs.append(device.timer(_arguments(kernel, device.device)[0]))
+                return _in_turns(runs)
+        except Exception as error:  # noqa: BLE001 - whatever a foreign server does
+            failed = " ".join(str(error).split())[-300:]
+        # Not raised within `except`: as long as a traceback holds the session, the device is taken.
+        raise ArtefactError(f"device {rpc.key!r} failed while kernels were compared: {failed}")
+
+
+class CountingBench:
+    """Instructions under the target's emulator: exact. Layers are cut to few rows, and what those
+    take stands for all: kernels work row by row."""
+
+    unit = COUNTED
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def costs(self, kernels: Sequence[Kernel]) -> list[float]:
+        from .bare.compile import compile_kernel
+        from .tuning.emulated import Bench, DataSet
+        from .tuning.scratch import scratch_folder
+
+        found = []
+        with scratch_folder() as folder:
+            for kernel in kernels:
+                spec, times = _cut(kernel.spec)
+                cut = replace(kernel, spec=spec)
+                func = _function(cut)
+                arrays = _arrays(cut, func)
+                compiled = compile_kernel(func, "candidate", self.target, None)
+                bench = Bench(
+                    self.target,
+                    _tensor_specs(func),
+                    dict(enumerate(arrays[1:-1], 1)),
+                    True,
+                    (DataSet({0: arrays[0]}, {len(arrays) - 1: arrays[-1]}),),
+                    is_checked=False,
+                )
+                (count,) = bench.count([compiled], folder, _COUNT_SECONDS * 1e7)
+                if isinstance(count, str):
+                    raise ArtefactError(f"{self.target.name}: a kernel does not run: {count}")
+                found.append(times * count)
+        return found
+
+
+# --- building -----------------------------------------------------------------------------------
+
+
+def _function(kernel: Kernel) -> Any:
+    from .schedules.lone_layer import lone_layer
+
+    return lone_layer(kernel.spec)
+
+
+def _compiled(kernel: Kernel, target: Target, name: str = "kernel") -> Any:
+    """A runtime module with the function `name`."""
+    import tvm
+
+    from .schedules import schedule
+
+    func = schedule(_function(kernel), target).with_attr("global_symbol", name)
+    with tvm.transform.PassContext():
+        return tvm.tirx.build(tvm.IRModule({name: func}), target=target.tvm_target())
+
+
+def _tensor_specs(func: Any) -> tuple[Any, ...]:
+    from .model import TensorSpec
+
+    return tuple(
+        TensorSpec(str(i), tuple(int(side) for side in p.shape), str(p.dtype))
+        for i, p in enumerate(func.params)
+    )
+
+
+def _arrays(kernel: Kernel, func: Any) -> list[np.ndarray]:
+    """Data, weights, bias and room for the result."""
+    from .tuning.worker import random_array
+
+    specs = _tensor_specs(func)
+    random = np.random.default_rng(0)
+    data = random_array(random, specs[0].shape, specs[0].dtype)
+    bias, result = (np.zeros(spec.shape, spec.dtype) for spec in specs[-2:])
+    return [data, *map(np.ascontiguousarray, kernel.weights), bias, result]
+
+
+def _arguments(kernel: Kernel, device: Any) -> list[list[Any]]:
+    """Argument lists that share data and results, and have weights of their own."""
+    import tvm
+
+    data, *weights, bias, result = (
+        tvm.runtime.tensor(array, device) for array in _arrays(kernel, _function(kernel))
+    )
+    size = sum(array.nbytes for array in kernel.weights)
+    copies = min(_MOST_COPIES, math.ceil(_COLD_BYTES / max(size, 1)))
+    others = [
+        [tvm.runtime.tensor(np.ascontiguousarray(array), device) for array in kernel.weights]
+        for _ in range(copies - 1)
+    ]
+    return [[data, *own, bias, result] for own in (weights, *others)]
+
+
+def _cut(spec: Any) -> tuple[Any, float]:
+    """A layer of fewer rows, and how many times as many the whole one has."""
+    from .schedules import MatmulSpec, SparseConv2dSpec
+
+    dense = spec.dense if isinstance(spec, SparseConv2dSpec) else spec
+    is_flat = isinstance(spec, MatmulSpec) or (isinstance(spec, SparseConv2dSpec) and spec.is_flat)
+    name = "rows" if isinstance(spec, MatmulSpec) else "width" if is_flat else "height"
+    rows = getattr(spec, name) if is_flat else spec.output_shape[1]
+    fewer = max(min(rows, _LEAST_ROWS), rows * _COUNTED_MACS // dense.macs)
+    if fewer >= rows:
+        return spec, 1.0
+    removed = (rows - fewer) * (1 if is_flat else spec.strides[0])
+    return spec.replace(**{name: getattr(spec, name) - removed}), rows / fewer
+
+
+# --- timing -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Program:
+    """A loaded kernel with argument lists that take turns."""
+
+    function: Callable[..., Any]
+    arguments: list[list[Any]]
+
+    def seconds(self, number: int) -> float:
+        """Of one call, the mean over `number`."""
+        from time import perf_counter
+
+        calls = [self.arguments[i % len(self.arguments)] for i in range(number)]
+        started = perf_counter()
+        for arguments in calls:
+            self.function(*arguments)
+        return (perf_counter() - started) / number
+
+
+def _in_turns(runs: Sequence[Callable[[int], float]]) -> list[float]:
+    """Microseconds: the least of all turns. Other work only ever adds time, on a busy machine in
+    most turns."""
+    once = [min(run(1) for _ in range(2)) for run in runs]
+    numbers = [max(1, round(_TURN_SECONDS / max(seconds, 1e-7))) for seconds in once]
+    together = sum(n * s for n, s in zip(numbers, once, strict=True))
+    turns = int(max(_LEAST_TURNS, min(_TURNS, _MOST_SECONDS * len(runs) / max(together, 1e-9))))
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(turns):
+        for run, number, found in zip(runs, numbers, times, strict=True):
+            found.append(run(number))
+    return [1e6 * min(found) for found in times]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """TVM's pool with so many threads, on cores of their own; as it was afterwards."""
+    import tvm
+
+    from .benchmarking import set_threads
+
+    with ExitStack() as stack:
+        if hasattr(os, "sched_setaffinity") and count == 1:
+            cores = os.sched_getaffinity(0)
+            os.sched_setaffinity(0, {max(cores)})
+            stack.callback(os.sched_setaffinity, 0, cores)
+        before = int(tvm.get_global_func("runtime.NumThreads")())
+        set_threads(count)
+        stack.callback(tvm.get_global_func("runtime.config_threadpool"), 1, before)
+        yield

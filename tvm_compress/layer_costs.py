@@ -1,0 +1,216 @@
+"""What layers cost on the target of a run: `relay_passes.costs.LayerCosts`.
+
+Costs come from `kernel_bench` where anything here runs the target's kernels, else from the tables
+of expected costs that kernels bring with them. A comparison is made once: its figures are kept in
+the user's cache, and in the artefact's recipe, by which a later run decides as this one did.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import ArtefactError, TargetError
+from .relay_passes.costs import COUNTED, MEASURED, PREDICTED, Comparison
+
+if TYPE_CHECKING:
+    from .kernel_bench import Kernel, KernelBench
+    from .kernel_cache import KernelCache
+    from .progress import Progress
+    from .relay_passes.layer_spec import LayerSpec
+    from .relay_passes.quantize_config import QuantizeConfig
+    from .schedules import KernelSpec
+    from .targets import Target
+
+# So many of the forms that are expected to be cheapest are looked at.
+_FORMS = 2
+_KEY_DIGITS = 16
+_PART = re.compile(r"_part\d+$")
+
+
+class TargetCosts:
+    """Costs on `target`.
+
+    `known`: figures of comparisons by key, as `used` has them; they are not made again. `cache`
+    keeps figures of other runs on this machine. `bench` None: all costs are predicted.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        bench: KernelBench | None = None,
+        known: Mapping[str, Sequence[float]] | None = None,
+        cache: KernelCache | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        from .progress import Progress as Silent
+
+        self.target = target
+        self.bench = bench
+        self.known = dict(known or {})
+        self.cache = cache
+        self.progress = progress or Silent()
+        self.schemes: Mapping[str, QuantizeConfig] = {}
+        """What later steps make of the layers; the others ship in float."""
+        self.used: dict[str, tuple[float, ...]] = {}
+        """Figures of all comparisons that were asked for and not predicted, by key."""
+
+    @property
+    def unit(self) -> str:
+        """Of costs, wherever kernels could be run."""
+        return PREDICTED if self.bench is None else self.bench.unit
+
+    # --- LayerCosts -----------------------------------------------------------------------------
+
+    def compare(self, layer: str, chains: Sequence[Sequence[LayerSpec]]) -> list[float]:
+        """See `LayerCosts`."""
+        shipped = [[self._shipped(layer, spec) for spec in chain] for chain in chains]
+        different = {spec.to_json(): spec for chain in shipped for spec in chain}
+        keys = sorted(different)
+        kernels = [self._dense(different[key]) for key in keys]
+        figures, _ = self._figures(layer, keys, kernels)
+        if figures is None:
+            figures = [predicted_cycles(different[key], self.target) for key in keys]
+        of = dict(zip(keys, figures, strict=True))
+        return [sum(of[spec.to_json()] for spec in chain) for chain in shipped]
+
+    def sparse(self, layer: str, spec: LayerSpec, kept: np.ndarray) -> Comparison:
+        """See `LayerCosts`."""
+        from .schedules.sparse_weight import encoded, sparse_candidates
+
+        shipped = self._shipped(layer, spec)
+        item = np.dtype(shipped.weight_storage_dtype).itemsize
+        dense_bytes = kept.size * item
+        expected = sparse_candidates(shipped, kept, self.target)[:_FORMS]
+        cycles = predicted_cycles(shipped, self.target)
+        if not expected:
+            return Comparison(None, cycles, cycles, dense_bytes, dense_bytes, PREDICTED)
+        forms = [form for _, form in expected]
+        codes = _random_weights(shipped, kept.shape) * kept
+        parts = [encoded(shipped, codes, form) for form in forms]
+        names = [
+            f"{form.words} {sparse.entries}" for form, (sparse, _) in zip(forms, parts, strict=True)
+        ]
+        kernels = [self._dense(shipped), *(_kernel(s, arrays) for s, arrays in parts)]
+        figures, unit = self._figures(layer, [shipped.to_json(), *names], kernels)
+        if figures is None:
+            figures = [cycles, *(share * cycles for share, _ in expected)]
+        best = int(np.argmin(figures[1:]))
+        stored = sum(array.nbytes for array in parts[best][1])
+        return Comparison(forms[best], figures[1 + best], figures[0], stored, dense_bytes, unit)
+
+    def blocks(self, layer: str, spec: LayerSpec) -> tuple[int, ...]:
+        """See `LayerCosts`."""
+        from .schedules.dispatch import sparse_forms
+
+        forms = sparse_forms(self._shipped(layer, spec), self.target)
+        ordered = sorted(forms, key=lambda form: (form.cost, -form.block))
+        return tuple(dict.fromkeys(form.block for form in ordered))
+
+    # --- figures --------------------------------------------------------------------------------
+
+    def _figures(
+        self, layer: str, names: Sequence[str], kernels: Sequence[Kernel]
+    ) -> tuple[list[float] | None, str]:
+        """(costs of kernels that take turns, their unit), known ones where `names` were compared
+        before; None: they have to be predicted."""
+        key = _key(names, self.target.fingerprint())
+        for unit in (MEASURED, COUNTED):
+            found = self.known.get(f"{unit}:{key}")
+            if found is not None and len(found) == len(names):
+                self.used[f"{unit}:{key}"] = tuple(found)
+                return list(found), unit
+        if self.bench is None:
+            return None, PREDICTED
+        costs = self._cached(key, len(names))
+        if costs is None:
+            try:
+                with self.progress.step(f"compare kernels of {layer}"):
+                    costs = [float(f"{cost:.4g}") for cost in self.bench.costs(kernels)]
+            except (ArtefactError, TargetError) as error:
+                self.progress.note(f"{layer}: its cost is predicted: {error}")
+                return None, PREDICTED
+            self._keep(key, costs)
+        full = f"{self.bench.unit}:{key}"
+        self.known[full] = self.used[full] = tuple(costs)
+        return costs, self.bench.unit
+
+    def _cached(self, key: str, count: int) -> list[float] | None:
+        content = None if self.cache is None else self.cache.get(self._cache_key(key))
+        if content is None:
+            return None
+        costs = [float(cost) for cost in json.loads(content)]
+        return costs if len(costs) == count else None
+
+    def _keep(self, key: str, costs: Sequence[float]) -> None:
+        if self.cache is not None:
+            self.cache.put(self._cache_key(key), json.dumps(costs).encode())
+            self.cache.trim()
+
+    def _cache_key(self, key: str) -> str:
+        """With what measured, and the code that made the kernels."""
+        from .compile_kernels import compiler_version
+        from .tuning.tune import device_of
+
+        assert self.bench is not None
+        parts = [key, self.bench.unit, device_of(self.target), compiler_version()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    # --- kernels --------------------------------------------------------------------------------
+
+    def _shipped(self, layer: str, spec: LayerSpec) -> LayerSpec:
+        """In the integers that later steps give the layer. Weight-only layers compute in float."""
+        config = self.schemes.get(layer) or self.schemes.get(_PART.sub("", layer))
+        if config is None or config.weights is None or config.activations is None:
+            return spec
+        data = config.activations
+        if data == "int8" and self.target.is_x86:
+            data = "uint8"  # UnsignedActivations
+        largest = spec.reduction_size * (255 if data != "int16" else 2**15) * 127
+        acc = "int32" if largest < 2**31 else "int64"
+        return spec.replace(data_dtype=data, weight_dtype="int8", acc_dtype=acc)
+
+    def _dense(self, spec: LayerSpec) -> Kernel:
+        from .schedules import pack_weight
+
+        groups, columns = spec.groups_of_channels, spec.columns
+        codes = _random_weights(spec, (groups, spec.reduction_size, columns))
+        # [G, K, N] -> [K, G * N]
+        weight = codes.transpose(1, 0, 2).reshape(spec.weight_shape)
+        packed = pack_weight(spec, weight, self.target) or (spec, weight)
+        return _kernel(packed[0], [packed[1]])
+
+
+def _kernel(spec: KernelSpec, weights: Sequence[np.ndarray]) -> Kernel:
+    from .kernel_bench import Kernel
+
+    return Kernel(spec, tuple(weights))
+
+
+def _key(names: Sequence[str], surroundings: str) -> str:
+    return hashlib.sha256(json.dumps([*names, surroundings]).encode()).hexdigest()[:_KEY_DIGITS]
+
+
+def _random_weights(spec: LayerSpec, shape: tuple[int, ...]) -> np.ndarray:
+    """Distributed like weights, none of them zero: codes that are small are common, which decides
+    on some CPUs how many products fit 16 bits."""
+    values = np.random.default_rng(0).standard_normal(shape, np.float32)
+    if spec.weight_dtype == "float32":
+        return values + np.float32(1e-6)
+    codes = np.clip(np.rint(values * 32), -127, 127).astype(spec.weight_dtype)
+    codes[codes == 0] = 1
+    return codes
+
+
+def predicted_cycles(spec: Any, target: Target) -> float:
+    """Products and results by the vector, ragged ends in full."""
+    bits = 32 if spec.data_dtype == "float32" else 8 * np.dtype(spec.data_dtype).itemsize
+    lanes = max(1, target.lanes(bits))
+    outputs = int(np.prod(spec.output_shape)) // (spec.columns * spec.groups_of_channels)
+    vectors = -(-spec.columns // lanes) * spec.groups_of_channels
+    return float(outputs * vectors * (spec.reduction_size + 1))
