@@ -2,6 +2,8 @@
 
 acc[b, y, x, o] = sum over e in starts[o / n] .. starts[o / n + 1] of
                   padded[b, y*s, x*s, offsets[e] elements further] * values[e, o % n]
+
+or, `by_channel`, padded[b, y*s + ky*d, x*s + kx*d, c] with c, ky and kx from offsets[e].
 """
 
 from __future__ import annotations
@@ -46,6 +48,14 @@ def describe(spec: SparseConv2dSpec) -> tuple[list[te.Tensor], te.Tensor]:
         if spec.is_flat:
             return padded[place[0], offset]
         b, y, x = place
+        if spec.by_channel:
+            tap = offset % 2**spec.tap_bits
+            return padded[
+                b,
+                y * spec.strides[0] + tap // spec.kernel[1] * spec.dilation[0],
+                x * spec.strides[1] + tap % spec.kernel[1] * spec.dilation[1],
+                offset // 2**spec.tap_bits,
+            ]
         return padded[
             b,
             y * spec.strides[0] + offset // row,
@@ -133,12 +143,27 @@ def decode(
 
 
 def offsets_of(spec: SparseConv2dSpec, positions: np.ndarray) -> np.ndarray:
-    """Positions in K, in kernel order (row, column, channel), as offsets in the padded data."""
+    """Positions in K, in kernel order (row, column, channel), as the spec's offsets."""
+    if spec.by_channel:
+        tap, channel = np.divmod(positions, spec.in_channels)
+        return np.asarray((channel * 2**spec.tap_bits + tap).astype(spec.offsets_dtype))
     ky, rest = np.divmod(positions, spec.kernel[1] * spec.in_channels)
     kx, channel = np.divmod(rest, spec.in_channels)
     row, column = spec.pitches
     offsets = ky * (spec.dilation[0] * row) + kx * (spec.dilation[1] * column) + channel
     return np.asarray(offsets.astype(spec.offsets_dtype))
+
+
+def positions_of(spec: SparseConv2dSpec, offsets: np.ndarray) -> np.ndarray:
+    """Inverse of `offsets_of`."""
+    offsets = offsets.astype(np.int64)
+    if spec.by_channel:
+        channel, tap = np.divmod(offsets, 2**spec.tap_bits)
+        return np.asarray(tap * spec.in_channels + channel)
+    row, column = spec.pitches
+    ky, rest = np.divmod(offsets, spec.dilation[0] * row)
+    kx, channel = np.divmod(rest, spec.dilation[1] * column)
+    return np.asarray((ky * spec.kernel[1] + kx) * spec.in_channels + channel)
 
 
 def reference(
@@ -149,10 +174,7 @@ def reference(
     starts: np.ndarray,
 ) -> np.ndarray:
     """The same in NumPy: the dense layer with the weight that the parts stand for."""
-    row, column = spec.pitches
-    ky, rest = np.divmod(offsets.astype(np.int64), spec.dilation[0] * row)
-    kx, channel = np.divmod(rest, spec.dilation[1] * column)
-    positions = (ky * spec.kernel[1] + kx) * spec.in_channels + channel
+    positions = positions_of(spec, offsets)
     reduction = spec.dense.reduction_size
     weight = decode(values, positions, starts, (reduction, spec.out_channels))
     result = dense_reference(

@@ -396,7 +396,9 @@ class SparseConv2dSpec(KernelSpec):
     `block` neighbouring output channels share which inputs they read. Block b has the entries
     starts[b] .. starts[b + 1]; each is the weights of one input, values [entries, block], and where
     that lies in the padded NHWC data, counted by `pitches` from the window's first element, offsets
-    [entries]. Channels of the last block beyond `out_channels` have zeros.
+    [entries]. Channels of the last block beyond `out_channels` have zeros. Kernels that lay the
+    data out anew read offsets `by_channel` instead: channel * 2**tap_bits + tap, taps in kernel
+    order.
     """
 
     family: ClassVar[str] = "sparse_conv2d"
@@ -422,8 +424,12 @@ class SparseConv2dSpec(KernelSpec):
     group: int = 1
     """Entries of a block whose weights lie side by side: values [entries / group, block, group].
     Blocks have a multiple of it; those that are too many have zeros."""
+    chain: int = 0
+    """Groups, one behind the other, that may be added in 16 bits; 0: not even one."""
     is_flat: bool = False
     """A linear layer: data [width, in_channels], result [width, out_channels]."""
+    by_channel: bool = False
+    """Whether offsets name a channel and a tap instead of a place in the padded data."""
 
     def __post_init__(self) -> None:
         _require(
@@ -482,8 +488,15 @@ class SparseConv2dSpec(KernelSpec):
         return row, self.in_channels
 
     @property
+    def tap_bits(self) -> int:
+        """Bits of an offset `by_channel` that name the tap."""
+        return (self.kernel[0] * self.kernel[1] - 1).bit_length()
+
+    @property
     def offsets_dtype(self) -> str:
         """uint16 where every offset of the window fits, else int32."""
+        if self.by_channel:
+            return "uint16" if self.in_channels << self.tap_bits <= 2**16 else "int32"
         row, column = self.pitches
         last = (self.kernel[0] - 1) * self.dilation[0] * row
         last += (self.kernel[1] - 1) * self.dilation[1] * column + self.in_channels - 1

@@ -11,7 +11,6 @@ from .sparse_bytes import sparse_bytes_kernel
 from .sparse_planes import sparse_planes_kernel
 from .winograd import winograd_kernel
 
-
 TEMPLATES = (
     Template("x86.depthwise", depthwise_kernel),
     Template(NIBBLES, nibble_kernel),
