@@ -9,9 +9,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..schedules.sparse_form import SparseForm
 from .layer_spec import LayerSpec
 
-# A smaller layer may take so much longer than the dense one.
+# A smaller layer may take so many times as long as the dense one.
 TOLERATED = 1.1
 
 MEASURED, COUNTED, PREDICTED = "us", "instructions", "cycles"
@@ -20,10 +21,10 @@ HOW = {MEASURED: "measured", COUNTED: "counted", PREDICTED: "predicted"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a layer costs on the target in its cheapest compressed form, and as it was."""
+    """What a layer costs on the target in its cheapest sparse form, and with all its weights."""
 
-    form: str
-    """In words, such as `sparse 16x1`; empty: the target has no kernel for it."""
+    form: SparseForm | None
+    """None: the target has no kernel that skips such zeros."""
     cost: float
     dense_cost: float
     bytes: int
@@ -34,8 +35,8 @@ class Comparison:
 
     @property
     def pays(self) -> bool:
-        """Whether the compressed layer is faster, or smaller and hardly slower."""
-        if not self.form:
+        """Whether the sparse layer is faster, or smaller and hardly slower."""
+        if self.form is None:
             return False
         if self.cost < self.dense_cost:
             return True
@@ -44,10 +45,10 @@ class Comparison:
     @property
     def words(self) -> str:
         """Such as `sparse 16x1 takes 1.30x of dense's time (measured)`."""
-        if not self.form:
-            return "the target has no kernel that gains from it"
+        if self.form is None:
+            return "no kernel of the target skips such zeros"
         share = self.cost / self.dense_cost
-        return f"{self.form} takes {share:.2f}x of dense's time ({HOW[self.unit]})"
+        return f"sparse {self.form.words} takes {share:.2f}x of dense's time ({HOW[self.unit]})"
 
 
 class LayerCosts(Protocol):

@@ -38,7 +38,7 @@ def layer_spec(call: tvm.ir.Call) -> LayerSpec | None:
         return None  # nothing is left of the input
 
 
-def matmul_sizes(left: tuple[int, ...], right: tuple[int, ...]) -> dict[str, int]:
+def matmul_sizes(left: tuple[int, ...], right: tuple[int, ...]) -> dict[str, Any]:
     """Sizes in a `MatmulSpec` of [.., M, K] x [K, N]."""
     return {"rows": prod(left[:-1]), "in_features": left[-1], "out_features": right[1]}
 

@@ -11,7 +11,8 @@ layers. A float weight with enough zeros for a kernel that skips them becomes
 
     conv2d(x, w)              =>  sparse_conv2d(x, values, offsets, starts)
 
-and `tvm_compress.sparse_kernels` (JSON) says of these layers what share of the weights is stored.
+where `ChooseSparse` says so (`sparse_choices`), or where it is expected to pay and nobody looked.
+`tvm_compress.sparse_kernels` (JSON) says of these layers what share of the weights is stored.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tvm import relax
 from .. import schedules
 from ..schedules.prim import ROLES_ATTR
 from . import ir
+from .sparse_choices import read_choices
 
 if TYPE_CHECKING:
     from ..targets import Target
@@ -67,6 +69,7 @@ class _Packing(relax.PyExprMutator):
         self.decoded: list[str] = []
         self.sparse: dict[str, float] = {}
         self.layer = ""
+        self.choices = read_choices(module["main"])
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         self.layer = binding.var.name
@@ -84,7 +87,9 @@ class _Packing(relax.PyExprMutator):
         parts = [array for array in arrays if array is not None]
         if not parts or len(parts) != len(others):
             return super().visit_call_(call)
-        sparse = schedules.sparse_parts(spec, parts, self.target)
+        choice = self.choices.get(self.layer)
+        chosen = None if choice is None else choice.form
+        sparse = schedules.sparse_parts(spec, parts, self.target, chosen)
         if sparse is not None:
             self.sparse[self.layer] = round(sparse[1][0].size / parts[0].size, 4)
             roles = ["data", "weights", "indices", "indices"]

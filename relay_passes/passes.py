@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +36,16 @@ class PassEntry:
     keeps_statistics: bool = True
     compares_with_float: bool = False
     """Not for layers that came quantised: there is no float original to compare with."""
+    refused_behind: Mapping[str, str] = field(default_factory=dict)
+    """Earlier steps on the same layers that leave this one nothing to do, with the reason."""
+    needs_before: tuple[str, str] | None = None
+    """A step that has to come before this one for the same layers, with the reason."""
+    is_for_floats: bool = False
+    """Refused where all layers it is for came quantised; other steps just leave those alone."""
     uses_costs: bool = False
     """Whether the pass asks what layers cost on the target."""
+    stages_at: str | None = None
+    """Splits a step into parts, each calibrated behind those before (`stages`)."""
 
     @property
     def config(self) -> type:
@@ -68,6 +76,11 @@ class PassEntry:
         """What calibration has to gather on `module` before `apply`; `None` when nothing."""
         return None if self.observe_at is None else _load(self.observe_at)(module, schemes)
 
+    def stages(self, module: tvm.IRModule, schemes: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Parts of `schemes`, to be applied one after the other; only where `stages_at` is set."""
+        assert self.stages_at is not None
+        return _load(self.stages_at)(module, schemes)
+
     def apply(
         self,
         module: tvm.IRModule,
@@ -91,12 +104,18 @@ def _load(place: str) -> Any:
     return getattr(import_module(f".{module}", __package__), name)
 
 
+_CODES = {"quantize": "its weights are integer codes by then"}
+_ZEROS = {"sparsify": "the zeros would be lost in weights that are dense again"}
+_FACTORS = {"structured": "it has no matrix of weights any more"}
+
+# Orders that make sense: shrink, lowrank or structured, sparsify, quantize, correct_bias.
 PASSES: dict[str, PassEntry] = {
     "equalize": PassEntry(
         summary="even out weight ranges between neighbouring layers",
         config_at="equalize:EqualizeConfig",
         pass_at="equalize:Equalize",
         keeps_statistics=False,
+        refused_behind=_CODES,
     ),
     "equalize_activations": PassEntry(
         summary="even out activation ranges of the channels between neighbouring layers",
@@ -104,6 +123,7 @@ PASSES: dict[str, PassEntry] = {
         pass_at="equalize_activations:EqualizeActivations",
         observe_at="equalize_activations:observe",
         keeps_statistics=False,
+        refused_behind=_CODES,
     ),
     "equalize_inputs": PassEntry(
         summary="even out the ranges of the features of the model's inputs",
@@ -111,6 +131,7 @@ PASSES: dict[str, PassEntry] = {
         pass_at="equalize_inputs:EqualizeInputs",
         observe_at="equalize_inputs:observe",
         keeps_statistics=False,
+        refused_behind=_CODES,
     ),
     "lowrank": PassEntry(
         summary="split layers into smaller ones whose product is nearest to them",
@@ -119,14 +140,19 @@ PASSES: dict[str, PassEntry] = {
         observe_at="low_rank:observe",
         keeps_statistics=False,
         uses_costs=True,
+        refused_behind=_CODES | _ZEROS | _FACTORS,
+        is_for_floats=True,
     ),
     "sparsify": PassEntry(
         summary="set weights to zero where they matter least, and let the others make up for it",
         config_at="sparsify_config:SparsifyConfig",
         pass_at="sparsify:Sparsify",
         observe_at="sparsify:observe",
+        stages_at="sparsify:stages",
         keeps_statistics=False,
         uses_costs=True,
+        refused_behind=_CODES | _FACTORS,
+        is_for_floats=True,
     ),
     "shrink": PassEntry(
         summary="remove whole channels, and let the layers that read them make up for it",
@@ -134,6 +160,8 @@ PASSES: dict[str, PassEntry] = {
         pass_at="shrink:Shrink",
         observe_at="shrink:observe",
         keeps_statistics=False,
+        refused_behind=_CODES,
+        is_for_floats=True,
     ),
     "structured": PassEntry(
         summary="give linear layers weights of few numbers, multiplied by fast transforms",
@@ -142,6 +170,8 @@ PASSES: dict[str, PassEntry] = {
         observe_at="structured:observe",
         keeps_statistics=False,
         uses_costs=True,
+        refused_behind=_CODES | _ZEROS | _FACTORS,
+        is_for_floats=True,
     ),
     "quantize": PassEntry(
         summary="integer weights and activations, or integer weights alone",
@@ -149,6 +179,7 @@ PASSES: dict[str, PassEntry] = {
         pass_at="quantize_branches:QuantizeBranches",
         observe_at="quantize_branches:observe",
         keeps_statistics=True,
+        refused_behind=_CODES,
     ),
     "correct_bias": PassEntry(
         summary="give biases back what quantised weights take from each channel's mean",
@@ -157,5 +188,6 @@ PASSES: dict[str, PassEntry] = {
         observe_at="correct_bias:observe",
         keeps_statistics=True,
         compares_with_float=True,
+        needs_before=("quantize", "biases make up for the rounding of weights"),
     ),
 }

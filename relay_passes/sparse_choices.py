@@ -18,12 +18,16 @@ from tvm import relax
 from .costs import Comparison, LayerCosts
 from .encodings import kernel_order
 from .graph import Graph
-from .ir import op_name
-from .layer_spec import layer_spec
+from .ir import dtype_of, op_name
+from .layer_spec import LayerSpec, layer_spec
 from .op_kinds import ANCHORS
 from .quantize_weights import weight_layout
+from .sparsify import read_sparsified
 
 CHOICES_ATTR = "tvm_compress.sparse_choices"
+_MOVES = {"relax.reshape", "relax.permute_dims", "relax.flatten"}
+# Codes of few bits are zero as often as this by chance.
+_BY_CHANCE = 0.25
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class SparseChoice:
 
 @tvm.transform.module_pass(opt_level=0, name="ChooseSparse")
 class ChooseSparse:
-    """Decide for every layer of `main` that has zeros in its weight; the recipe's last step.
+    """Decide for every layer of `main` that has zeros in its weight, behind the recipe's last step.
 
     Layers named in `insisted` are sparse wherever the target has a kernel for that.
     """
@@ -55,13 +59,16 @@ class ChooseSparse:
     ) -> tvm.IRModule:
         graph = Graph(module["main"])
         choices = {}
+        sparsified = read_sparsified(module)
         for variable, call in graph.values.items():
             if graph.op(variable) not in ANCHORS:
                 continue
             spec, kept = layer_spec(call), kept_weights(graph, call)
             if spec is None or kept is None or kept.all():
                 continue
-            compared = self.costs.sparse(variable.name, spec, kept)
+            if variable.name not in sparsified and kept.mean() > 1 - _BY_CHANCE:
+                continue
+            compared = self.costs.sparse(variable.name, _as_stored(graph, call, spec), kept)
             if compared.form is not None or variable.name in self.insisted:
                 choices[variable.name] = _choice(compared, variable.name in self.insisted)
         if not choices:
@@ -88,6 +95,18 @@ def read_choices(function: relax.Function) -> dict[str, SparseChoice]:
         return {}
     noted = json.loads(str(attributes[CHOICES_ATTR]))
     return {name: SparseChoice(**fields) for name, fields in noted.items()}
+
+
+def _as_stored(graph: Graph, call: relax.Call, spec: LayerSpec) -> LayerSpec:
+    """A float kernel's spec with the dtypes that a quantised layer's codes have."""
+    weight, data = call.args[1], call.args[0]
+    while data in graph.values and graph.op(data) in _MOVES:
+        data = graph.values[data].args[0]
+    found = [graph.values.get(expr, expr) for expr in (data, weight)]
+    if any(op_name(value) != "relax.dequantize" for value in found):
+        return spec  # weight-only layers compute in float
+    data_dtype, weight_dtype = (str(dtype_of(value.args[0])) for value in found)
+    return spec.replace(data_dtype=data_dtype, weight_dtype=weight_dtype, acc_dtype="int32")
 
 
 def kept_weights(graph: Graph, call: relax.Call) -> np.ndarray | None:

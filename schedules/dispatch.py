@@ -76,15 +76,15 @@ def pack_parts(
 
 
 def sparse_parts(
-    spec: KernelSpec, parts: list[np.ndarray], target: Target
+    spec: KernelSpec, parts: list[np.ndarray], target: Target, chosen: str | None = None
 ) -> tuple[SparseConv2dSpec, list[np.ndarray]] | None:
     """The layer without its zeros and what its kernel reads; None: there are too few, or no kernel
-    of the target skips them."""
+    of the target skips them. `chosen` as in `sparse_weight.sparse_form`."""
     if not isinstance(spec, WeightedSpec) or len(parts) != 1:
         return None
     from .sparse_weight import sparse_form
 
-    return sparse_form(spec, parts[0], target)
+    return sparse_form(spec, parts[0], target, chosen)
 
 
 def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> Sequence[SparseForm]:

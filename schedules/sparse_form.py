@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .saturation import NarrowSums
+
 
 @dataclass(frozen=True)
 class SparseForm:
@@ -19,6 +21,13 @@ class SparseForm:
     group: int = 1
     constant: float = 0.0
     """What the kernel takes beside its weights, in times of the whole dense kernel."""
+    sums: NarrowSums | None = None
+    """How the kernel adds in 16 bits; it serves weights that prove this exact."""
+
+    @property
+    def words(self) -> str:
+        """Tells the forms of a layer apart, in reports and where a choice is noted."""
+        return f"{self.block}x1" + (f" in groups of {self.group}" if self.group > 1 else "")
 
     def share(self, stored: int, size: int) -> float:
         """Expected time in times of the dense kernel's, for `stored` of `size` weights."""

@@ -1,8 +1,8 @@
 """Whether a weight's zeros are worth a kernel that skips them, and the weight for that kernel.
 
 Zeros are looked at as they lie, wherever they came from: a step of the recipe, or a model that was
-pruned elsewhere. A layer whose sparse kernels are all expected to be slower than its dense one
-keeps the dense one.
+pruned elsewhere. A layer keeps its dense kernel where that is known to be faster or, when nobody
+measured it, expected to be.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ def sparse_candidates(
     spec: WeightedSpec, kept: np.ndarray, target: Target
 ) -> list[tuple[float, SparseForm]]:
     """(expected time in times of the dense kernel's, form) of all forms of the target for a layer
-    of which only the weights `kept` [G, K, N] are not zero, best first; without those that are
-    expected to be slower."""
+    of which only the weights `kept` [G, K, N] are not zero, best first."""
     from .dispatch import sparse_forms
 
     if not _is_plain(spec) or kept.mean() > _DENSE:
@@ -37,19 +36,28 @@ def sparse_candidates(
         (form.share(_entries(together, form.block) * form.block, kept.size), form)
         for form in sparse_forms(spec, target)
     ]
-    return sorted((pair for pair in shares if pair[0] < 1), key=lambda pair: pair[0])
+    return sorted(shares, key=lambda pair: pair[0])
 
 
 def sparse_form(
-    spec: WeightedSpec, weight: np.ndarray, target: Target
+    spec: WeightedSpec, weight: np.ndarray, target: Target, chosen: str | None = None
 ) -> tuple[SparseConv2dSpec, list[np.ndarray]] | None:
     """The layer by its nonzero weights alone, with the arrays values, offsets and starts; None:
-    dense is as fast, or no kernel of the target skips zeros."""
-    if not _is_plain(spec):
+    dense is as fast, or no kernel of the target skips zeros.
+
+    `chosen` names the form (`SparseForm.words`) that was found to be best, empty for dense; None:
+    the one that is expected to be best.
+    """
+    if chosen == "" or not _is_plain(spec):
         return None
     codes = weight_codes(spec, weight)
     found = sparse_candidates(spec, codes != 0, target)
-    return encoded(spec, codes, found[0][1]) if found else None
+    forms = [f for share, f in found if (share < 1 if chosen is None else f.words == chosen)]
+    for form in forms:
+        stored = encoded(spec, codes, form)
+        if form.sums is None or stored[0].chain:
+            return stored
+    return None
 
 
 def _is_plain(spec: WeightedSpec) -> bool:
@@ -83,6 +91,7 @@ def encoded(
         "data_dtype": spec.data_dtype, "weight_dtype": spec.weight_dtype,
         "acc_dtype": spec.acc_dtype, "block": form.block, "group": form.group,
         "entries": len(positions), "longest": int(np.diff(starts).max()),
+        "chain": 0 if form.sums is None else form.sums.longest_chain(values, starts),
     }  # fmt: skip
     if isinstance(spec, MatmulSpec):
         sparse = SparseConv2dSpec(

@@ -39,8 +39,10 @@ if TYPE_CHECKING:
     from .data import Dataset
     from .kernel_cache import KernelCache
     from .kernels import LibraryInfo
+    from .layer_costs import TargetCosts
     from .model import Model
     from .recipe import Recipe, Step
+    from .relay_passes.costs import LayerCosts
     from .relay_passes.numerics.statistics import Statistics
     from .relay_passes.observations import Observations
     from .report.arena import Arena
@@ -163,6 +165,8 @@ class Job:
     calibration: Dataset | None
     evaluate: Dataset | None
     kernel_cache: KernelCache | None  # None: every kernel is compiled
+    costs: TargetCosts
+    notes: tuple[str, ...] = ()  # what the user should know about the recipe
     emit: str = "object"
 
     @property
@@ -193,6 +197,7 @@ def _load(
     from .importers import load_model
     from .kernel_cache import KernelCache
     from .recipe import Recipe, load_recipe
+    from .step_order import check_order
 
     is_recipe = isinstance(recipe, Recipe)
     chosen: Recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -213,6 +218,7 @@ def _load(
     )
     model = load_model(source, shapes=chosen.shapes, input_values=chosen.input_values)
     plan = _plan(model.module, chosen)
+    notes = tuple(check_order(model.module, plan))
     dataset = None
     if calibration is not None:
         dataset = load_data(calibration, model, chosen.preprocessing)
@@ -238,8 +244,19 @@ def _load(
         calibration=dataset,
         evaluate=labelled,
         kernel_cache=KernelCache() if kernel_cache else None,
+        costs=_costs(target, chosen, kernel_cache),
+        notes=notes,
         emit=emit,
     )
+
+
+def _costs(target: Target, recipe: Recipe, cached: bool) -> TargetCosts:
+    from .kernel_bench import bench_of
+    from .kernel_cache import KernelCache
+    from .layer_costs import TargetCosts, costs_folder
+
+    bench = bench_of(target) if recipe.measure else None
+    return TargetCosts(target, bench, recipe.costs, KernelCache(costs_folder()) if cached else None)
 
 
 def _plan(module: tvm.IRModule, recipe: Recipe) -> tuple[tuple[Step, ...], ...]:
@@ -296,22 +313,80 @@ def module_key(module: tvm.IRModule) -> str:
 
 def apply_recipe(job: Job, workspace: Workspace, clock: _Clock) -> tvm.IRModule:
     """Run the recipe's passes in order; calibrate whenever tensors have changed."""
+    from .pipeline import choosing_pipeline
     from .relay_passes.passes import PASSES
 
     module = job.model.module
     came_quantised = quantised_layers(module)
+    insisted: set[str] = set()
     statistics: Statistics | None = None
     for index, group in enumerate(job.plan):
         entry = PASSES[group[0].name]
-        if statistics is None and entry.needs_statistics:
+        is_staged = entry.stages_at is not None
+        if statistics is None and entry.needs_statistics and not is_staged:
             statistics = _calibrate(job, module, job.plan[index:], workspace, clock)
-        with clock.step(group[0].name):
+        with clock.step(group[0].name, shown=not is_staged):
             schemes = schemes_of(module, group)
+            if entry.uses_costs:
+                job.costs.schemes = _shipped_as(module, job.plan[index + 1 :])
+                insisted |= {n for n, config in schemes.items() if getattr(config, "insist", False)}
+            if is_staged:
+                module = _apply_in_stages(
+                    job, module, group[0].name, schemes, job.costs, workspace, clock.progress
+                )
+                statistics = None
+                continue
             if entry.compares_with_float:
                 schemes = {n: config for n, config in schemes.items() if n not in came_quantised}
-            module = entry.apply(module, schemes, statistics)
+            module = entry.apply(module, schemes, statistics, job.costs)
         if not entry.keeps_statistics:
             statistics = None
+    with clock.step("compare kernels"):
+        job.costs.schemes = {}  # the graph itself has the integers now
+        return choosing_pipeline(job.costs, insisted)(module)
+
+
+def _shipped_as(module: tvm.IRModule, plan: Iterable[tuple[Step, ...]]) -> dict[str, Any]:
+    """Layer name => how the first of the steps in `plan` that does quantises it."""
+    found: dict[str, Any] = {}
+    for group in plan:
+        if group[0].name == "quantize":
+            found = {**schemes_of(module, group), **found}
+    return found
+
+
+def _apply_in_stages(
+    job: Job,
+    module: tvm.IRModule,
+    name: str,
+    schemes: Mapping[str, Any],
+    costs: LayerCosts | None,
+    workspace: Workspace,
+    progress: Progress,
+) -> tvm.IRModule:
+    """Part by part, each calibrated on the module with the parts before it compressed, towards
+    what its layers gave in the module as it was."""
+    from .calibrate import calibrate
+    from .calibrate_towards import calibrate_towards
+    from .relay_passes.numerics.statistics import Statistics
+    from .relay_passes.passes import PASSES
+
+    entry = PASSES[name]
+    original, data = module, job.calibration
+    stages = entry.stages(module, schemes)
+    for index, stage in enumerate(progress.track(stages, name, len(stages), "parts")):
+        wanted = entry.observe(module, stage)
+        statistics = Statistics()
+        if wanted and data is not None:
+            model, options = replace(job.model, module=module), _calibration_options(job)
+            parts = ["stage", _key_of(job, original), *_calibration_parts(job, module, wanted)]
+            if index == 0:
+                gather = partial(calibrate, model, data, wanted, **options)
+            else:
+                layers = wanted.second_moments
+                gather = partial(calibrate_towards, original, model, layers, data, **options)
+            statistics = _kept(gather, parts, data, workspace)
+        module = entry.apply(module, stage, statistics, costs)
     return module
 
 
@@ -361,19 +436,16 @@ def _calibrate(
     wanted = Observations()
     for group in groups:
         entry = PASSES[group[0].name]
+        if entry.stages_at is not None:
+            break
         wanted = wanted | (entry.observe(module, schemes_of(module, group)) or Observations())
         if not entry.keeps_statistics:
             break
     if not wanted or job.calibration is None:
         return Statistics()
     data = job.calibration
-    model = replace(job.model, module=module)
-
-    def gather() -> Statistics:
-        return calibrate(
-            model, data, wanted,
-            target=job.float_target, progress=clock.progress, cached=job.kernel_cache,
-        )  # fmt: skip
+    options = {**_calibration_options(job), "progress": clock.progress}
+    gather = partial(calibrate, replace(job.model, module=module), data, wanted, **options)
 
     def make(folder: Path) -> None:
         gather().save(folder / "statistics.npz")
@@ -381,17 +453,39 @@ def _calibrate(
     if data.fingerprint is None:  # an iterable: nothing says whether it is the same as before
         with clock.step("calibrate", shown=False):
             return gather()
-    parts = [
+    parts = _calibration_parts(job, module, wanted)
+    with clock.cached(workspace, "calibrate", parts, make, shown=False) as folder:
+        return Statistics.load(folder / "statistics.npz")
+
+
+def _kept(
+    gather: Callable[[], Statistics], parts: Sequence[object], data: Dataset, workspace: Workspace
+) -> Statistics:
+    """Statistics that an earlier run may have gathered."""
+    from .relay_passes.numerics.statistics import Statistics
+
+    if data.fingerprint is None:  # an iterable: nothing says whether it is the same as before
+        return gather()
+    folder = workspace.cached("calibrate", parts, lambda at: gather().save(at / "statistics.npz"))
+    return Statistics.load(folder / "statistics.npz")
+
+
+def _calibration_options(job: Job) -> dict[str, Any]:
+    return {"target": job.float_target, "cached": job.kernel_cache}
+
+
+def _calibration_parts(job: Job, module: tvm.IRModule, wanted: Observations) -> list[object]:
+    """What statistics depend on."""
+    assert job.calibration is not None
+    return [
         _key_of(job, module),
         _observations_key(wanted),
-        data.fingerprint,
-        len(data),
+        job.calibration.fingerprint,
+        len(job.calibration),
         job.recipe.preprocessing,
         dict(job.float_target.tvm_options),
         job.recipe.seed,
     ]
-    with clock.cached(workspace, "calibrate", parts, make, shown=False) as folder:
-        return Statistics.load(folder / "statistics.npz")
 
 
 def _observations_key(wanted: Observations) -> str:
@@ -670,7 +764,8 @@ def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
         f"Resolved recipe of {job.model.name}: with the model and the data, it reproduces this "
         f"artefact.\ntvm-compress compress MODEL --recipe {RECIPE} --calib DATA -o OUT"
     )
-    (staging / RECIPE).write_text(dump_recipe(job.recipe, comment), encoding="utf-8")
+    recipe = job.recipe.replace(costs=dict(sorted(job.costs.used.items())))
+    (staging / RECIPE).write_text(dump_recipe(recipe, comment), encoding="utf-8")
     probes = _probes(job)
     with (staging / "reference" / "probes.npz").open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **probes)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,13 +25,22 @@ if TYPE_CHECKING:
     from .progress import Progress
     from .relay_passes.layer_spec import LayerSpec
     from .relay_passes.quantize_config import QuantizeConfig
-    from .schedules import KernelSpec
+    from .schedules.sparse_form import SparseForm
     from .targets import Target
 
 # So many of the forms that are expected to be cheapest are looked at.
 _FORMS = 2
+# What is expected to take so many times as long as the dense kernel is not run to find out.
+_HOPELESS = 2.0
 _KEY_DIGITS = 16
 _PART = re.compile(r"_part\d+$")
+
+
+def costs_folder() -> Path:
+    """Where figures are kept for later runs."""
+    from .user_cache import user_cache
+
+    return user_cache() / "costs"
 
 
 class TargetCosts:
@@ -86,23 +96,28 @@ class TargetCosts:
         shipped = self._shipped(layer, spec)
         item = np.dtype(shipped.weight_storage_dtype).itemsize
         dense_bytes = kept.size * item
-        expected = sparse_candidates(shipped, kept, self.target)[:_FORMS]
         cycles = predicted_cycles(shipped, self.target)
-        if not expected:
-            return Comparison(None, cycles, cycles, dense_bytes, dense_bytes, PREDICTED)
-        forms = [form for _, form in expected]
         codes = _random_weights(shipped, kept.shape) * kept
-        parts = [encoded(shipped, codes, form) for form in forms]
-        names = [
-            f"{form.words} {sparse.entries}" for form, (sparse, _) in zip(forms, parts, strict=True)
-        ]
-        kernels = [self._dense(shipped), *(_kernel(s, arrays) for s, arrays in parts)]
-        figures, unit = self._figures(layer, [shipped.to_json(), *names], kernels)
+        found: list[tuple[float, SparseForm, int, Kernel]] = []
+        for share, form in sparse_candidates(shipped, kept, self.target):
+            if len(found) == _FORMS or (found and share > _HOPELESS):
+                break
+            sparse, arrays = encoded(shipped, codes, form)
+            if form.sums is None or sparse.chain:  # else its sums might not be exact
+                found.append((share, form, sparse.entries, _kernel(sparse, arrays)))
+        if not found:
+            return Comparison(None, cycles, cycles, dense_bytes, dense_bytes, PREDICTED)
+        figures, unit = None, PREDICTED
+        if found[0][0] <= _HOPELESS:
+            names = [f"{form.words} {entries}" for _, form, entries, _ in found]
+            kernels = [self._dense(shipped), *(kernel for *_, kernel in found)]
+            figures, unit = self._figures(layer, [shipped.to_json(), *names], kernels)
         if figures is None:
-            figures = [cycles, *(share * cycles for share, _ in expected)]
+            figures = [cycles, *(share * cycles for share, *_ in found)]
         best = int(np.argmin(figures[1:]))
-        stored = sum(array.nbytes for array in parts[best][1])
-        return Comparison(forms[best], figures[1 + best], figures[0], stored, dense_bytes, unit)
+        _, form, _, kernel = found[best]
+        stored = sum(array.nbytes for array in kernel.weights)
+        return Comparison(form, figures[1 + best], figures[0], stored, dense_bytes, unit)
 
     def blocks(self, layer: str, spec: LayerSpec) -> tuple[int, ...]:
         """See `LayerCosts`."""
@@ -130,8 +145,7 @@ class TargetCosts:
         costs = self._cached(key, len(names))
         if costs is None:
             try:
-                with self.progress.step(f"compare kernels of {layer}"):
-                    costs = [float(f"{cost:.4g}") for cost in self.bench.costs(kernels)]
+                costs = [float(f"{cost:.4g}") for cost in self.bench.costs(kernels)]
             except (ArtefactError, TargetError) as error:
                 self.progress.note(f"{layer}: its cost is predicted: {error}")
                 return None, PREDICTED
@@ -165,10 +179,12 @@ class TargetCosts:
 
     def _shipped(self, layer: str, spec: LayerSpec) -> LayerSpec:
         """In the integers that later steps give the layer. Weight-only layers compute in float."""
+        data = spec.data_dtype
         config = self.schemes.get(layer) or self.schemes.get(_PART.sub("", layer))
-        if config is None or config.weights is None or config.activations is None:
+        if config is not None and config.weights is not None and config.activations is not None:
+            data = config.activations
+        if data == "float32":
             return spec
-        data = config.activations
         if data == "int8" and self.target.is_x86:
             data = "uint8"  # UnsignedActivations
         largest = spec.reduction_size * (255 if data != "int16" else 2**15) * 127
@@ -186,7 +202,7 @@ class TargetCosts:
         return _kernel(packed[0], [packed[1]])
 
 
-def _kernel(spec: KernelSpec, weights: Sequence[np.ndarray]) -> Kernel:
+def _kernel(spec: Any, weights: Sequence[np.ndarray]) -> Kernel:
     from .kernel_bench import Kernel
 
     return Kernel(spec, tuple(weights))

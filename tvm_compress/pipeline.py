@@ -7,7 +7,7 @@ same flow for somebody else's TVM build.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +23,21 @@ from .relay_passes.lower import LowerToKernels
 from .relay_passes.narrow_indices import NarrowIndices
 from .relay_passes.pack_weights import PackWeights
 from .relay_passes.schedule_kernels import ScheduleKernels
+from .relay_passes.sparse_choices import ChooseSparse
 from .relay_passes.unsigned_activations import UnsignedActivations
 
 if TYPE_CHECKING:
     from tvm import tirx
 
     from .recipe import Recipe
+    from .relay_passes.costs import LayerCosts
     from .schedules import Choice
     from .targets import Target
+
+
+def choosing_pipeline(costs: LayerCosts, insisted: Collection[str]) -> tvm.transform.Pass:
+    """Graph form, behind a recipe's last step => the same with what costs decided noted."""
+    return tvm.transform.Sequential([ChooseSparse(costs, insisted)], name="choosing")
 
 
 def edges_pipeline() -> tvm.transform.Pass:

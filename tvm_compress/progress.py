@@ -28,7 +28,9 @@ class Progress:
         """Around one step of the flow whose length is not known in advance."""
         yield
 
-    def track(self, items: Iterable[T], label: str, total: int) -> Iterator[T]:
+    def track(
+        self, items: Iterable[T], label: str, total: int, unit: str = "samples"
+    ) -> Iterator[T]:
         """Yield `items`, `total` in number, and show how far this is and how long it will take."""
         yield from items
 
@@ -66,14 +68,16 @@ class TerminalProgress(Progress):
             yield
         self._finished(label, time.perf_counter() - started)
 
-    def track(self, items: Iterable[T], label: str, total: int) -> Iterator[T]:
+    def track(
+        self, items: Iterable[T], label: str, total: int, unit: str = "samples"
+    ) -> Iterator[T]:
         started = time.perf_counter()
         with self._bar() as bar:
             task = bar.add_task(label, total=total)
             for item in items:
                 yield item
                 bar.advance(task)
-        self._finished(label, time.perf_counter() - started, f"{total} samples")
+        self._finished(label, time.perf_counter() - started, f"{total} {unit}")
 
     @contextmanager
     def meter(self, label: str, total: int | None) -> Iterator[Meter]:

@@ -12,6 +12,7 @@ The step names and their configs are `relay_passes.PASSES`; nothing about a step
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,10 +135,27 @@ class Recipe:
     input_values: Mapping[str, float] = field(
         default_factory=dict, metadata={"help": "inputs fixed to a constant, by name"}
     )
+    measure: bool = field(
+        default=True,
+        metadata={
+            "help": "compare what layers cost by running their kernels on the target, or under its "
+            "emulator; false: by tables of expected costs"
+        },
+    )
+    costs: Mapping[str, tuple[float, ...]] = field(
+        default_factory=dict,
+        metadata={
+            "help": "what the run that wrote this recipe found layers to cost on the target, by "
+            "comparison; the same decisions are made from it"
+        },
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise RecipeError(f"seed is from 0 to 2**32 - 1, not {self.seed}")
+        for name, figures in self.costs.items():
+            if not all(0 < figure < math.inf for figure in figures):
+                raise RecipeError(f"costs: {name}: {list(figures)}: costs are positive numbers")
 
     def replace(self, **changes: Any) -> Recipe:
         return dataclasses.replace(self, **changes)

@@ -140,9 +140,9 @@ def _code(kernel: BareKernel, target: Target, is_c: bool) -> bytes:
 
 
 def compile_kernel(
-    function: tirx.PrimFunc, symbol: str, target: Target, choice: Choice
+    function: tirx.PrimFunc, symbol: str, target: Target, choice: Choice | None
 ) -> CompiledKernel:
-    """The machine code of one choice of a kernel, for tuning."""
+    """The machine code of one choice of a kernel, for tuning; None: of the default."""
     kernel = _bare(function, symbol, target, choice, False)
     return replace(_described(kernel, symbol, target), code=_code(kernel, target, False))
 

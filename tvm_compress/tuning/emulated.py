@@ -46,6 +46,8 @@ class Bench:
     constants: Mapping[int, np.ndarray]
     is_integer: bool
     sets: tuple[DataSet, ...]
+    is_checked: bool = True
+    """Whether results are compared with what is expected."""
 
     def count(
         self, kernels: Sequence[CompiledKernel], folder: Path, instructions: float | None
@@ -115,7 +117,8 @@ class Bench:
         ]
         step = len(self.sets)
         return [
-            self._wrong(result.outputs[at : at + step]) or max(counts[at : at + step])
+            (self.is_checked and self._wrong(result.outputs[at : at + step]))
+            or max(counts[at : at + step])
             for at in range(0, len(feeds), step)
         ]
 

@@ -95,23 +95,23 @@ def build(
     from ..schedules import schedule
 
     func = _function(task)
-    linker = None
+    link = None
     if choice is None:
         built_for = tvm.target.Target("llvm")
     else:
         chosen = _target(json.dumps(target))
         func, built_for = schedule(func, chosen, choice), chosen.tvm_target()
-        linker = _linker(chosen)
+        link = linker(chosen)
     module = tvm.IRModule({KERNEL: func.with_attr("global_symbol", KERNEL)})
     library = tvm.tirx.build(module, target=built_for)
     # -nostartfiles, -nostdlib: linking takes half as long; kernels call nothing but the runtime.
     options = ["-s"] if choice is None else ["-s", "-nostartfiles", "-nostdlib"]
-    library.export_library(output, fcompile=linker, options=options)
+    library.export_library(output, fcompile=link, options=options)
     return {}
 
 
-def _linker(target: Target) -> Any:
-    """For TVM's `export_library`; None: this machine's."""
+def linker(target: Target) -> Any:
+    """What links a kernel alone, for TVM's `export_library`; None: this machine's."""
     from tvm.support import cc
 
     if not target.is_cross or target.is_x86:
@@ -180,7 +180,7 @@ class _Here:
         return (time.perf_counter() - started) / number
 
 
-class _Remote:
+class Remote:
     """Kernels run on a server of TVM's RPC, got from a tracker."""
 
     def __init__(self, tracker: str, key: str, threads: int) -> None:
@@ -207,22 +207,31 @@ class _Remote:
         return tvm.runtime.tensor(array, self.device)
 
     def repeat(self, kernel: Any, sets: list[list[Any]], number: int) -> float:
-        timer = self._module.time_evaluator(KERNEL, self.device, number=number, repeat=1)
-        return float(timer(*sets[0]).mean)
+        return self.timer(sets[0])(number)
+
+    def timer(self, arguments: list[Any]) -> Callable[[int], float]:
+        """Of the kernel that was loaded last: seconds of one call, the mean over so many."""
+        module = self._module
+
+        def seconds(number: int) -> float:
+            timer = module.time_evaluator(KERNEL, self.device, number=number, repeat=1)
+            return float(timer(*arguments).mean)
+
+        return seconds
 
 
-_device: _Here | _Remote | None = None
+_device: _Here | Remote | None = None
 _prepared: dict[str, Any] = {}
 
 
 def connect(tracker: str, key: str, threads: int) -> dict[str, Any]:
     """Run kernels elsewhere from now on."""
     global _device
-    _device = _Remote(tracker, key, threads)
+    _device = Remote(tracker, key, threads)
     return {}
 
 
-def _runner() -> _Here | _Remote:
+def _runner() -> _Here | Remote:
     global _device
     if _device is None:
         _device = _Here()
@@ -256,12 +265,12 @@ class _Arguments:
         naive(*local)
         self.expected = {index: local[index].numpy() for index in self.results}
 
-    def sets(self, device: _Here | _Remote) -> list[list[Any]]:
+    def sets(self, device: _Here | Remote) -> list[list[Any]]:
         """Argument lists that share data and results; weights are copies beyond the caches."""
         first = [device.tensor(array) for array in self.arrays]
         size = sum(array.nbytes for array in self.constants.values())
         copies = min(_MOST_COPIES, math.ceil(_COLD_BYTES / max(size, 1)))
-        if isinstance(device, _Remote):
+        if isinstance(device, Remote):
             copies = 1
         sets = [first]
         for _ in range(copies - 1):
@@ -362,7 +371,7 @@ def _check(kernel: Callable[..., Any], arguments: _Arguments, tensors: list[Any]
 
 
 def _time(
-    device: _Here | _Remote, kernel: Callable[..., Any], sets: list[list[Any]], best: float | None
+    device: _Here | Remote, kernel: Callable[..., Any], sets: list[list[Any]], best: float | None
 ) -> float:
     """Least mean of several repeats. Other work on the machine only ever adds time, so the least is
     the truth, once two repeats agree on it."""

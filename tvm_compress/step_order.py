@@ -1,0 +1,82 @@
+"""Whether the steps of a recipe can work in their order: refused before any work is done.
+
+A step that finds all its layers spoiled by an earlier one is an error, some of them a note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .errors import RecipeError
+
+if TYPE_CHECKING:
+    import tvm
+
+    from .recipe import Step
+
+
+def check_order(module: tvm.IRModule, plan: Sequence[Sequence[Step]]) -> list[str]:
+    """What the user should know of layers that steps have to leave alone, one line for each step.
+
+    `plan` are a recipe's steps, consecutive ones of a name together. Raises `RecipeError` with
+    the step's file and line where a step has nothing left that it could work on.
+    """
+    from .relay_passes.passes import PASSES
+    from .relay_passes.select import list_layers
+
+    came_quantised = {layer.name for layer in list_layers(module) if layer.is_quantized}
+    changed: list[tuple[str, set[str]]] = []
+    notes = []
+    for group in plan:
+        entry = PASSES[group[0].name]
+        for step in group:
+            layers = _changed(module, [step])
+            left = set(layers)
+            reasons = []
+            for earlier, theirs in changed:
+                if earlier in entry.refused_behind and left & theirs:
+                    reasons.append(f"behind {earlier}: {entry.refused_behind[earlier]}")
+                    left -= theirs
+            if entry.needs_before is not None:
+                needed, why = entry.needs_before
+                having = {
+                    name for earlier, theirs in changed if earlier == needed for name in theirs
+                }
+                if left - having - came_quantised:
+                    reasons.append(f"without {needed} before it: {why}")
+                    left &= having | came_quantised
+            if entry.is_for_floats and left & came_quantised:
+                reasons.append("on a model that came quantised: its weights are integer codes")
+                left -= came_quantised
+            if layers and not left:
+                place = f"{step.origin}: " if step.origin else ""
+                raise RecipeError(
+                    f"{place}{step.name} can change none of its layers, {'; '.join(reasons)}; "
+                    f"{_advice(step.name, reasons)}"
+                )
+            if reasons:
+                spoiled = len(layers) - len(left)
+                notes.append(
+                    f"{step.name} leaves {spoiled} of {len(layers)} layers alone, "
+                    f"{'; '.join(reasons)}"
+                )
+        changed.append((group[0].name, _changed(module, group)))
+    return notes
+
+
+def _changed(module: tvm.IRModule, steps: Sequence[Step]) -> set[str]:
+    """The layers that steps do something to: `quantize` with `weights: none` does not."""
+    from .flow import schemes_of
+
+    schemes = schemes_of(module, steps)
+    is_quantize = steps[0].name == "quantize"
+    return {name for name, config in schemes.items() if not is_quantize or config.weights}
+
+
+def _advice(name: str, reasons: Sequence[str]) -> str:
+    if any(reason.startswith("behind") for reason in reasons):
+        return f"put {name} before that step, or give the two different layers"
+    if any(reason.startswith("without") for reason in reasons):
+        return "add that step in front of it, or leave it out"
+    return "start from the float model"
