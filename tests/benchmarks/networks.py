@@ -23,8 +23,9 @@ MOBILENET_V2 = [
 class Network:
     """A tiny ONNX writer: nodes in order, He-initialised random weights."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], sparsity: float = 0.0) -> None:
         self.shape = shape
+        self.sparsity = sparsity
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
         self.random = np.random.default_rng(0)
@@ -42,11 +43,22 @@ class Network:
     def conv(self, x: str, i: int, o: int, k: int, stride: int = 1, groups: int = 1) -> str:
         fan_in = i // groups * k * k
         weight = self.random.normal(scale=np.sqrt(2 / fan_in), size=(o, i // groups, k, k))
+        if self.sparsity and o % 16 == 0 and i > 3:
+            weight = self._pruned(weight)
         pad = k // 2
         return self._node(
             "Conv", [x, self._weight(weight), self._weight(np.zeros(o))],
             strides=[stride] * 2, pads=[pad] * 4, group=groups, kernel_shape=[k, k],
         )  # fmt: skip
+
+    def _pruned(self, weight: np.ndarray) -> np.ndarray:
+        """Zeros for a share of the inputs of every 16 outputs, as many for each; the rest grows to
+        the same variance."""
+        blocks = weight.reshape(weight.shape[0] // 16, 16, -1)
+        places = self.random.random((len(blocks), blocks.shape[2])).argsort(axis=1)
+        kept = places >= round(self.sparsity * blocks.shape[2])
+        pruned = blocks * kept[:, None] / np.sqrt(1 - self.sparsity)
+        return np.asarray(pruned.reshape(weight.shape))
 
     def relu6(self, x: str) -> str:
         low, high = self._weight(np.array(0.0)), self._weight(np.array(6.0))
@@ -139,9 +151,10 @@ def mobilenet_v2() -> onnx.ModelProto:
     return net.model(net.head(x, 1280, 1000), 1, 1000)
 
 
-def resnet_50() -> onnx.ModelProto:
-    """ResNet-50-class (v1.5: 3x3 convolutions stride): 53 convolutions, a classifier, 224x224."""
-    net = Network((1, 3, 224, 224))
+def resnet_50(sparsity: float = 0.0) -> onnx.ModelProto:
+    """ResNet-50-class (v1.5: 3x3 convolutions stride): 53 convolutions, a classifier, 224x224.
+    `sparsity`: zeros in blocks of 16 outputs by 1 input of all convolutions but the first."""
+    net = Network((1, 3, 224, 224), sparsity)
     x, width = net.max_pool(net.relu(net.conv("input", 3, 64, 7, 2))), 64
     for hidden, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
@@ -153,6 +166,11 @@ def resnet_50() -> onnx.ModelProto:
                 x, width = net.conv(x, width, 4 * hidden, 1, stride), 4 * hidden
             x = net.relu(net.add(y, x))
     return net.model(net.head(x, 2048, 1000), 1, 1000)
+
+
+def resnet_50_sparse() -> onnx.ModelProto:
+    """The same, pruned to 80 % zeros."""
+    return resnet_50(0.8)
 
 
 def bert_encoder(

@@ -57,6 +57,9 @@ class Network:
 
 NETWORKS: dict[str, Network] = {
     "resnet_50": Network("ResNet-50-class 224x224", build="resnet_50"),
+    "resnet_50_sparse": Network(
+        "ResNet-50-class, 80 % zeros 16x1", build="resnet_50_sparse", is_timed=False
+    ),
     "mobilenet_v2": Network("MobileNetV2-class 224x224", build="mobilenet_v2"),
     "bert": Network("BERT-class 6x384, 128 tokens", build="bert_encoder", transformer=True),
     "resnet20": Network("ResNet-20", "cifar10_resnet20"),
