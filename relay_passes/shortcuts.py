@@ -45,5 +45,5 @@ def _depends(graph: Graph, variable: relax.Var, members: set[relax.Var]) -> bool
             return True
         if item not in seen and item in graph.values:
             seen.add(item)
-            pending += relax.analysis.free_vars(graph.values[item])
+            pending.extend(relax.analysis.free_vars(graph.values[item]))
     return False

@@ -86,9 +86,8 @@ class Sparsify:
                 continue
             if pruned.bias_shift is not None:
                 biases.subtract(layer.variables[0], pruned.bias_shift)
-            constant = relax.const(
-                pruned.weight
-            )  # one for all: that is how later passes see a loop
+            # One for all: that is how later passes see a loop.
+            constant = relax.const(pruned.weight)
             for variable in layer.variables:
                 call = graph.values[variable]
                 arguments = [call.args[0], constant, *call.args[2:]]

@@ -111,7 +111,7 @@ def test_progress_sees_every_sample(model: Model) -> None:
     seen: list[tuple[str, int]] = []
 
     class Recorder(Progress):
-        def track(self, items, label, total):  # type: ignore[no-untyped-def]
+        def track(self, items, label, total, unit="samples"):  # type: ignore[no-untyped-def]
             for item in items:
                 yield item
                 seen.append((label, total))

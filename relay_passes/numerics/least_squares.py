@@ -2,8 +2,8 @@
 
 min over ŵ, b of Σ (y - ŵᵀx - b)² over all input patches x, where y is what the layer should give.
 With the inputs of the model as it was, y = wᵀx. Behind layers that changed the inputs are others,
-and y is what the layer gave before (He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural
-Networks", section 3.2). The bias is free, so that means drop out of the problem.
+and y is what the layer gave before (He et al. 2017, "Channel Pruning for Accelerating Very Deep
+Neural Networks", section 3.2). The bias is free, so that means drop out of the problem.
 """
 
 from __future__ import annotations
