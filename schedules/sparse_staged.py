@@ -28,6 +28,11 @@ from .sparse import SparseOperands
 from .spec import Conv2dSpec, MatmulSpec, SparseConv2dSpec, ceil_div
 from .window import window_of
 
+# Where several tiles are summed before what follows: bytes of the sums, and instructions of a
+# position (roughly) and of a call.
+_SUMS_BYTES = 2048
+_POSITION, _CALL = 100, 60
+
 
 @dataclass(frozen=True)
 class StagedLoops:
@@ -37,7 +42,7 @@ class StagedLoops:
                   const int32_t *initial, int32_t *sums, void *stage, int entries, int column)
 
     `initial` [block] is what the outputs' sums start from, `column` how many bytes of data lie
-    between two positions.
+    between two positions. Those with `several` tiles take their number as last argument.
     """
 
     columns: int
@@ -54,6 +59,7 @@ class StagedLoops:
     """Of an entry's number."""
     widest: ClassVar[int] = 1
     """Positions at once at most."""
+    several: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -63,6 +69,16 @@ class StagedLoops:
 
     def place(self, channel: Any, column: int) -> Any:
         """Where the sum of one of the block's outputs is."""
+        raise NotImplementedError
+
+    @property
+    def entry_cost(self) -> float:
+        """Instructions of an entry, for a tile."""
+        raise NotImplementedError
+
+    @property
+    def fixed_cost(self) -> float:
+        """Instructions of a tile beside its entries, with what follows the sums."""
         raise NotImplementedError
 
     def assembly(self) -> str:
@@ -93,29 +109,61 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
         self.window = window = window_of(self.spec)
         self.flat = window.columns == 1 and window.kernel == (1, 1) and not any(window.padding)
         self.extent = window.rows if self.flat else window.columns
-        self.columns = min(form.widest, self.extent)
-        if layer.choice is not None:
-            self.columns = layer.choice["columns"]
+        self.columns = self._columns() if layer.choice is None else layer.choice["columns"]
+        self.loops = self._loops(self.columns)
+        self.tiles = self._tiles_at_once()
         self.e = self._emitter()
 
     def _emitter(self) -> Emitter:
         return Emitter()
 
+    def _loops(self, columns: int) -> StagedLoops:
+        spec = self.spec
+        offset_bytes = 2 if spec.offsets_dtype == "uint16" else 4
+        return self.form(columns, spec.block, spec.data_dtype == "int8", offset_bytes)
+
+    def _widths(self) -> tuple[int, ...]:
+        """Positions that a tile may have."""
+        return tuple(range(1, min(self.form.widest, self.extent) + 1))
+
+    def _columns(self) -> int:
+        """Positions of a tile, for the fewest instructions."""
+        entries = self.spec.entries / self.spec.blocks
+
+        def cost(columns: int) -> float:
+            loops = self._loops(columns)
+            return ceil_div(self.extent, columns) * (entries * loops.entry_cost + loops.fixed_cost)
+
+        return min(self._widths(), key=cost)
+
+    def _tiles_at_once(self) -> int:
+        """Tiles of a call, for the fewest positions computed twice and the fewest calls."""
+        most = _SUMS_BYTES // (4 * self.spec.block * self.columns)
+        if not self.form.several:
+            return 1
+
+        def cost(tiles: int) -> int:
+            calls = ceil_div(self.extent, tiles * self.columns)
+            return calls * (tiles * self.columns * _POSITION + _CALL)
+
+        return min(range(1, max(1, min(most, self.extent // self.columns)) + 1), key=cost)
+
+    @property
+    def positions(self) -> int:
+        """Of a call."""
+        return self.columns * self.tiles
+
     def space(self) -> SearchSpace:
         """Positions of a tile."""
-        columns = tuple(range(1, min(self.form.widest, self.extent) + 1))
-        default = {"columns": columns[-1]}
+        columns = self._widths()
+        default = {"columns": self.columns}
         return SearchSpace(self.name, {"columns": columns}, default, lambda choice: True)
 
     def build(self) -> tirx.PrimFunc:
-        e, spec = self.e, self.spec
+        e = self.e
         self.values = e.flat(self.operands.weight)
         self.data = e.flat(self.operands.data)
         self.epilogue.declare(e)
-        self.loops = self.form(
-            self.columns, spec.block, spec.data_dtype == "int8",
-            2 if spec.offsets_dtype == "uint16" else 4,
-        )  # fmt: skip
         self._declare()
         self.has_copy = any(self.window.padding)
         if self.has_copy:
@@ -135,7 +183,7 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
         spec, e = self.spec, self.e
         size = spec.longest * self.columns * self.form.stage_bytes
         self.stage = opaque(e, max(1, ceil_div(size, 4)), "int32", "stage")
-        self.sums = opaque(e, spec.block * self.columns, "int32", "sums")
+        self.sums = opaque(e, spec.block * self.positions, "int32", "sums")
         self._declare_initial()
 
     def _declare_initial(self) -> None:
@@ -149,25 +197,25 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
             self.initial = opaque(e, spec.block, "int32", "initial")
 
     def _code(self) -> str:
-        return as_llvm(self.loops.name, self.loops.assembly(), 6, 2)
+        return as_llvm(self.loops.name, self.loops.assembly(), 6, 2 + self.form.several)
 
     # Positions
 
-    def _tiles(self) -> int:
-        return ceil_div(self.extent, self.columns)
+    def _runs(self) -> int:
+        return ceil_div(self.extent, self.positions)
 
-    def _first(self, tile: Any) -> Any:
-        """The last tile is moved back inside."""
-        first = tile * self.columns
-        if self.extent % self.columns:
-            first = tirx.min(first, self.extent - self.columns)
+    def _first(self, run: Any) -> Any:
+        """The last run is moved back inside."""
+        first = run * self.positions
+        if self.extent % self.positions:
+            first = tirx.min(first, self.extent - self.positions)
         return self.e.bind("first", first)
 
     def _positions(self) -> None:
         """A layer without neighbours."""
         zero = tirx.const(0, "int32")
-        with self.e.loop("tile", self._tiles()) as tile:
-            first = self._first(tile)
+        with self.e.loop("run", self._runs()) as run:
+            first = self._first(run)
             self._blocks(zero, zero, first, self.data, first * self.window.channels)
 
     def _image(self, b: Any) -> None:
@@ -181,8 +229,8 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
             if self.has_copy:
                 self._fill(b, y)
                 source, top = self.rows, tirx.const(0, "int32")
-            with e.loop("tile", self._tiles()) as tile:
-                x = self._first(tile)
+            with e.loop("run", self._runs()) as run:
+                x = self._first(run)
                 self._blocks(b, y, x, source, top + x * (along * window.channels))
 
     # The copy of rows with their border
@@ -272,13 +320,14 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
 
     def _sum(self, block: Any, source: tirx.Buffer, at: Any, first: Any, count: Any) -> None:
         step = self.window.channels * (1 if self.flat else self.window.strides[1])
+        tiles = [tirx.const(self.tiles, "int32")] if self.form.several else []
         self.e.evaluate(
             tirx.call_extern(
                 "void", f"{self.loops.name}_call", tirx.address_of(source[at]),
                 tirx.address_of(self.operands.offsets[first]),
                 tirx.address_of(self.values[first * self.spec.block]), self._initial(block),
                 tirx.address_of(self.sums[0]), tirx.address_of(self.stage[0]), count,
-                tirx.const(step, "int32"),
+                tirx.const(step, "int32"), *tiles,
             )
         )  # fmt: skip
 

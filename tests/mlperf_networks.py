@@ -110,15 +110,17 @@ def as_onnx(network: Network, values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values, np.float32).reshape(network.shape)
 
 
-def artefact_for(network: Network, source: str, core: str, assets: Path, out: Path) -> Artefact:
+def artefact_for(
+    network: Network, source: str, core: str, assets: Path, out: Path, recipe: str | Path = "int8"
+) -> Artefact:
     """What `tvm-compress compress` makes of a model for a core."""
     if source == "tflite":
         path = assets / "tflite" / f"{network.tflite}.tflite"
-        return compress(path, recipe="int8", target=core, out=out)
+        return compress(path, recipe=recipe, target=core, out=out)
     path = assets / "onnx" / f"{network.onnx}.onnx"
     name = _input_name(path)
     feeds = [{name: as_onnx(network, values)} for values in calibration(network, assets)]
-    return compress(path, recipe="int8", target=core, calibration=feeds, out=out)
+    return compress(path, recipe=recipe, target=core, calibration=feeds, out=out)
 
 
 def _input_name(path: Path) -> str:

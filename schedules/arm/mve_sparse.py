@@ -56,11 +56,15 @@ class _SparseKernel(StagedKernel[Epilogue]):
 
             def write(parts: list[tuple[int, int]]) -> None:
                 width = sum(width for _, width in parts)
+                lanes = LANES if width == LANES else 1
                 with e.constants_of_channels(spec.out_channels, self.fused.func.params):
-                    for p in range(self.columns):
-                        at = self.loops.place(quad * LANES, p)
-                        for lane in [0] if width == LANES else range(width):
-                            lanes = LANES if width == LANES else 1
-                            self._finish(b, y, x + p, number * LANES + lane, at + lane, lanes)
+                    with e.loop("tile", self.tiles) as tile:
+                        for p in range(self.columns):
+                            at = tile * (spec.block * self.columns)
+                            at = e.bind("at", at + self.loops.place(quad * LANES, p))
+                            column = e.bind("column", x + tile * self.columns + p)
+                            for lane in range(0, width, lanes):
+                                channel = number * LANES + lane
+                                self._finish(b, y, column, channel, at + lane, lanes)
 
             e.ragged(number, total, spec.out_channels % LANES, LANES, write)

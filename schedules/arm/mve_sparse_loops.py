@@ -17,10 +17,10 @@ from .assembly import entry, function
 from .mve_microkernel import VECTOR_BYTES
 
 _REGISTERS = ("r0", "r2", "r4", "r6", "r8", "r10", "r12", "lr")
-# The frame: eight zeros that sums start from, then numbers; then what was pushed, and behind it the
-# other arguments.
-_VALUES, _PARTS, _ENTRY, _FRAME = 32, 36, 40, 48
-_SUMS, _STAGE, _ENTRIES, _COLUMN = (_FRAME + 36 + 4 * i for i in range(4))
+# The frame: eight zeros that sums start from, then numbers, of which the first two are read
+# together; then what was pushed, and behind it the other arguments.
+_DATA, _OFFSETS, _VALUES, _PART, _ENTRY, _FRAME = 32, 36, 40, 44, 48, 56
+_SUMS, _STAGE, _ENTRIES, _COLUMN, _TILES = (_FRAME + 36 + 4 * i for i in range(5))
 
 
 class VmlavaLoops(StagedLoops):
@@ -29,6 +29,7 @@ class VmlavaLoops(StagedLoops):
     prefix = "sparse_vmlava"
     group = VECTOR_BYTES
     widest = 2
+    several = True
 
     @classmethod
     def takes(cls, spec: SparseConv2dSpec) -> bool:
@@ -49,6 +50,16 @@ class VmlavaLoops(StagedLoops):
             return channel
         return channel // n * (n * self.columns) + column * n + channel % n
 
+    @property
+    def entry_cost(self) -> float:
+        step = self.columns + self.outputs * (1 + self.columns) + 2
+        gather = 3 + 4 * self.columns
+        return (gather + self.block // self.outputs * step) / self.group
+
+    @property
+    def fixed_cost(self) -> float:
+        return 25 + 12 * self.block // self.outputs + 4 * self.block * self.columns
+
     def assembly(self) -> str:
         body = [
             "push {r4-r11, lr}",
@@ -56,26 +67,35 @@ class VmlavaLoops(StagedLoops):
             "vmov.i32 q0, #0",
             "vstrw.32 q0, [sp]",
             "vstrw.32 q0, [sp, #16]",
+            f"strd r0, r1, [sp, #{_DATA}]",
             f"str r2, [sp, #{_VALUES}]",
+            f"ldr r12, [sp, #{_ENTRIES}]",
+            *entry("r12", self.group, "4f", "5f", "6f", "r5", "r6"),
+            f"str r5, [sp, #{_ENTRY}]",
+            f"ldr r9, [sp, #{_SUMS}]",
+            f"ldr r7, [sp, #{_TILES}]",
+            "7:",
             *self._gather(),
             *self._multiply(),
+            "subs r7, #1",
+            "bne.w 7b",
             f"add sp, #{_FRAME}",
             "pop {r4-r11, pc}",
         ]
         return function(self.name, body)
 
     def _gather(self) -> list[str]:
-        """Then `_ENTRY` is where the products begin: in the middle of the loop's two groups if the
-        groups are odd, behind the loop if there are none."""
+        """A tile; then r11 is the stage's end."""
         bases = ["r0", "r3"][: self.columns]
         out = [
-            f"ldr r4, [sp, #{_STAGE}]",
-            f"ldr r12, [sp, #{_ENTRIES}]",
+            f"ldrd r0, r1, [sp, #{_DATA}]",
             f"ldr r5, [sp, #{_COLUMN}]",
             "add r3, r0, r5",
-            *entry("r12", self.group, "4f", "5f", "6f", "r5", "r6"),
-            f"str r5, [sp, #{_ENTRY}]",
-            "lsr lr, r12, #4",
+            "add r6, r3, r5" if self.columns == 2 else "mov r6, r3",
+            f"str r6, [sp, #{_DATA}]",
+            f"ldr r4, [sp, #{_STAGE}]",
+            f"ldr lr, [sp, #{_ENTRIES}]",
+            "lsr lr, lr, #4",
             "wls lr, lr, 2f",
             "1:",
             "vldrh.u16 q0, [r1], #16",
@@ -88,20 +108,18 @@ class VmlavaLoops(StagedLoops):
                 "vstrb.16 q2, [r4], #8",
                 "vstrb.16 q3, [r4], #8",
             ]
-        return [*out, "le lr, 1b", "2:"]
+        return [*out, "le lr, 1b", "2:", "mov r11, r4"]
 
     def _multiply(self) -> list[str]:
-        """All outputs of the block, a few at a time. r9: sums, r11: end of the stage."""
+        """All outputs of the block, a few at a time. r5: parts left, r9: sums."""
         n = self.outputs
         sums = ", ".join(_REGISTERS[: n * self.columns])
         parts = self.block // n
         step = self._step()
-        out = [
-            f"ldr r9, [sp, #{_SUMS}]",
-            "mov r11, r4",
-            f"movs r5, #{parts}",
-            "3:",
-            f"ldr r1, [sp, #{_VALUES}]",
+        out = [f"ldr r1, [sp, #{_VALUES}]"]
+        if parts > 1:
+            out += [f"movs r5, #{parts}", "3:", f"str r1, [sp, #{_PART}]"]
+        out += [
             f"ldr r3, [sp, #{_STAGE}]",
             f"ldm sp, {{{sums}}}",
             f"ldr pc, [sp, #{_ENTRY}]",
@@ -116,9 +134,8 @@ class VmlavaLoops(StagedLoops):
         ]
         if parts > 1:
             out += [
-                f"ldr r1, [sp, #{_VALUES}]",
+                f"ldr r1, [sp, #{_PART}]",
                 f"add r1, #{n * VECTOR_BYTES}",
-                f"str r1, [sp, #{_VALUES}]",
                 "subs r5, #1",
                 "bne.w 3b",
             ]

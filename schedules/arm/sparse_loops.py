@@ -44,6 +44,15 @@ class SmladLoops(StagedLoops):
             return channel
         return channel // n * (n * self.columns) + column * n + channel % n
 
+    @property
+    def entry_cost(self) -> float:
+        group = 19 if self.outputs == 4 else 5 + 5 * self.columns
+        return (6 + 7 * self.columns + self.block // self.outputs * (group + 1)) / self.group
+
+    @property
+    def fixed_cost(self) -> float:
+        return 55 + 18 * self.block // self.outputs + 14 * self.block * self.columns
+
     def assembly(self) -> str:
         body = [
             "push {r4-r11, lr}",

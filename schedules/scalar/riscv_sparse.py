@@ -17,6 +17,7 @@ class Rv32SparseLoops(WordLoops):
     a product; what else the parts need is in the frame."""
 
     prefix = "sparse_rv32"
+    stage_bytes = 1
     widest = 4
     bytes_of_register = 4
 
@@ -24,9 +25,26 @@ class Rv32SparseLoops(WordLoops):
         return (8, 4, 2) if self.columns == 1 else (4, 2)
 
     @property
+    def _load(self) -> str:
+        """The load of a byte of data."""
+        return "lb" if self.is_signed else "lbu"
+
+    @property
     def _together(self) -> int:
         """Outputs that share a multiplication."""
         return 1
+
+    @property
+    def entry_cost(self) -> float:
+        n, products = self.outputs, self.outputs * self.columns // self._together
+        weights = n * (1 if self._together == 1 else 2)
+        part = self.columns + weights + 2 * products + 1.5
+        return 4 + 3 * self.columns + self.block // n * part
+
+    @property
+    def fixed_cost(self) -> float:
+        parts = self.block // self.outputs
+        return 60 + parts * (15 + 2 * self.outputs * self.columns) + 20 * self.block * self.columns
 
     def assembly(self) -> str:
         size = self.bytes_of_register
@@ -46,14 +64,14 @@ class Rv32SparseLoops(WordLoops):
 
     def _gather(self, store: str, slots: list[int]) -> list[str]:
         """Then t3 is the stage's end."""
-        load = "lb" if self.is_signed else "lbu"
+        load = self._load
         offset, shift = ("lhu", 1) if self.offset_bytes == 2 else ("lw", 2)
         out = [f"slli t4, a6, {shift}", "add t4, t4, a1", "mv t3, a5", "beq a1, t4, 2f", "1:"]
         out += [f"{offset} t0, 0(a1)", "add t0, t0, a0"]
         for p in range(self.columns):
             out += ["add t0, t0, a7"] if p else []
-            out += [f"{load} t1, 0(t0)", f"sw t1, {4 * p}(t3)"]
-        out += [f"addi a1, a1, {self.offset_bytes}", f"addi t3, t3, {4 * self.columns}"]
+            out += [f"{load} t1, 0(t0)", f"sb t1, {p}(t3)"]
+        out += [f"addi a1, a1, {self.offset_bytes}", f"addi t3, t3, {self.columns}"]
         return [*out, "bne a1, t4, 1b", "2:"]
 
     def _multiply(self, store: str, load: str, slots: list[int]) -> list[str]:
@@ -106,17 +124,17 @@ class Rv32SparseLoops(WordLoops):
         """So many entries."""
         out = []
         for u in range(count):
-            out += self._step(sums, u * self.block, 4 * u * self.columns)
+            out += self._step(sums, u * self.block, u * self.columns)
         return [
             *out,
             f"addi a6, a6, {count * self.block}",
-            f"addi a7, a7, {4 * count * self.columns}",
+            f"addi a7, a7, {count * self.columns}",
         ]
 
     def _step(self, sums: list[str], weights: int, stage: int) -> list[str]:
         n = self.outputs
         data = _DATA[: self.columns]
-        out = [f"lw {x}, {stage + 4 * p}(a7)" for p, x in enumerate(data)]
+        out = [f"{self._load} {x}, {stage + p}(a7)" for p, x in enumerate(data)]
         for c in range(n):
             out.append(f"lb a1, {weights + c}(a6)")
             for p, x in enumerate(data):
@@ -165,7 +183,7 @@ class Rv64SparseLoops(Rv32SparseLoops):
             out += [f"lb {pair}, {weights + 2 * i}(a6)", f"lb ra, {weights + 2 * i + 1}(a6)"]
             out += ["slli ra, ra, 32", f"add {pair}, {pair}, ra"]
         for p in range(self.columns):
-            out.append(f"lw a1, {stage + 4 * p}(a7)")
+            out.append(f"{self._load} a1, {stage + p}(a7)")
             for i, pair in enumerate(held):
                 total = sums[p * pairs + i]
                 out += [f"mul ra, a1, {pair}", f"add {total}, {total}, ra"]

@@ -16,7 +16,7 @@ _SUMS, _STAGE, _ENTRIES, _COLUMN = (_FRAME + 36 + 4 * i for i in range(4))
 
 
 class WordLoops(StagedLoops):
-    """Stage and sums in words, outputs of a part side by side for each position."""
+    """Sums in words, outputs of a part side by side for each position; and the stage."""
 
     stage_bytes = 4
 
@@ -47,6 +47,16 @@ class MlaLoops(WordLoops):
 
     def _outputs(self) -> tuple[int, ...]:
         return {1: (8, 4, 2), 2: (4, 2), 3: (2,)}[self.columns]
+
+    @property
+    def entry_cost(self) -> float:
+        n = self.outputs
+        part = n + n * self.columns + 2
+        return 4 + self.columns + self.block // n * part
+
+    @property
+    def fixed_cost(self) -> float:
+        return 55 + 22 * self.block // self.outputs + 20 * self.block * self.columns
 
     def assembly(self) -> str:
         body = [
@@ -144,6 +154,16 @@ class MulsLoops(WordLoops):
 
     def _outputs(self) -> tuple[int, ...]:
         return (4, 2) if self.columns == 1 else (2,)
+
+    @property
+    def entry_cost(self) -> float:
+        n = self.outputs
+        part = 14 if self.columns == 2 else 3 * n + 3
+        return 6 + self.columns + self.block // n * part
+
+    @property
+    def fixed_cost(self) -> float:
+        return 70 + 35 * self.block // self.outputs + 30 * self.block * self.columns
 
     def assembly(self) -> str:
         body = [
