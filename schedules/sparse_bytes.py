@@ -33,6 +33,8 @@ from .sparse_conv2d import neighbours_read_neighbours
 from .spec import SparseConv2dSpec, ceil_div
 from .window import window_of
 
+_Parts = list[tuple[int, int]]
+
 
 def sparse_bytes_kernel_as(
     kernel: type[SparseBytesKernel],
@@ -72,7 +74,7 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
         spec, target, choice = layer.spec, layer.target, layer.choice
         self.dot, self.window = dot, window_of(spec)
         self.is_pointwise = spec.kernel == (1, 1) and not any(spec.padding)
-        self.run = target.vector_bits // 8
+        self.run = self._run_of_a_block()
         """Positions that are interleaved at once."""
         self.vectors = spec.block // dot.lanes
         chains = [n for n in (1, 2, 4) if n <= max(1, dot.chain if dot.is_chained else 1)]
@@ -85,12 +87,21 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
         self.rows = self._rows_of_a_task(threads)
         if choice is not None:
             self.positions, self.chain = choice["positions"], choice["chain"]
+            self.run = choice["run"]
             self.rows = min(self.window.rows, choice["band"])
         self.turned = [n for n in (LANE, 8, 4) if n <= self._columns_of_a_run(self.rows)][:1]
         """Positions of the block that the copy transposes at once; none: byte by byte."""
         if self.window.channels < LANE:
             self.turned = []
         self.e = Emitter()
+
+    def _run_of_a_block(self) -> int:
+        """A vector of positions, or less where the longest block would leave the first cache."""
+        run = self.target.vector_bits // 8
+        entry = dtype_bits(self.dot.data_dtype) // 8
+        while run > LANE and self.spec.longest * run * entry > self.target.l1_bytes // 2:
+            run //= 2
+        return run
 
     def _registers(self, positions: int, chain: int) -> int:
         """Registers that a tile needs."""
@@ -140,16 +151,23 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
         longest = self.dot.chain if self.dot.is_chained else 1
 
         def is_valid(choice: Choice) -> bool:
-            return self._fits(choice["positions"], choice["chain"])
+            fits = self._fits(choice["positions"], choice["chain"])
+            return fits and choice["positions"] <= choice["run"]
 
         return SearchSpace(
             "sparse_bytes",
             {
-                "positions": tuple(n for n in (2, 4, 8, 16) if n <= self.run),
+                "positions": (2, 4, 8, 16),
                 "chain": tuple(n for n in (1, 2, 4, 8) if n == 1 or n <= longest),
+                "run": tuple(n for n in (16, 32, 64) if 8 * n <= max(128, self.target.vector_bits)),
                 "band": tuple(sorted(bands)),
             },
-            {"positions": self.positions, "chain": self.chain, "band": self.rows},
+            {
+                "positions": self.positions,
+                "chain": self.chain,
+                "run": self.run,
+                "band": self.rows,
+            },
             is_valid,
         )
 
@@ -358,7 +376,7 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
             for first in range(0, size, lanes):
                 start = e.bind("channel", block * size + first)
 
-                def write(parts: list[tuple[int, int]], at: int = first, start: Any = start) -> None:
+                def write(parts: _Parts, at: int = first, start: Any = start) -> None:
                     for inner, width in parts:
                         self.epilogue.emit(
                             e, partial(window.indices, b, y + row, column), here, start + inner,

@@ -179,8 +179,8 @@ class PairsDot32(PairsDot):
 
 
 class OutputsDot(PairsDot):
-    """acc[l] += sum over a chain of x[0] * w[l][0] + x[1] * w[l][1]: outputs side by side, as sparse
-    kernels need them, four or eight (two registers)"""
+    """acc[l] += sum over a chain of x[0] * w[l][0] + x[1] * w[l][1]: outputs side by side, four or
+    eight (two registers), as sparse kernels need them"""
 
     group = 2
 
