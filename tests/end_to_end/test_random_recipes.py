@@ -103,6 +103,8 @@ def random_steps(seed: int) -> list[str]:
         "correct_bias": "{}",
     }
     chosen = [name for name in steps if name != "correct_bias" and rng.random() < 0.5]
+    if {"lowrank", "structured"} <= set(chosen):  # one of them, or it is refused
+        chosen.remove(pick("lowrank", "structured"))
     if not chosen:
         chosen = ["sparsify", "quantize"]
     if chosen[-1] == "quantize" and rng.random() < 0.5:
