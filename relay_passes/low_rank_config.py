@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import RecipeError
+from .numerics.sparsity_pattern import Block, KernelShape, SemiStructured, Unstructured
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,40 @@ class Operations:
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise ValueError(f"a share is between 0 and 1, not {self.share}")
+        _require_share(self.share)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """The largest rank whose weights together take at most a share of the layer's."""
+
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require_share(self.share)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The largest rank whose kernels together take at most a share of what the layer's kernel costs
+    on the target."""
+
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require_share(self.share)
+
+
+@dataclass(frozen=True)
+class Network:
+    """Ranks with which all layers of the step together have a share of their multiply-accumulates
+    or weights, and keep as much of the product of their energies as a greedy choice finds."""
+
+    share: float = 0.5
+    of: Literal["operations", "bytes"] = "operations"
+
+    def __post_init__(self) -> None:
+        _require_share(self.share)
 
 
 @dataclass(frozen=True)
@@ -41,6 +74,28 @@ class Rank:
     def __post_init__(self) -> None:
         if self.value < 1:
             raise ValueError(f"a rank is from 1 on, not {self.value}")
+
+
+def _require_share(share: float) -> None:
+    if not 0 < share < 1:
+        raise ValueError(f"a share is between 0 and 1, not {share}")
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A sparse weight beside the parts: what they lose most of."""
+
+    sparsity: float = 0.95
+    pattern: Unstructured | Block | SemiStructured | KernelShape = field(
+        default=Block(16, 1), metadata={"help": "as in sparsify"}
+    )
+
+    def __post_init__(self) -> None:
+        own = getattr(self.pattern, "sparsity", None)
+        if own is not None:
+            object.__setattr__(self, "sparsity", own)
+        if not 0 < self.sparsity < 1:
+            raise ValueError(f"sparsity is between 0 and 1, not {self.sparsity}")
 
 
 @dataclass(frozen=True)
@@ -55,26 +110,41 @@ class LowRankConfig:
             "depthwise k x 1 and 1 x k, 1x1. Layers without the kernel for a form take channels"
         },
     )
-    rank: Energy | Operations | Rank = field(
+    rank: Energy | Operations | Bytes | Latency | Network | Rank = field(
         default=Operations(0.5), metadata={"help": "how many channels lie between the parts"}
     )
     data_aware: bool = field(
         default=True,
         metadata={
-            "help": "nearest to the layer's outputs on the calibration data, not to its weight; "
-            "tucker and canonical are nearest to the weight"
+            "help": "nearest to the layer's outputs on the calibration data, not to its weight"
         },
     )
-    multiple: int = field(
-        default=8,
-        metadata={"help": "ranks are multiples of this (of 1 below it): a vector's lanes"},
+    nonlinear: bool = field(
+        default=False,
+        metadata={
+            "help": "layer by layer, on the inputs that the layers split before leave, nearest to "
+            "what the original has behind the activation; biases change as well (form channels)"
+        },
+    )
+    residual: Residual | None = field(
+        default=None,
+        metadata={"help": "a sparse layer added to the parts; what it takes counts for the rank"},
+    )
+    multiple: int | Literal["auto"] = field(
+        default="auto",
+        metadata={
+            "help": "ranks are multiples of this (of 1 below it); auto: of the channels that the "
+            "target's kernels take together"
+        },
+    )
+    insist: bool = field(
+        default=False, metadata={"help": "split layers that are slower on the target as well"}
     )
 
     def __post_init__(self) -> None:
-        if self.multiple < 1:
+        if self.multiple != "auto" and self.multiple < 1:
             raise RecipeError(f"multiple is from 1 on, not {self.multiple}")
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether calibration has to sum X·Xᵀ."""
-        return self.data_aware and self.form in ("channels", "rows_and_columns")
+        if self.nonlinear and (self.form != "channels" or not self.data_aware or self.residual):
+            raise RecipeError(
+                "nonlinear: true is for form: channels with data_aware: true and without a residual"
+            )

@@ -2,21 +2,32 @@
 [H, W, I, O].
 
 Plain forms are nearest to the weight; data-aware ones to the layer's outputs on its calibration
-patches, ‖Xᵀ(w - ŵ)‖², with `hessian` = X·Xᵀ [K, K] (`second_order.damped`).
+patches, ‖Xᵀ(w - ŵ)‖², with `hessian` = X·Xᵀ [K, K] (`second_order.damped`), K in order [H, W, I].
+Forms that no decomposition solves start from the plain one, whose factors are then improved in
+turns, the others fixed: that is linear least squares, exact for factors at the output side, by
+conjugate gradients for the others (whose normal equations would be as large as a factor squared).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .second_order import layer_error
 
 Array = NDArray[np.float64]
 
 # Sweeps of alternating least squares, and the relative gain below which they stop.
 _SWEEPS = 60
 _LEAST_GAIN = 1e-6
+# The same for data: a sweep costs products with X·Xᵀ.
+_DATA_SWEEPS = 30
+_LEAST_DATA_GAIN = 1e-4
+# Conjugate gradients on one factor before the others move.
+_STEPS = 8
 
 
 def split_matrix(weight: Array, rank: int, hessian: Array | None = None) -> tuple[Array, Array]:
@@ -37,80 +48,105 @@ def split_matrix(weight: Array, rank: int, hessian: Array | None = None) -> tupl
     return u, scale[:, None] * right[:rank]
 
 
-def energies(weight: Array, hessian: Array | None = None) -> Array:
-    """Share of the squared norm (of the outputs', with `hessian`) that ranks 1, 2, ... hold:
-    ascending to 1."""
-    seen = weight if hessian is None else np.linalg.cholesky(hessian).T @ weight
-    squares = np.linalg.svd(seen, compute_uv=False) ** 2
-    total = squares.sum()
-    return np.cumsum(squares) / total if total > 0 else np.ones(len(squares))
-
-
-def rank_for_energy(weight: Array, energy: float, hessian: Array | None = None) -> int:
-    """The smallest rank that holds a share `energy` (0 to 1)."""
-    held = energies(weight, hessian)
-    return min(int(np.searchsorted(held, energy - 1e-12)) + 1, len(held))
-
-
 def split_rows_and_columns(
     kernel: Array, rank: int, hessian: Array | None = None
 ) -> tuple[Array, Array]:
     """conv(x, w) => conv(conv(x, u), v), u [H, 1, I, r], v [1, W, r, O] (Jaderberg et al. 2014,
     section 2.2, scheme 2).
 
-    Plain: the SVD of w as [(H, I), (W, O)]. With `hessian` (order [H, W, I]) factors are refined in
-    turns for the error of the outputs: with one of them fixed that is linear least squares.
+    Plain: the SVD of w as [(H, I), (W, O)].
     """
     rows, columns, inputs, outputs = kernel.shape
     matrix = kernel.transpose(0, 2, 1, 3).reshape(rows * inputs, columns * outputs)
     u, v = split_matrix(matrix, rank)
+    down = u.reshape(rows, inputs, rank)
+    across = v.reshape(rank, columns, outputs).transpose(1, 0, 2)
     if hessian is not None:
-        u, v = _refine_rows_and_columns(kernel, u, v, hessian)
-    return (
-        u.reshape(rows, 1, inputs, rank),
-        v.reshape(rank, columns, outputs).transpose(1, 0, 2)[None],
-    )
+        down, across = _refine_rows_and_columns(kernel, down, across, hessian)
+    return down[:, None], across[None]
 
 
 def _refine_rows_and_columns(
-    kernel: Array, u: Array, v: Array, hessian: Array
+    kernel: Array, down: Array, across: Array, hessian: Array
 ) -> tuple[Array, Array]:
-    """u [H I, r], v [r, W O] in turns; every step is the exact minimum for the other one fixed."""
-    rows, columns, inputs, outputs = kernel.shape
-    rank = u.shape[1]
+    """[H, I, r], [W, r, O]."""
+    columns, outputs, rank = kernel.shape[1], kernel.shape[3], down.shape[2]
     flat = kernel.reshape(-1, outputs)
-    blocks = hessian.reshape(rows, columns, inputs, rows, columns, inputs)
-    pulled = (hessian @ flat).reshape(rows, columns, inputs, outputs)
-    total = float(np.einsum("ko,ko->", flat, hessian @ flat))
+    pulled = hessian @ flat
+
+    def sweep() -> float:
+        nonlocal down, across
+        # [(h, w, i), (w, r)]: each column of the window has its own coefficients.
+        basis = np.einsum("hir,wx->hwixr", down, np.eye(columns)).reshape(len(flat), -1)
+        across = _last(basis, hessian, pulled).reshape(columns, rank, outputs)
+        down = _descend(
+            down, hessian, pulled,
+            lambda f: np.einsum("hir,wro->hwio", f, across, optimize=True).reshape(flat.shape),
+            lambda p: np.einsum("hwio,wro->hir", p.reshape(kernel.shape), across, optimize=True),
+        )  # fmt: skip
+        change = flat - np.einsum("hir,wro->hwio", down, across, optimize=True).reshape(flat.shape)
+        return layer_error(change, hessian)
+
+    _in_turns(sweep, float((flat * pulled).sum()))
+    # The middle tensor's channels get even ranges, as in the plain form.
+    even = np.linalg.norm(across, axis=(0, 2)) / np.maximum(_norms(down), 1e-30)
+    even = np.sqrt(np.where(even > 0, even, 1.0))
+    return down * even, across / even[:, None]
+
+
+def _norms(factor: Array) -> Array:
+    """Of what each term (last axis) has."""
+    return np.asarray(np.linalg.norm(factor.reshape(-1, factor.shape[-1]), axis=0))
+
+
+def _in_turns(sweep: Callable[[], float], total: float) -> None:
+    """Sweeps until the error they return gains little."""
     before = np.inf
-    for _ in range(_SWEEPS):
-        down = u.reshape(rows, inputs, rank)
-        # v: outputs have the same normal matrix [(W, r), (W, r)].
-        normal = np.einsum("hir,hwigxj,gjs->wrxs", down, blocks, down, optimize=True)
-        aim = np.einsum("hir,hwio->wro", down, pulled, optimize=True)
-        solved = _solve(normal.reshape(columns * rank, -1), aim.reshape(columns * rank, outputs))
-        across = solved.reshape(columns, rank, outputs)
-        error = total - float((solved * aim.reshape(solved.shape)).sum())
-        if before - error <= _LEAST_GAIN * total:
+    for _ in range(_DATA_SWEEPS):
+        error = sweep()
+        if before - error <= _LEAST_DATA_GAIN * total:
             break
         before = error
-        # u: unknowns [(H, I, r)], since all outputs share it.
-        mixed = np.einsum("wro,xso->wrxs", across, across, optimize=True)
-        normal = np.einsum("hwigxj,wrxs->hirgjs", blocks, mixed, optimize=True)
-        aim = np.einsum("hwio,wro->hir", pulled, across, optimize=True)
-        size = rows * inputs * rank
-        u = _solve(normal.reshape(size, size), aim.reshape(size, 1)).reshape(-1, rank)
-    v = across.transpose(1, 0, 2).reshape(rank, -1)
-    # The middle tensor's channels get even ranges, as in the plain form.
-    even = np.sqrt(np.linalg.norm(u, axis=0) / np.maximum(np.linalg.norm(v, axis=1), 1e-30))
-    even[even == 0] = 1.0
-    return u / even, v * even[:, None]
+
+
+def _last(basis: Array, hessian: Array, pulled: Array) -> Array:
+    """The exact last factor of basis @ factor, [K, r] => [r, N]; `pulled` = H w."""
+    return _solve(basis.T @ (hessian @ basis), basis.T @ pulled)
+
+
+def _descend(
+    factor: Array,
+    hessian: Array,
+    pulled: Array,
+    decode: Callable[[Array], Array],
+    adjoint: Callable[[Array], Array],
+) -> Array:
+    """A factor that is nearer to the least error; `decode` (linear) makes a weight [K, N] of it,
+    `adjoint` is the transposed map."""
+    left = adjoint(pulled - hessian @ decode(factor))
+    direction, size = left, float((left**2).sum())
+    for _ in range(_STEPS):
+        image = decode(direction)
+        bent = hessian @ image
+        curvature = float((image * bent).sum())
+        if size <= 0 or curvature <= 0:
+            break
+        factor = factor + size / curvature * direction
+        left = left - size / curvature * adjoint(bent)
+        size, before = float((left**2).sum()), size
+        direction = left + size / before * direction
+    return factor
 
 
 def _solve(normal: Array, aim: Array) -> Array:
-    """Least squares by normal equations, which a tiny ridge keeps solvable."""
+    """Least squares by normal equations."""
+    return np.asarray(np.linalg.solve(_ridged(normal), aim))
+
+
+def _ridged(normal: Array) -> Array:
+    """A tiny ridge keeps them solvable."""
     ridge = 1e-10 * np.trace(normal) / len(normal)
-    return np.asarray(np.linalg.solve(normal + np.eye(len(normal)) * max(ridge, 1e-30), aim))
+    return np.asarray(normal + np.eye(len(normal)) * max(ridge, 1e-30))
 
 
 @dataclass(frozen=True)
@@ -126,9 +162,12 @@ class Tucker2:
         return np.einsum("ia,hwab,bo->hwio", self.first, self.core, self.last, optimize=True)
 
 
-def tucker2(kernel: Array, rank_in: int, rank_out: int) -> Tucker2:
+def tucker2(kernel: Array, rank_in: int, rank_out: int, hessian: Array | None = None) -> Tucker2:
     """conv(x, w) => conv1x1(conv(conv1x1(x, first), core), last) (Kim et al. 2016, section 3.1), by
-    higher-order orthogonal iteration."""
+    higher-order orthogonal iteration.
+
+    With `hessian`: for a given `first` the best core and last are a reduced-rank regression.
+    """
     last = _leading(kernel.reshape(-1, kernel.shape[3]).T, rank_out)
     before = 0.0
     for _ in range(_SWEEPS):
@@ -141,7 +180,37 @@ def tucker2(kernel: Array, rank_in: int, rank_out: int) -> Tucker2:
         if held - before <= _LEAST_GAIN * held:
             break
         before = held
-    return Tucker2(first, core, last.T)
+    found = Tucker2(first, core, last.T)
+    return found if hessian is None else _refine_tucker2(kernel, found, hessian)
+
+
+def _refine_tucker2(kernel: Array, start: Tucker2, hessian: Array) -> Tucker2:
+    rows, columns, _, outputs = kernel.shape
+    found, rank_out = start, start.core.shape[3]
+    flat = kernel.reshape(-1, outputs)
+    pulled = hessian @ flat
+
+    def sweep() -> float:
+        nonlocal found
+        first = np.linalg.qr(found.first)[0]
+        basis = np.kron(np.eye(rows * columns), first)  # [(h, w, i), (h, w, a)]
+        normal = basis.T @ (hessian @ basis)
+        wanted = _solve(normal, basis.T @ pulled)
+        core, last = split_matrix(wanted, rank_out, _ridged(normal))
+        core = core.reshape(rows, columns, -1, rank_out)
+        # Errors are the same seen along the rows of `last`.
+        across, inner = np.linalg.qr(last.T)  # [O, b], [b, b]
+        seen = np.einsum("hwab,cb->hwac", core, inner)
+        first = _descend(
+            first, hessian, pulled @ across,
+            lambda f: np.einsum("ia,hwac->hwic", f, seen, optimize=True).reshape(len(flat), -1),
+            lambda p: np.einsum("hwic,hwac->ia", p.reshape(*kernel.shape[:3], -1), seen),
+        )  # fmt: skip
+        found = Tucker2(first, core, last)
+        return layer_error(flat - found.decode().reshape(flat.shape), hessian)
+
+    _in_turns(sweep, float((flat * pulled).sum()))
+    return found
 
 
 def _leading(matrix: Array, rank: int) -> Array:
@@ -167,7 +236,9 @@ class CanonicalPolyadic:
         )
 
 
-def canonical_polyadic(kernel: Array, rank: int, seed: int = 0) -> CanonicalPolyadic:
+def canonical_polyadic(
+    kernel: Array, rank: int, hessian: Array | None = None, seed: int = 0
+) -> CanonicalPolyadic:
     """conv(x, w) => 1x1, depthwise H x 1, depthwise 1 x W, 1x1 (Lebedev et al. 2015, section 3), by
     alternating least squares from the leading singular vectors."""
     rng = np.random.default_rng(seed)
@@ -197,41 +268,53 @@ def canonical_polyadic(kernel: Array, rank: int, seed: int = 0) -> CanonicalPoly
             break
         before = error
     rows, columns, first, last = factors
-    return CanonicalPolyadic(first, rows, columns, last.T)
+    found = CanonicalPolyadic(first, rows, columns, last.T)
+    return found if hessian is None else _refine_canonical_polyadic(kernel, found, hessian)
 
 
-def split_with_nonlinearity(
-    weight: Array, bias: Array, rank: int, before: Array, wanted: Array, sweeps: int = 25
-) -> tuple[Array, Array, Array]:
-    """relu(w x + b) => relu(v u x + b'), [K, N] => [K, r], [r, N], [N].
+def _refine_canonical_polyadic(
+    kernel: Array, start: CanonicalPolyadic, hessian: Array
+) -> CanonicalPolyadic:
+    outputs = kernel.shape[3]
+    flat = kernel.reshape(-1, outputs)
+    pulled = hessian @ flat
+    factors = {"i": start.first, "h": start.rows, "w": start.columns}
+    last = start.last
 
-    Zhang et al. 2015, "Accelerating Very Deep Convolutional Networks", sections 3.2 and 3.3: the
-    outputs behind the ReLU count, and `before` [P, K] are patches of the *compressed* network while
-    `wanted` [P, N] are the original's sums before the ReLU (the asymmetric form). Auxiliary
-    variables z with a growing penalty λ are solved in turns with the reduced-rank regression.
-    """
-    target = np.maximum(wanted, 0)
-    mean_x = before.mean(axis=0)
-    centred = before - mean_x
-    gram = centred.T @ centred
-    gram[np.diag_indices_from(gram)] += 1e-8 * np.trace(gram) / len(gram) + 1e-30
-    lower = np.linalg.cholesky(gram)
-    u, v = split_matrix(weight, rank)
-    shift = bias
-    for sweep in range(sweeps):
-        penalty = 0.01 if sweep < sweeps // 2 else 1.0
-        sums = before @ u @ v + shift
-        # Of (relu(z) - target)² + penalty (z - sums)², by the sign of z.
-        above = np.maximum((target + penalty * sums) / (1 + penalty), 0)
-        below = np.minimum(sums, 0)
-        cost_above = (above - target) ** 2 + penalty * (above - sums) ** 2
-        cost_below = target**2 + penalty * (below - sums) ** 2
-        z = np.where(cost_above <= cost_below, above, below)
-        mean_z = z.mean(axis=0)
-        aim = np.linalg.solve(lower, centred.T @ (z - mean_z))  # Lᵀ m for the full-rank m
-        left, values, right = np.linalg.svd(aim, full_matrices=False)
-        scale = np.sqrt(values[:rank])
-        u = np.linalg.solve(lower.T, left[:, :rank] * scale)
-        v = scale[:, None] * right[:rank]
-        shift = mean_z - mean_x @ u @ v
-    return u, v, shift
+    def sweep() -> float:
+        nonlocal last
+        basis = np.einsum("hr,wr,ir->hwir", factors["h"], factors["w"], factors["i"])
+        last = _last(basis.reshape(len(flat), -1), hessian, pulled)
+        # Errors are the same seen along the rows of `last`.
+        across, inner = np.linalg.qr(last.T)  # [O, c], [c, r]
+        for letter in "ihw":
+            others = {other: factors[other] for other in "hwi" if other != letter}
+            decode, adjoint = _term_maps(letter, others, inner, kernel.shape[:3])
+            factors[letter] = _descend(factors[letter], hessian, pulled @ across, decode, adjoint)
+        for letter in "hw":  # even norms keep the sums well scaled
+            norms = _norms(factors[letter])
+            factors[letter] = factors[letter] / np.where(norms > 0, norms, 1.0)
+            last = last * norms[:, None]
+        found = CanonicalPolyadic(factors["i"], factors["h"], factors["w"], last)
+        return layer_error(flat - found.decode().reshape(flat.shape), hessian)
+
+    _in_turns(sweep, float((flat * pulled).sum()))
+    return CanonicalPolyadic(factors["i"], factors["h"], factors["w"], last)
+
+
+def _term_maps(
+    letter: str, others: dict[str, Array], last: Array, sides: tuple[int, ...]
+) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """One factor => the weight [K, c], the others fixed; and the transposed map."""
+    terms = ",".join(f"{other}r" for other in others) + ",cr"
+    fixed = [*others.values(), last]
+
+    def decode(factor: Array) -> Array:
+        found = np.einsum(f"{letter}r,{terms}->hwic", factor, *fixed, optimize=True)
+        return np.asarray(found).reshape(-1, len(last))
+
+    def adjoint(weight: Array) -> Array:
+        opened = weight.reshape(*sides, len(last))
+        return np.asarray(np.einsum(f"hwic,{terms}->{letter}r", opened, *fixed, optimize=True))
+
+    return decode, adjoint

@@ -3,6 +3,8 @@ steps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,21 @@ from tvm_compress.calibrate import calibrate
 from tvm_compress.errors import DataError, RecipeError
 from tvm_compress.importers import load_model
 from tvm_compress.recipe import Recipe, Step, dump_recipe, parse_recipe
-from tvm_compress.relay_passes.low_rank import LowRank, observe
-from tvm_compress.relay_passes.low_rank_config import Energy, LowRankConfig, Operations, Rank
+from tvm_compress.relay_passes import ir
+from tvm_compress.relay_passes.costs import Comparison, LayerCosts
+from tvm_compress.relay_passes.layer_spec import LayerSpec
+from tvm_compress.relay_passes.low_rank import LowRank, observe, read_low_rank
+from tvm_compress.relay_passes.low_rank_config import (
+    Bytes,
+    Energy,
+    Latency,
+    LowRankConfig,
+    Network,
+    Operations,
+    Rank,
+    Residual,
+)
+from tvm_compress.relay_passes.numerics.sparsity_pattern import Block, SemiStructured
 from tvm_compress.relay_passes.numerics.statistics import Statistics
 from tvm_compress.relay_passes.select import list_layers
 from tvm_compress.targets import get_target
@@ -32,18 +47,39 @@ def network(net: Net, x: relax.Var) -> relax.Var:
     x = net.conv_relu("b", x, 32, strides=2, dilation=2, padding=[2, 1, 2, 3])
     x = net.conv_relu("p", x, 40, kernel=1)
     x = net.conv_relu("dw", x, 40, groups=40)
-    x = net("flat", op.reshape(x, (1, -1)))
+    x = net("mean", op.mean(x, [2, 3]))
     return net.linear("fc", x, 60)
 
 
-def split(module: tvm.IRModule, config: LowRankConfig, **others: Any) -> tvm.IRModule:
+@dataclass
+class Costs:
+    """A machine whose kernels take a microsecond for so many multiply-adds, and one for the call;
+    sparse kernels half of a dense one's time."""
+
+    macs: float = 1000.0
+    asked: list[str] = field(default_factory=list)
+
+    def compare(self, layer: str, chains: Sequence[Sequence[LayerSpec]]) -> list[float]:
+        self.asked.append(layer)
+        return [sum(1 + spec.macs / self.macs for spec in chain) for chain in chains]
+
+    def sparse(self, layer: str, spec: LayerSpec, kept: np.ndarray) -> Comparison:
+        raise NotImplementedError
+
+    def blocks(self, layer: str, spec: LayerSpec) -> tuple[int, ...]:
+        return (4, 16)
+
+
+def split(
+    module: tvm.IRModule, config: LowRankConfig, costs: LayerCosts | None = None, **others: Any
+) -> tvm.IRModule:
     schemes = {**all_layers(module, config), **others}
     schemes = {name: item for name, item in schemes.items() if item is not None}
     wanted, statistics = observe(module, schemes), Statistics()
     if wanted is not None:
         data = [{"x": array} for array in samples(module, count=12)]
         statistics = calibrate(load_model(module), data, wanted, target=HOST)
-    return LowRank(schemes, statistics)(module)
+    return LowRank(schemes, statistics, costs)(module)
 
 
 def error(module: tvm.IRModule, other: tvm.IRModule) -> float:
@@ -121,6 +157,139 @@ def test_ranks_are_multiples_and_large_ones_do_nothing() -> None:
     assert [n.name for n in list_layers(whole)] == [n.name for n in list_layers(module)]
 
 
+def ranks(module: tvm.IRModule) -> dict[str, int]:
+    """Layer => channels between the first two parts."""
+    return {
+        layer.name.removesuffix("_part1"): (layer.weight_shape or ())[
+            0 if layer.op.startswith("conv") else 1
+        ]
+        for layer in list_layers(module)
+        if layer.name.endswith("_part1")
+    }
+
+
+def plain(rank: Any, **options: Any) -> LowRankConfig:
+    return LowRankConfig(rank=rank, data_aware=False, **options)
+
+
+def test_ranks_by_time_on_the_target() -> None:
+    """The largest multiple of the target's channels whose kernels take the share."""
+    module = build(network, (1, 16, 9, 10))
+    costs = Costs(macs=100.0)
+    result = split(module, plain(Latency(0.5)), costs, dw=None)
+    found = ranks(result)
+    assert set(found) == {"a", "b", "p", "fc"} == set(costs.asked)
+    for layer in list_layers(module):
+        if layer.name not in found:
+            continue
+        parts = [n for n in list_layers(result) if n.name in (layer.name, f"{layer.name}_part1")]
+        rank, whole = found[layer.name], 1 + layer.macs / costs.macs
+        assert rank % 4 == 0
+        time = sum(1 + part.macs / costs.macs for part in parts)
+        assert time <= 0.5 * whole < time + 4 * (time - 2) / rank
+    notes = read_low_rank(result)
+    assert notes["b"] == f"channels, rank {found['b']} of 32"
+    with pytest.raises(RecipeError, match="what layers cost on a target"):
+        split(module, plain(Latency(0.5)))
+
+
+def test_no_layer_becomes_a_loss() -> None:
+    """Where a call costs more than what is saved, layers stay whole, and it is said why."""
+    module = build(network, (1, 16, 9, 10))
+    slow = Costs(macs=1e7)
+    result = split(module, plain(Operations(0.5)), slow)
+    tvm.ir.assert_structural_equal(result["main"].body, module["main"].body)
+    assert read_low_rank(result)["a"].startswith("whole: rank 8 takes 1.9")
+    assert read_low_rank(result)["a"].endswith("x of its time on the target")
+    assert (
+        "of its time on the target" in read_low_rank(split(module, plain(Latency(0.5)), slow))["a"]
+    )
+    for config in (plain(Operations(0.5), insist=True), plain(Bytes(0.5))):
+        assert set(ranks(split(module, config, slow))) == {"a", "b", "p", "fc"}
+
+
+def test_ranks_by_bytes() -> None:
+    """A strided layer computes its first part at more positions: bytes and operations differ."""
+    module = build(network, (1, 16, 9, 10))
+    form: Any = "rows_and_columns"
+    by_bytes = ranks(split(module, plain(Bytes(0.5), form=form, multiple=1)))
+    by_operations = ranks(split(module, plain(Operations(0.5), form=form, multiple=1)))
+    # b is 3x3 from 24 to 32 channels.
+    assert by_bytes["b"] == 24 * 32 * 9 // 2 // (3 * 24 + 3 * 32)
+    assert by_operations["b"] < by_bytes["b"]
+
+
+@pytest.mark.parametrize("of", ["operations", "bytes"])
+def test_ranks_under_a_total(of: Any) -> None:
+    """The layer that has few directions gives way; the total holds."""
+
+    def body(net: Net, x: relax.Var) -> relax.Var:
+        flat = (net.rng.normal(size=(32, 4)) @ net.rng.normal(size=(4, 32))).astype(np.float32)
+        x = net("few", op.matmul(x, relax.const(flat)))
+        return net.linear("many", x, 32)
+
+    module = build(body, (1, 32))
+    result = split(module, plain(Network(0.7, of), multiple=4))
+    assert ranks(result) == {"few": 4}
+    assert macs(result) <= 0.7 * macs(module)
+    assert read_low_rank(result)["many"] == "whole: the total needs no split of it"
+    assert set(ranks(split(module, plain(Network(0.3, of), multiple=1)))) == {"few", "many"}
+    with pytest.raises(RecipeError, match="more than the total"):
+        split(module, plain(Network(0.01, of)))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "zeros"), [(Block(8, 1), 0.9), (SemiStructured(1, 8, 8), 0.875)]
+)
+def test_residual_is_a_layer_beside_the_parts(pattern: Any, zeros: float) -> None:
+    module = build(network, (1, 16, 9, 10))
+    config = LowRankConfig(rank=Operations(0.5), residual=Residual(0.9, pattern), multiple=1)
+    others: dict[str, Any] = dict.fromkeys(("a", "p", "dw", "fc"))
+    result = split(module, config, **others)
+    weights = {
+        binding.var.name: ir.constant(binding.value.args[1])
+        for binding in ir.bindings(result["main"])
+        if binding.var.name.startswith("b_part") or binding.var.name == "b_residual"
+    }
+    assert set(weights) == {"b_part1", "b_part2", "b_residual"}
+    stored = {name: np.count_nonzero(weight) for name, weight in weights.items()}
+    size = 24 * 32 * 9
+    assert stored["b_residual"] == pytest.approx((1 - zeros) * size, rel=0.05)
+    assert sum(stored.values()) <= 0.51 * size
+    rank = ranks(result)["b"]
+    assert read_low_rank(result)["b"] == (
+        f"channels, rank {rank} of 32 + {pattern.words} {100 * zeros:.0f} % zeros"
+    )
+    without = split(module, LowRankConfig(rank=Rank(rank)), **others)
+    assert error(module, result) < error(module, without)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_groups_are_split_each_by_itself(form: Any) -> None:
+    def body(net: Net, x: relax.Var) -> relax.Var:
+        return net.conv_relu("g", x, 24, groups=2)
+
+    module = build(body, (1, 24, 6, 7))
+    rank = {"channels": 8, "rows_and_columns": 16, "tucker": 8, "canonical": 12}[form]
+    result = split(module, LowRankConfig(form, Rank(rank), multiple=1))
+    assert "g_part1" in [layer.name for layer in list_layers(result)]
+    assert macs(result) < macs(module)
+    assert error(module, result) < 0.5
+
+
+def test_conv1d() -> None:
+    def body(net: Net, x: relax.Var) -> relax.Var:
+        y = net("c", op.nn.conv1d(x, net.array(24, 16, 5), strides=2, padding=(1, 2)))
+        return net("act", op.nn.relu(y))
+
+    module = build(body, (1, 16, 21))
+    # No 1-D kernel has rows and columns.
+    result = split(module, LowRankConfig("rows_and_columns", Rank(16)))
+    shapes = {layer.name: layer.weight_shape for layer in list_layers(result)}
+    assert shapes == {"c_part1": (16, 16, 5), "c": (24, 16, 1)}
+    assert error(module, result) < 0.3
+
+
 def test_parts_are_quantised_like_any_layer() -> None:
     module = split(build(network, (1, 16, 9, 10)), LowRankConfig(rank=Operations(0.5)))
     assert error(module, quantize(module)) < 0.3
@@ -150,6 +319,10 @@ def test_steps_of_a_loop_share_their_parts() -> None:
         ("{layers: all, rank: {rank: 0}}", "from 1 on"),
         ("{layers: all, form: rows}", "form"),
         ("{layers: all, multiple: 0}", "multiple is from 1"),
+        ("{layers: all, multiple: most}", "multiple"),
+        ("{layers: all, nonlinear: true, form: tucker}", "nonlinear: true is for form: channels"),
+        ("{layers: all, residual: {sparsity: 1}}", "between 0 and 1"),
+        ("{layers: all, rank: {network: {share: 2}}}", "between 0 and 1"),
     ],
 )
 def test_wrong_recipes(text: str, part: str) -> None:
@@ -157,9 +330,17 @@ def test_wrong_recipes(text: str, part: str) -> None:
         parse_recipe(f"version: 1\nsteps:\n  - lowrank: {text}\n")
 
 
-@pytest.mark.parametrize("rank", [Energy(0.9), Operations(0.4), Rank(12)])
-def test_recipes_round_trip(rank: Energy | Operations | Rank) -> None:
-    recipe = Recipe((Step("lowrank", LowRankConfig("tucker", rank)),))
+@pytest.mark.parametrize(
+    "rank",
+    [Energy(0.9), Operations(0.4), Bytes(0.3), Latency(0.5), Network(0.5, "bytes"), Rank(12)],
+)
+def test_recipes_round_trip(rank: Any) -> None:
+    residual = Residual(0.9, Block(8, 1))
+    configs = (
+        LowRankConfig("tucker", rank, multiple=4),
+        LowRankConfig(rank=rank, residual=residual),
+    )
+    recipe = Recipe(tuple(Step("lowrank", config) for config in configs))
     assert parse_recipe(dump_recipe(recipe)) == recipe
 
 

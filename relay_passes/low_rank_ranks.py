@@ -1,0 +1,244 @@
+"""Which rank a layer gets: by energy, operations, bytes, time on the target, or for all layers of a
+step under a total."""
+
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import RecipeError
+from .costs import TOLERATED, LayerCosts
+from .layer_spec import LayerSpec, layer_spec
+from .low_rank_config import Bytes, Energy, Latency, Network, Operations, Rank
+from .low_rank_parts import (
+    Form,
+    Layer,
+    Part,
+    Sides,
+    form_of,
+    kernels_of,
+    largest_rank,
+    parts_of,
+    specs_of,
+)
+from .numerics.rank_choice import Choice, allocate, energies, rank_for_energy, spectrum
+from .numerics.second_order import damped
+from .numerics.sparsity_pattern import Mask, SparsityPattern
+from .numerics.statistics import Statistics
+
+Array = NDArray[np.float64]
+
+_MULTIPLE = 8  # without a target: whole vectors on most
+_WEIGHT_BYTES, _INDEX_BYTES = 4, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A layer that may be split, and what it would cost at each rank; costs are shares of the whole
+    layer's."""
+
+    layer: Layer
+    form: Form
+    spec: LayerSpec
+    multiple: int
+    statistics: Statistics
+    costs: LayerCosts | None
+
+    @cached_property
+    def sides(self) -> Sides:
+        """Of one group's kernel."""
+        kernel = kernels_of(self.layer)[0]
+        rows, columns, inputs, outputs = kernel.shape
+        return rows, columns, inputs, outputs
+
+    def hessians(self) -> list[Array | None]:
+        """X·Xᵀ of each group, where data count."""
+        groups = self.layer.patches.groups
+        if not self.layer.config.data_aware:
+            return [None] * groups
+        return [damped(second) for second in self.layer.moments(self.statistics)[0]]
+
+    @property
+    def largest(self) -> int:
+        """The rank beyond which there is nothing to hold."""
+        return largest_rank(self.form, self.sides)
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """Ascending: multiples, and all below the first of them."""
+        few = range(1, min(self.multiple, self.largest + 1))
+        return [*few, *range(self.multiple, self.largest + 1, self.multiple)]
+
+    def parts(self, rank: int) -> list[Part]:
+        return parts_of(self.form, self.sides, rank, self.multiple, self.layer.patches.groups)
+
+    @cached_property
+    def squares(self) -> Array:
+        """Spectrum of the matrix that the form splits, over all groups."""
+        rows, columns, inputs, outputs = self.sides
+        found = []
+        for kernel, hessian in zip(kernels_of(self.layer), self.hessians(), strict=True):
+            if self.form == "rows_and_columns":
+                matrix = kernel.transpose(0, 2, 1, 3).reshape(rows * inputs, columns * outputs)
+                found.append(spectrum(matrix))
+            else:
+                found.append(spectrum(kernel.reshape(-1, outputs), hessian))
+        return np.asarray(np.sum(found, axis=0))
+
+    @cached_property
+    def pattern(self) -> SparsityPattern | None:
+        """Of the sparse residual; None: the layer gets none."""
+        residual = self.layer.config.residual
+        if residual is None:
+            return None
+        pattern = residual.pattern.of_layer(int(np.prod(self.layer.patches.kernel)))
+        too_few = self.layer.outputs == 1 and getattr(pattern, "outputs", 1) > 1
+        return None if too_few else pattern
+
+    @cached_property
+    def _residual(self) -> Mask | None:
+        """Weights [groups, K, N] that the residual has: about as many, not yet the very ones."""
+        if self.pattern is None or self.layer.config.residual is None:
+            return None
+        sparsity = self.layer.config.residual.sparsity
+        return np.stack([self.pattern.choose(w**2, sparsity) for w in self.layer.matrices()])
+
+    def operations(self, rank: int) -> float:
+        kept = 0.0 if self._residual is None else float(self._residual.mean())
+        parts = sum(spec.macs for spec in specs_of(self.spec, self.parts(rank)))
+        return parts / self.spec.macs + kept
+
+    def bytes(self, rank: int) -> float:
+        """Of float32 weights; of a residual with its indices."""
+        stored = sum(np.prod(part.sides) for part in self.parts(rank)) * _WEIGHT_BYTES
+        if self._residual is not None and self.pattern is not None:
+            pools = [self.pattern.pool(kept.astype(float)) for kept in self._residual]
+            units = sum(np.count_nonzero(pool) for pool in pools)
+            stored += np.count_nonzero(self._residual) * _WEIGHT_BYTES + units * _INDEX_BYTES
+        return float(stored / (self.layer.weight.size * _WEIGHT_BYTES))
+
+    def latency(self, rank: int) -> float:
+        """Raises `RecipeError` without a target."""
+        if self.costs is None:
+            raise RecipeError("rank: {latency: ...} needs to know what layers cost on a target")
+        if rank not in self._latencies:
+            chains = [[self.spec], specs_of(self.spec, self.parts(rank))]
+            whole, parts = self.costs.compare(self.layer.name, chains)
+            self._latencies[rank] = parts / whole + self._residual_latency
+        return self._latencies[rank]
+
+    @cached_property
+    def _latencies(self) -> dict[int, float]:
+        return {}
+
+    @cached_property
+    def _residual_latency(self) -> float:
+        if self._residual is None or self.costs is None:
+            return 0.0
+        found = self.costs.sparse(self.layer.name, self.spec, self._residual)
+        return found.cost / found.dense_cost if found.form else 1.0
+
+    def loss(self, rank: int) -> str | None:
+        """Why the layer stays whole; None: it is better split."""
+        config = self.layer.config
+        counts_bytes = isinstance(config.rank, Bytes) or (
+            isinstance(config.rank, Network) and config.rank.of == "bytes"
+        )
+        if (self.bytes(rank) if counts_bytes else self.operations(rank)) >= 1:
+            return f"rank {rank} has as many {'bytes' if counts_bytes else 'operations'}"
+        if self.costs is None or config.insist or counts_bytes:
+            return None
+        latency = self.latency(rank)
+        if latency < 1 or (self.bytes(rank) < 1 and latency <= TOLERATED):
+            return None
+        return f"rank {rank} takes {latency:.2f}x of its time on the target"
+
+
+def candidates(
+    layers: Sequence[Layer], statistics: Statistics, costs: LayerCosts | None
+) -> list[Candidate]:
+    """The layers whose kernel is known, depthwise ones apart: they are as small as can be."""
+    found = []
+    for layer in layers:
+        spec = layer_spec(layer.call)
+        if spec is None or (layer.patches.groups > 1 and layer.outputs == 1):
+            continue
+        multiple = layer.config.multiple
+        if multiple == "auto":
+            blocks = () if costs is None else costs.blocks(layer.name, spec)
+            multiple = blocks[0] if blocks else _MULTIPLE
+        found.append(Candidate(layer, form_of(layer), spec, multiple, statistics, costs))
+    return found
+
+
+def choose_ranks(found: Sequence[Candidate]) -> list[int | str]:
+    """For each layer its rank, or why it stays whole. Raises `RecipeError` where a total for the
+    network cannot be reached."""
+    results: list[int | str] = []
+    network: dict[Network, list[int]] = defaultdict(list)
+    for index, candidate in enumerate(found):
+        rank = candidate.layer.config.rank
+        if isinstance(rank, Network):
+            network[rank].append(index)
+            results.append("")
+        else:
+            results.append(_own_rank(candidate, rank))
+    for total, members in network.items():
+        chosen = _network_ranks(total, [found[index] for index in members])
+        for index, value in zip(members, chosen, strict=True):
+            results[index] = value
+    return [
+        (candidate.loss(value) or value) if isinstance(value, int) else value
+        for candidate, value in zip(found, results, strict=True)
+    ]
+
+
+def _own_rank(
+    candidate: Candidate, rank: Energy | Operations | Bytes | Latency | Rank
+) -> int | str:
+    if isinstance(rank, Rank):
+        return min(rank.value, candidate.largest)
+    if isinstance(rank, Energy):
+        least = rank_for_energy(candidate.squares, rank.share)
+        return next((n for n in candidate.ranks if n >= least), candidate.largest)
+    cost = {Operations: candidate.operations, Bytes: candidate.bytes, Latency: candidate.latency}
+    what = {Operations: "operations", Bytes: "bytes", Latency: "time on the target"}
+    share = cost[type(rank)]
+    ranks = candidate.ranks
+    if isinstance(rank, Latency):  # kernels take no longer for ranks between multiples
+        ranks = [n for n in ranks if n % candidate.multiple == 0] or ranks
+    # Costs grow with the rank.
+    fitting = bisect.bisect_right(ranks, rank.share, key=share)
+    if fitting == 0:
+        return f"rank {ranks[0]} has {share(ranks[0]):.2f} of its {what[type(rank)]}"
+    return ranks[fitting - 1]
+
+
+def _network_ranks(total: Network, members: Sequence[Candidate]) -> list[int | str]:
+    """Each layer's cost counts by its share of all."""
+    wholes, choices = [], []
+    for member in members:
+        is_bytes = total.of == "bytes"
+        cost = member.bytes if is_bytes else member.operations
+        size = float(member.layer.weight.size if is_bytes else member.spec.macs)
+        size *= len(member.layer.variables) if not is_bytes else 1
+        held = energies(member.squares)
+        wholes.append(size)
+        choices.append(
+            [
+                Choice(rank, share * size, float(held[min(rank, len(held)) - 1]))
+                for rank, share in ((rank, cost(rank)) for rank in member.ranks)
+                if share < 1
+            ]
+        )
+    try:
+        found = allocate(wholes, choices, total.share * sum(wholes))
+    except ValueError as error:
+        raise RecipeError(f"rank: {{network: {total.share}}}: {error}") from None
+    return ["the total needs no split of it" if item is None else item.rank for item in found]
