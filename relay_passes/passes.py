@@ -159,8 +159,9 @@ PASSES: dict[str, PassEntry] = {
         config_at="shrink_config:ShrinkConfig",
         pass_at="shrink:Shrink",
         observe_at="shrink:observe",
+        stages_at="shrink:stages",
         keeps_statistics=False,
-        refused_behind=_CODES,
+        refused_behind=_CODES | _ZEROS,
         is_for_floats=True,
     ),
     "structured": PassEntry(

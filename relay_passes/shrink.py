@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import tvm
 from numpy.typing import NDArray
 from tvm import relax
 
-from .channel_groups import ChannelGroup, Channels, LayerChannels, find_channels
+from ..errors import DataError
+from .channel_groups import ChannelGroup, Channels, Labels, LayerChannels, find_channels
+from .graph import Graph
+from .ir import op_name, shape_of
 from .numerics.channel_budget import OperationCounts, counts_within, snap
 from .numerics.channel_consumer import Consumer, bias_change, centred, reconstruct_kept
 from .numerics.channel_norms import (
@@ -28,13 +32,17 @@ from .numerics.channel_norms import (
     keep_best,
     relative,
 )
+from .numerics.discriminating_selection import weigh_outputs
+from .numerics.gradient_saliency import taylor
 from .numerics.lasso_selection import select_by_lasso
 from .numerics.neuron_merging import Merging, merge_similar
-from .numerics.statistics import Statistics
+from .numerics.second_order import reconstruct
+from .numerics.statistics import ChannelGradients, Statistics
 from .numerics.surgeon_selection import select_by_surgeon
 from .numerics.thinet_selection import select_greedily
 from .observations import Observations
 from .patches import weight_of_matrix
+from .placement import channel_axis
 from .quantize_weights import weight_layout
 from .remove_channels import Keep, bias_at, masked, shrunk
 from .select import describe_layer
@@ -42,6 +50,11 @@ from .shrink_config import RANKED, ChannelShare, ShrinkConfig
 from .weight_layers import WeightLayer, weight_layers
 
 SHRUNK_ATTR = "tvm_compress.shrunk"
+# Between the parts of a step: the labels that are zeros by now (JSON).
+LEAVING_ATTR = "tvm_compress.leaving"
+
+# Parts of a step that calibration runs between: each is two inferences a sample.
+STAGES = 24
 
 # Of a group's channels that stay whatever the ranking across groups says: a layer that nearly
 # vanishes cuts the network in two, which no score of single channels tells.
@@ -59,21 +72,79 @@ class Shrink:
     operators that `channel_groups.py` has no rule for. `statistics` holds what `observe` lists,
     gathered on this very module; `DataError` when it does not. What each layer lost is in the
     attribute `tvm_compress.shrunk` of `main` (JSON: layer => words).
+
+    A part of a step, as `stages` gives them, is applied the same way.
     """
 
-    def __init__(self, schemes: Mapping[str, ShrinkConfig], statistics: Statistics) -> None:
+    def __init__(
+        self, schemes: Mapping[str, ShrinkConfig | Choose | Refit], statistics: Statistics
+    ) -> None:
         self.schemes = dict(schemes)
         self.statistics = statistics
 
     def transform_module(
         self, module: tvm.IRModule, _context: tvm.transform.PassContext
     ) -> tvm.IRModule:
-        zeros, channels, keep = mask(module, self.schemes, self.statistics)
-        main = shrunk(channels, keep)
-        notes = {**read_shrunk(module), **_notes(channels, keep)}
+        parts = list(self.schemes.values())
+        if any(isinstance(part, Refit) for part in parts):
+            zeros, channels, keep = _refitted(module, self.schemes, self.statistics)
+        else:
+            configs = {
+                name: part.config if isinstance(part, Choose) else part
+                for name, part in self.schemes.items()
+                if not isinstance(part, Refit)
+            }
+            zeros, channels, keep = mask(module, configs, self.statistics)
+        if any(not getattr(part, "is_last", True) for part in parts):
+            main = zeros["main"].with_attr(LEAVING_ATTR, json.dumps(np.flatnonzero(~keep).tolist()))
+        else:
+            notes = {**read_shrunk(module), **_notes(channels, keep)}
+            main = shrunk(channels, keep).with_attr(SHRUNK_ATTR, json.dumps(notes))
+            main = main.without_attr(LEAVING_ATTR)
         result = zeros.clone()
-        result["main"] = main.with_attr(SHRUNK_ATTR, json.dumps(notes))
+        result["main"] = main
         return relax.transform.Normalize()(result)
+
+
+@dataclass(frozen=True)
+class Choose:
+    """First part of a step: channels that leave become zeros, shapes stay."""
+
+    config: ShrinkConfig
+    is_last: bool = False
+
+
+@dataclass(frozen=True)
+class Refit:
+    """A later part: a layer makes up for what it has lost with the inputs that those before it, as
+    they are by now, give it. After the last one the zeros are cut out."""
+
+    is_last: bool = False
+
+
+def stages(
+    module: tvm.IRModule, schemes: Mapping[str, ShrinkConfig]
+) -> list[dict[str, ShrinkConfig | Choose | Refit]]:
+    """The choice, then the layers that read what is left, in the order of the graph, each behind
+    those before it; all as one where nothing is solved for."""
+    problem = _Problem.of(module, schemes, Statistics())
+    solved = [
+        [call.name for call in layer.calls]
+        for layer in problem.channels.layers
+        if layer in problem.configs
+        and problem.configs[layer].reconstruct
+        and layer.name in problem.matrices
+    ]
+    if not solved:
+        return [dict(schemes)]
+    bounds = np.linspace(0, len(solved), min(len(solved), STAGES) + 1).round().astype(int)
+    parts: list[dict[str, ShrinkConfig | Choose | Refit]] = [
+        {name: Choose(config) for name, config in schemes.items()}
+    ]
+    for start, end in pairwise(bounds):
+        refit = Refit(end == len(solved))
+        parts.append({name: refit for names in solved[start:end] for name in names})
+    return parts
 
 
 def mask(
@@ -97,18 +168,78 @@ def mask(
     return relax.transform.Normalize()(result), channels, keep
 
 
-def observe(module: tvm.IRModule, schemes: Mapping[str, ShrinkConfig]) -> Observations | None:
+def _refitted(
+    module: tvm.IRModule, layers: Collection[str], statistics: Statistics
+) -> tuple[tvm.IRModule, Channels, Keep]:
+    """The masked `module` with new weights for `layers`: what `statistics` want of them, from the
+    inputs that stay."""
+    channels = find_channels(module["main"])
+    keep = np.ones(len(channels.atoms), bool)
+    keep[json.loads(str(module["main"].attrs[LEAVING_ATTR]))] = False
+    members = [layer for layer in channels.layers if layer.name in layers]
+    names = {call.name: None for layer in members for call in layer.calls}
+    found = {item.name: item for item in weight_layers(channels.graph, names)}
+    weights: dict[LayerChannels, NDArray] = {}
+    shifts: dict[LayerChannels, Array] = {}
+    for layer in members:
+        solved, shift = [], []
+        kept = keep[layer.inputs]
+        for problem in found[layer.name].problems(statistics):
+            rows = np.tile(kept, len(problem.best) // len(kept))
+            support = np.broadcast_to(rows[:, None], problem.best.shape)
+            weight = reconstruct(problem.best, problem.hessian, support)
+            solved.append(weight)
+            shift.append(problem.bias_shift(weight))
+        weights[layer] = _weight_of(layer, solved)
+        if all(item is not None for item in shift):
+            shifts[layer] = -np.concatenate([item for item in shift if item is not None])
+    function, channels = masked(channels, keep, weights, shifts)
+    result = module.clone()
+    result["main"] = function
+    return relax.transform.Normalize()(result), channels, keep
+
+
+def _weight_of(layer: LayerChannels, matrices: Sequence[Array]) -> NDArray[np.float32]:
+    """[K, N] of each group => the layer's weight."""
+    rows = np.stack(matrices).transpose(0, 2, 1)
+    return weight_of_matrix(rows, layer.call, layer.weight.shape).astype(np.float32)
+
+
+def observe(
+    module: tvm.IRModule, schemes: Mapping[str, ShrinkConfig | Choose | Refit]
+) -> Observations | None:
     """X·Xᵀ of the layers that read channels which may leave; of those that compute them where that
     is what the criterion looks at."""
-    problem = _Problem.of(module, schemes, Statistics())
-    wanted = set()
+    if any(isinstance(part, Refit) for part in schemes.values()):
+        return Observations(second_moments=frozenset(schemes))
+    configs = {
+        name: part.config if isinstance(part, Choose) else part
+        for name, part in schemes.items()
+        if not isinstance(part, Refit)
+    }
+    problem = _Problem.of(module, configs, Statistics())
+    wanted: set[LayerChannels] = set()
+    gradients: dict[str, int] = {}
     for group, config in problem.groups:
-        if config.needs_data and (config.reconstruct or config.criterion != "batch_norm"):
+        if config.reads_consumers:
             wanted |= set(group.consumers)
         if config.criterion == "batch_norm":
             wanted |= set(group.producers)
+        if config.criterion == "discrimination":
+            gradients |= {
+                call.name: channel_axis(layer.call)
+                for layer in group.consumers
+                for call in layer.calls
+            }
+        if config.criterion == "taylor":
+            gradients |= {
+                tensor.name: axis
+                for tensor, axis, _ in _read_tensors(problem.channels.graph, group)
+            }
     names = [v.name for x in wanted if x.name in problem.matrices for v in x.calls]
-    return Observations(second_moments=frozenset(names)) if names else None
+    if not names and not gradients:
+        return None
+    return Observations(second_moments=frozenset(names), gradients=gradients)
 
 
 def read_shrunk(module: tvm.IRModule) -> dict[str, str]:
@@ -168,6 +299,25 @@ class _Problem:
                 moments = centred(second[index], mean[index], count)
                 owners = np.tile(owner, len(matrix) // len(owner))
                 found.append(Consumer(matrix, moments, len(group.labels), owners))
+        return found
+
+    def squared_gradients(self, group: ChannelGroup) -> list[Array]:
+        """Of the outputs of each of `consumers`, of all calls together. [N]"""
+        found = []
+        for layer in group.consumers:
+            if layer.name in self.matrices:
+                total = sum(self.gradients(v).gradient_squared for v in layer.calls)
+                found += np.split(np.asarray(total), self.matrices[layer.name].patches.groups)
+        return found
+
+    def gradients(self, tensor: relax.Var) -> ChannelGradients:
+        """Raises `DataError` when they were not gathered."""
+        found = self.statistics.gradients.get(tensor.name)
+        if found is None:
+            raise DataError(
+                f"the calibration statistics lack the gradients of {tensor.name!r}; calibrate the "
+                "very module that the step changes, with what its `observe` lists"
+            )
         return found
 
 
@@ -257,10 +407,13 @@ def _choose(
         return
     consumers = [] if config.criterion in RANKED else problem.consumers(group)
     if consumers:
+        if config.criterion == "discrimination":
+            consumers = weigh_outputs(consumers, problem.squared_gradients(group))
         select = {
             "lasso": select_by_lasso,
             "thinet": select_greedily,
             "surgeon": select_by_surgeon,
+            "discrimination": select_by_surgeon,
         }[config.criterion]
         kept = select(consumers, count)
     else:
@@ -271,6 +424,10 @@ def _choose(
 def _scores(problem: _Problem, config: ShrinkConfig, group: ChannelGroup) -> Array:
     """What each label is worth by what computes it; of several layers the sum. [C]"""
     total = np.zeros(len(group.labels))
+    if config.criterion == "taylor":
+        for tensor, _, labels in _read_tensors(problem.channels.graph, group):
+            total += _by_label(taylor(problem.gradients(tensor), 2), labels, group)
+        return total
     for layer in group.producers:
         if layer.is_depthwise and config.criterion != "batch_norm":
             continue  # it passes on what others compute
@@ -287,6 +444,20 @@ def _scores(problem: _Problem, config: ShrinkConfig, group: ChannelGroup) -> Arr
             scores = filter_norms(_filters(layer), 2 if config.criterion == "l2" else 1)
         total += relative(_by_label(scores, layer.outputs, group))
     return total
+
+
+def _read_tensors(graph: Graph, group: ChannelGroup) -> list[tuple[relax.Var, int, Labels]]:
+    """The tensors in which layers read a group's channels, their channel axis and its labels."""
+    found = {}
+    for layer in group.consumers:
+        for variable in layer.calls:
+            data = graph.values[variable].args[0]
+            is_matmul = op_name(layer.call) == "relax.matmul"
+            rank = len(shape_of(data) or ())
+            axis = rank - 1 if is_matmul else str(layer.call.attrs.data_layout).index("C")
+            side = (shape_of(data) or ())[axis]
+            found[data] = (data, axis, np.tile(layer.inputs, side // len(layer.inputs)))
+    return list(found.values())
 
 
 def _filters(layer: LayerChannels) -> Array:
@@ -362,8 +533,7 @@ def _compensated(
             found = reconstruct_kept(Consumer(matrix, moments, len(kept)), kept)
             solved.append(found)
             shift.append(bias_change(matrix, found, x))
-        rows = np.stack(solved).transpose(0, 2, 1)  # [G, N, K]
-        weights[layer] = weight_of_matrix(rows, layer.call, layer.weight.shape).astype(np.float32)
+        weights[layer] = _weight_of(layer, solved)
         if has_bias:
             shifts[layer] = np.concatenate(shift)
     return weights, shifts

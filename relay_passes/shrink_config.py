@@ -8,7 +8,7 @@ from typing import Literal
 from ..errors import RecipeError
 
 # Scores that can be compared from group to group.
-RANKED = ("l1", "l2", "batch_norm")
+RANKED = ("l1", "l2", "batch_norm", "taylor")
 # Those that look at nothing but the model.
 WITHOUT_DATA = ("l1", "l2", "merging")
 
@@ -42,13 +42,24 @@ class ShrinkConfig:
     keep: Operations | ChannelShare = field(
         default=Operations(0.5), metadata={"help": "how much of the selected layers stays"}
     )
-    criterion: Literal["l1", "l2", "batch_norm", "lasso", "thinet", "surgeon", "merging"] = field(
+    criterion: Literal[
+        "l1",
+        "l2",
+        "batch_norm",
+        "merging",
+        "lasso",
+        "thinet",
+        "surgeon",
+        "taylor",
+        "discrimination",
+    ] = field(
         default="surgeon",
         metadata={
-            "help": "what a channel is worth: l1, l2: the weights that compute it; batch_norm: the "
-            "spread of its values; lasso, thinet, surgeon: what the layers that read it lose; "
-            "merging: whether another channel can stand for it. All but l1, l2 and merging need "
-            "calibration data"
+            "help": "what a channel is worth. l1, l2: the weights that compute it; merging: "
+            "whether another channel can stand for it; batch_norm: the spread of its values, which "
+            "is the batch-norm's factor; lasso, thinet, surgeon: what the layers that read it "
+            "lose; discrimination: the same by what a labelled loss makes of it; taylor: what that "
+            "loss changes by. All but the first three need calibration data, the last two labels"
         },
     )
     scope: Literal["group", "network"] = field(
@@ -83,6 +94,6 @@ class ShrinkConfig:
             )
 
     @property
-    def needs_data(self) -> bool:
-        """Whether calibration has to sum X·Xᵀ."""
-        return self.reconstruct or self.criterion not in WITHOUT_DATA
+    def reads_consumers(self) -> bool:
+        """Whether calibration has to sum X·Xᵀ of the layers that read the channels."""
+        return self.reconstruct or self.criterion not in (*WITHOUT_DATA, *RANKED)
