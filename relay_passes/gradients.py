@@ -23,7 +23,7 @@ from .gradient_rules import operand_gradient
 from .graph import Graph
 from .ir import array_const, bindings, dtype_of, op_name, shape_of
 
-# Operators between logits and an output that do not change cross-entropy's logits, or are undone.
+# What an output may be of the logits.
 _SOFTMAX = ("relax.nn.softmax", "relax.nn.log_softmax")
 _SAME_VALUES = ("relax.reshape", "relax.squeeze", "relax.expand_dims", "relax.flatten")
 
@@ -33,8 +33,8 @@ def with_gradients(module: tvm.IRModule, names: Sequence[str], output: int = 0) 
     tensors of `names`, then dL/d of each, as one tuple.
 
     Result number `output` holds one score for each class: logits, or their softmax. Raises
-    `RecipeError` for a tensor that is not in `main` or does not reach that result, and naming the
-    operator that has no gradient.
+    `RecipeError` for a tensor that is not in `main` or does not reach that result, for a result of
+    integers, and naming the operator that has no gradient.
     """
     graph = Graph(module["main"])
     variables = {variable.name: variable for variable in graph.readers}
@@ -43,30 +43,28 @@ def with_gradients(module: tvm.IRModule, names: Sequence[str], output: int = 0) 
             raise RecipeError(f"the model has no tensor {name!r} to take the gradient of")
     wanted = [variables[name] for name in names]
     logits = _logits(graph, output)
-    reached = _downstream(graph, wanted)
     others = {var: func for var, func in module.functions.items() if var.name_hint != "main"}
     builder = relax.BlockBuilder(tvm.IRModule(others, attrs=module.attrs))
     shape = shape_of(logits) or (1,)
     ty = relax.TensorType((shape[0], math.prod(shape[1:])), dtype_of(logits))
     one_hot = relax.Var("one_hot", ty)
     function = graph.function
+    refusal: RecipeError | None = None
     with builder.function("main", [*function.params, one_hot]):
         with builder.dataflow():
             for binding in bindings(function):
                 builder.emit_normalized(binding)
             scores = builder.emit(op.reshape(logits, (shape[0], -1)))
             seed = op.reshape(op.subtract(op.nn.softmax(scores, axis=-1), one_hot), shape)
-            adjoints = _adjoints(graph, reached, logits, seed, builder)
-            for variable in wanted:
-                if variable not in adjoints:
-                    raise RecipeError(
-                        f"tensor {variable.name!r} does not reach the output that the labels are "
-                        "of: it has no gradient"
-                    )
-            # Sums of one term would be handed out under two names.
+            try:
+                adjoints = _adjoints(graph, wanted, logits, seed, builder)
+            except RecipeError as error:  # a builder that is left half-way complains on stderr
+                refusal, adjoints = error, dict.fromkeys(wanted, scores)
             results = [builder.emit_output(item) for item in wanted]
             results += [builder.emit_output(adjoints[item]) for item in wanted]
         builder.emit_func_output(relax.Tuple(results))
+    if refusal is not None:
+        raise refusal
     result = builder.get()
     result["main"] = relax.analysis.remove_all_unused(
         result["main"].with_attr("global_symbol", "main")
@@ -77,16 +75,22 @@ def with_gradients(module: tvm.IRModule, names: Sequence[str], output: int = 0) 
 def _logits(graph: Graph, output: int) -> relax.Var:
     """What the scores of a result are the softmax of, or the result itself."""
     body = graph.function.body.body
+    while isinstance(body, relax.Var) and not isinstance(graph.values.get(body), tvm.ir.Call):
+        body = graph.values[body]
     variable = body.fields[output] if isinstance(body, relax.Tuple) else body
+    if dtype_of(variable) not in ("float32", "float64"):
+        raise RecipeError(
+            f"output {variable.name!r} is {dtype_of(variable)}: the loss has no gradient there; "
+            "begin with the float model, or choose a criterion that needs no labels"
+        )
     result = variable
     while graph.op(variable) in _SAME_VALUES or isinstance(graph.values.get(variable), relax.Var):
         value = graph.values[variable]
         variable = value if isinstance(value, relax.Var) else value.args[0]
     if graph.op(variable) in _SOFTMAX:
         call = graph.values[variable]
-        rank = len(shape_of(variable) or ())
         shape = shape_of(variable) or ()
-        axis = int(call.attrs.axis) % rank
+        axis = int(call.attrs.axis) % len(shape)
         if math.prod(shape[1:]) == shape[axis]:  # over the classes, and nothing else is left
             return call.args[0]
     return result
@@ -103,12 +107,13 @@ def _downstream(graph: Graph, start: Sequence[relax.Var]) -> frozenset[relax.Var
 
 def _adjoints(
     graph: Graph,
-    reached: frozenset[relax.Var],
+    wanted: Sequence[relax.Var],
     logits: relax.Var,
     seed: relax.Expr,
     builder: relax.BlockBuilder,
 ) -> dict[relax.Var, relax.Var]:
-    """dL/d of each variable in `reached` that the logits depend on."""
+    """dL/d of `wanted` and of all that lies between them and the logits."""
+    reached = _downstream(graph, wanted)
     terms: dict[relax.Var, list[relax.Expr]] = defaultdict(list)
     elements: dict[relax.Var, dict[int, list[relax.Expr]]] = defaultdict(lambda: defaultdict(list))
     terms[logits] = [seed]
@@ -140,6 +145,12 @@ def _adjoints(
                 if isinstance(operand, relax.Var) and operand in reached:
                     part = operand_gradient(graph, variable, index, gradient, builder)
                     terms[operand].append(part)
+    for variable in wanted:
+        if variable not in found:
+            raise RecipeError(
+                f"tensor {variable.name!r} does not reach the output that the labels are of: it "
+                "has no gradient"
+            )
     return found
 
 

@@ -156,7 +156,7 @@ def test_finite_differences(body: Callable[..., Any]) -> None:
         np.testing.assert_allclose(found, change, rtol=close, atol=close * np.abs(gradient).max())
 
 
-def test_operators_without_a_gradient_are_named() -> None:
+def test_operators_without_a_gradient_are_named(capfd: pytest.CaptureFixture[str]) -> None:
     """One line with the operator; what lies before the tensors asked for does not matter."""
 
     def body(builder: relax.BlockBuilder, x: relax.Var) -> relax.Expr:
@@ -168,6 +168,7 @@ def test_operators_without_a_gradient_are_named() -> None:
     assert len(with_gradients(module, ["steps"])["main"].params) == 2
     with pytest.raises(RecipeError, match="no tensor 'y'"):
         with_gradients(module, ["y"])
+    assert capfd.readouterr().err == ""
 
 
 def test_tensors_that_do_not_reach_the_output() -> None:

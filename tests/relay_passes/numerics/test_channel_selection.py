@@ -114,7 +114,7 @@ def test_lasso(problems: list[Problem]) -> None:
     highest = np.abs(z @ y).max()
     scales = np.ones(len(z))
     moments = z @ z.T
-    counts = {}
+    counts: dict[int, np.ndarray] = {}
     for share in np.geomspace(1e-3, 1.1, 60):
         scales = literal(share * highest, scales)
         found = lasso(moments, z @ y, share * highest, np.ones(len(z)))
