@@ -140,6 +140,12 @@ class SparseKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]):
             self.unroll = choice["unroll"]
         self.e = Emitter()
 
+    @property
+    def finishes_singly(self) -> bool:
+        """Whether the epilogue takes one position after the other, sums in memory: LLVM takes all at
+        once otherwise, for which wide registers do not suffice."""
+        return False
+
     def _registers(self, positions: int, vectors: int) -> int:
         """Registers that a tile needs."""
         return (positions + 1) * vectors + _SPARE
@@ -272,21 +278,35 @@ class SparseKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]):
         """Every position through the epilogue; of the last block only channels that exist."""
         e, window, tile, lanes = self.e, self.window, self.tile, self.lanes
         outputs = self.spec.out_channels
-        unrolled = tile.positions * self.vectors * self.epilogue.size <= 400
+        places = tile.positions * self.vectors
+        unrolled = not self.finishes_singly and places * self.epilogue.size <= 400
+        if self.finishes_singly:
+            sums = e.alloc(places * lanes, self.dot.acc_dtype, "sums")
+            for place in range(places):
+                e.store_vector(sums, vector(acc, place * lanes, lanes), place * lanes, lanes)
+            acc = sums
+
+        def position(v: Any, start: Any, parts: list[tuple[int, int]], r: Any, c: Any) -> None:
+            place = ((r * tile.columns + c) * self.vectors + v) * lanes
+            for inner, width in parts:
+                self.epilogue.emit(
+                    e,
+                    partial(window.indices, b, y + r, x + c),
+                    (b * window.rows + y + r) * window.columns + x + c,
+                    start + inner,
+                    width,
+                    partial(_element, acc, place + inner),
+                )
 
         def positions(v: Any, start: Any, parts: list[tuple[int, int]]) -> None:
+            if self.finishes_singly:
+                # The first start is 0, but LLVM does not know: it writes loops of known length out.
+                with e.loop("p", tile.positions + self.operands.starts[0]) as p:
+                    position(v, start, parts, p // tile.columns, p % tile.columns)
+                return
             for r in e.each("r", tile.rows, unrolled):
                 for c in e.each("c", tile.columns, unrolled):
-                    place = ((r * tile.columns + c) * self.vectors + v) * lanes
-                    for inner, width in parts:
-                        self.epilogue.emit(
-                            e,
-                            partial(window.indices, b, y + r, x + c),
-                            (b * window.rows + y + r) * window.columns + x + c,
-                            start + inner,
-                            width,
-                            partial(_element, acc, place + inner),
-                        )
+                    position(v, start, parts, r, c)
 
         rest = outputs % lanes
         for v in e.each("v", self.vectors, unrolled):

@@ -34,6 +34,10 @@ class VectorSparseKernel(SparseKernel):
 
     unrolling = 2
 
+    @property
+    def finishes_singly(self) -> bool:
+        return self.spec.is_integer  # floats have less to do
+
     def _registers(self, positions: int, vectors: int) -> int:
         group = registers_of_group(self.lanes, self.target)
         # Weights as they are stored and widened; the first register is the masks'.
