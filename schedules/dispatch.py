@@ -97,6 +97,14 @@ def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> Sequence[Spar
         from .arm.sparse_forms import sparse_forms as arm_forms
 
         return arm_forms(spec, target)
+    if target.has("neon"):
+        from .neon.sparse_forms import sparse_forms as neon_forms
+
+        return neon_forms(spec, target)
+    if target.has("rvv"):
+        from .riscv.sparse_forms import sparse_forms as rvv_forms
+
+        return rvv_forms(spec, target)
     if is_scalar(target):
         from .scalar.sparse_forms import sparse_forms as scalar_forms
 

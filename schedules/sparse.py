@@ -142,8 +142,8 @@ class SparseKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]):
 
     @property
     def finishes_singly(self) -> bool:
-        """Whether the epilogue takes one position after the other, sums in memory: LLVM takes all at
-        once otherwise, for which wide registers do not suffice."""
+        """Whether the epilogue takes one position after the other, sums in memory: otherwise LLVM
+        takes all at once, for which wide registers do not suffice."""
         return False
 
     def _registers(self, positions: int, vectors: int) -> int:
