@@ -12,11 +12,11 @@ from ..epilogue import Epilogue
 from ..fused import FusedFunction
 from ..layer_kernel import read_layer
 from ..sparse import sparse_operands
-from ..sparse_staged import StagedKernel
 from ..spec import SparseConv2dSpec, ceil_div
 from .mve_sparse_loops import VmlavaLoops
 from .mve_vector import LANES, VectorEmitter
 from .rounding import finisher
+from .sparse_staged import StagedKernel
 
 NAME = "arm.mve_sparse"
 

@@ -1,4 +1,4 @@
-"""The loops of sparse layers with Helium (`../sparse_staged.py`).
+"""The loops of sparse layers with Helium (`sparse_staged.py`).
 
 A group is sixteen entries: values [group][output][16], and of each position sixteen bytes, gathered
 by their 16-bit offsets, eight a load. Two positions by four outputs take 15 instructions a group
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..sparse_staged import StagedLoops
 from ..spec import Conv2dSpec, MatmulSpec, SparseConv2dSpec
 from .assembly import entry, function
 from .mve_microkernel import VECTOR_BYTES
+from .sparse_staged import StagedLoops
 
 _REGISTERS = ("r0", "r2", "r4", "r6", "r8", "r10", "r12", "lr")
 # The frame: eight zeros that sums start from, then numbers, of which the first two are read
@@ -27,6 +27,7 @@ class VmlavaLoops(StagedLoops):
     """Of one or two positions; blocks of four, eight or sixteen outputs."""
 
     prefix = "sparse_vmlava"
+    call_cost, part_cost, output_cost, copy_cost = 60, 29, 1.4, 0.4
     group = VECTOR_BYTES
     widest = 2
     several = True
@@ -55,10 +56,6 @@ class VmlavaLoops(StagedLoops):
         step = self.columns + self.outputs * (1 + self.columns) + 2
         gather = 3 + 4 * self.columns
         return (gather + self.block // self.outputs * step) / self.group
-
-    @property
-    def fixed_cost(self) -> float:
-        return 25 + 12 * self.block // self.outputs + 4 * self.block * self.columns
 
     def assembly(self) -> str:
         body = [

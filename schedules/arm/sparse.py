@@ -8,11 +8,11 @@ from ..emit import Emitter
 from ..fused import FusedFunction
 from ..layer_kernel import read_layer
 from ..sparse import sparse_operands
-from ..sparse_staged import StagedKernel
 from ..spec import SparseConv2dSpec
 from .epilogue import DspEpilogue
 from .rounding import finisher, llvm_helpers
 from .sparse_loops import SmladLoops
+from .sparse_staged import StagedKernel
 
 NAME = "arm.sparse"
 

@@ -1,4 +1,4 @@
-"""The loops of sparse layers with `smlad` (`../sparse_staged.py`).
+"""The loops of sparse layers with `smlad` (`sparse_staged.py`).
 
 A group is four entries: values [group][output][4], and of each position two words, (x0, x2) and
 (x1, x3), since `sxtb16` opens a word of weights [w0, w1, w2, w3] into (w0, w2) and (w1, w3). Three
@@ -11,9 +11,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from ..sparse_staged import StagedLoops
 from ..spec import SparseConv2dSpec
 from .assembly import entry, function
+from .sparse_staged import StagedLoops
 
 # The frame, of which the first two are read together; then what was pushed, and behind it the other
 # arguments.
@@ -25,6 +25,7 @@ class SmladLoops(StagedLoops):
     """Of up to three positions; blocks of an even number of outputs."""
 
     prefix = "sparse_smlad"
+    call_cost, part_cost, output_cost = 38, 25, 8.5
     group = 4
     stage_bytes = 2
     widest = 3
@@ -48,10 +49,6 @@ class SmladLoops(StagedLoops):
     def entry_cost(self) -> float:
         group = 19 if self.outputs == 4 else 5 + 5 * self.columns
         return (6 + 7 * self.columns + self.block // self.outputs * (group + 1)) / self.group
-
-    @property
-    def fixed_cost(self) -> float:
-        return 55 + 18 * self.block // self.outputs + 14 * self.block * self.columns
 
     def assembly(self) -> str:
         body = [

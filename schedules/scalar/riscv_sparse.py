@@ -1,4 +1,4 @@
-"""The loops of sparse layers for RISC-V without vectors (`../sparse_staged.py`).
+"""The loops of sparse layers for RISC-V without vectors (`../arm/sparse_staged.py`).
 
 An entry of four positions by four outputs takes 40 instructions on 32 bits. A 64-bit core
 multiplies two outputs at once, as in `riscv.py`: 48 for eight positions by four.
@@ -17,6 +17,7 @@ class Rv32SparseLoops(WordLoops):
     a product; what else the parts need is in the frame."""
 
     prefix = "sparse_rv32"
+    call_cost, part_cost, channel_cost, output_cost = 60, 45, 45, 20
     stage_bytes = 1
     widest = 4
     bytes_of_register = 4
@@ -40,11 +41,6 @@ class Rv32SparseLoops(WordLoops):
         weights = n * (1 if self._together == 1 else 2)
         part = self.columns + weights + 2 * products + 1.5
         return 4 + 3 * self.columns + self.block // n * part
-
-    @property
-    def fixed_cost(self) -> float:
-        parts = self.block // self.outputs
-        return 60 + parts * (15 + 2 * self.outputs * self.columns) + 20 * self.block * self.columns
 
     def assembly(self) -> str:
         size = self.bytes_of_register
@@ -147,6 +143,7 @@ class Rv64SparseLoops(Rv32SparseLoops):
     """Two outputs a multiplication, where several positions use the pair of weights."""
 
     prefix = "sparse_rv64"
+    call_cost, part_cost, output_cost = 30, 48, 13
     widest = 8
     bytes_of_register = 8
 

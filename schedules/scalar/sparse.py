@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ...targets import Target
+from ..arm.sparse_staged import StagedKernel, StagedLoops
 from ..choice import Choice
 from ..fused import FusedFunction
 from ..layer_kernel import read_layer
 from ..sparse import sparse_operands
-from ..sparse_staged import StagedKernel, StagedLoops
 from ..spec import SparseConv2dSpec
 from .epilogue import ScalarEpilogue
 from .riscv_sparse import Rv32SparseLoops, Rv64SparseLoops

@@ -1,4 +1,4 @@
-"""The loops of sparse layers for Cortex-M without DSP instructions (`../sparse_staged.py`)."""
+"""The loops of sparse layers for Cortex-M without DSP instructions (`../arm/sparse_staged.py`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..arm.assembly import entry, function
-from ..sparse_staged import StagedLoops
+from ..arm.sparse_staged import StagedLoops
 from ..spec import SparseConv2dSpec
 
 # The frame, of which the first two are read together; then what was pushed, and behind it the other
@@ -43,6 +43,7 @@ class MlaLoops(WordLoops):
     since the stage's words come by one `ldm`; two by four, one by eight."""
 
     prefix = "sparse_mla"
+    call_cost, part_cost, channel_cost, output_cost = 60, 22, 38, 18
     widest = 3
 
     def _outputs(self) -> tuple[int, ...]:
@@ -53,10 +54,6 @@ class MlaLoops(WordLoops):
         n = self.outputs
         part = n + n * self.columns + 2
         return 4 + self.columns + self.block // n * part
-
-    @property
-    def fixed_cost(self) -> float:
-        return 55 + 22 * self.block // self.outputs + 20 * self.block * self.columns
 
     def assembly(self) -> str:
         body = [
@@ -150,6 +147,7 @@ class MulsLoops(WordLoops):
     loaded from an address plus a register: registers hold 0, 1, 2 and 3."""
 
     prefix = "sparse_muls"
+    call_cost, part_cost, channel_cost, output_cost = 100, 45, 240, 15
     widest = 2
 
     def _outputs(self) -> tuple[int, ...]:
@@ -160,10 +158,6 @@ class MulsLoops(WordLoops):
         n = self.outputs
         part = 14 if self.columns == 2 else 3 * n + 3
         return 6 + self.columns + self.block // n * part
-
-    @property
-    def fixed_cost(self) -> float:
-        return 70 + 35 * self.block // self.outputs + 30 * self.block * self.columns
 
     def assembly(self) -> str:
         body = [

@@ -19,14 +19,15 @@ from typing import Any, ClassVar
 
 from tvm import ir, tirx
 
-from .arm.assembly import as_llvm
-from .arm.epilogue import DspEpilogue
-from .choice import SearchSpace
-from .emit import Emitter
-from .layer_kernel import EpilogueT, Layer, LayerKernel
-from .sparse import SparseOperands
-from .spec import Conv2dSpec, MatmulSpec, SparseConv2dSpec, ceil_div
-from .window import window_of
+from ..choice import SearchSpace
+from ..emit import Emitter
+from ..layer_kernel import EpilogueT, Layer, LayerKernel
+from ..sparse import SparseOperands
+from ..sparse_form import SparseForm
+from ..spec import Conv2dSpec, MatmulSpec, SparseConv2dSpec, ceil_div
+from ..window import window_of
+from .assembly import as_llvm
+from .epilogue import DspEpilogue
 
 # Where several tiles are summed before what follows: bytes of the sums, and instructions of a
 # position (roughly) and of a call.
@@ -60,12 +61,25 @@ class StagedLoops:
     widest: ClassVar[int] = 1
     """Positions at once at most."""
     several: ClassVar[bool] = False
+    # Instructions under QEMU, fitted to those of some fifty layers.
+    call_cost: ClassVar[float] = 0
+    part_cost: ClassVar[float] = 0
+    channel_cost: ClassVar[float] = 0
+    output_cost: ClassVar[float] = 0
+    copy_cost: ClassVar[float] = 1.4
+    """Of a byte of a row that is copied or moves up."""
 
     @property
     def name(self) -> str:
         """Unique among the kernels of a program, the same for equal ones."""
         facts = (self.columns, self.block, int(self.is_signed), self.offset_bytes)
         return f"tvmc_{self.prefix}_" + "_".join(str(fact) for fact in facts)
+
+    def most_tiles(self, extent: int) -> int:
+        """Tiles of a call at most, where a row has `extent` positions."""
+        if not self.several:
+            return 1
+        return max(1, min(_SUMS_BYTES // (4 * self.block), extent) // self.columns)
 
     def place(self, channel: Any, column: int) -> Any:
         """Where the sum of one of the block's outputs is."""
@@ -77,9 +91,17 @@ class StagedLoops:
         raise NotImplementedError
 
     @property
-    def fixed_cost(self) -> float:
-        """Instructions of a tile beside its entries, with what follows the sums."""
+    def outputs(self) -> int:
+        """Outputs at once: a part of the block."""
         raise NotImplementedError
+
+    def cost(self, entries: float, outputs: float, tiles: int = 1) -> float:
+        """Instructions of a tile: a block of so many entries and, of its outputs, so many; `tiles`
+        of a call."""
+        parts = self.block // self.outputs
+        fixed = self.call_cost / tiles + parts * self.part_cost
+        results = outputs * (self.channel_cost + self.columns * self.output_cost)
+        return entries * self.entry_cost + fixed + results
 
     def assembly(self) -> str:
         """The function."""
@@ -131,22 +153,19 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
         entries = self.spec.entries / self.spec.blocks
 
         def cost(columns: int) -> float:
-            loops = self._loops(columns)
-            return ceil_div(self.extent, columns) * (entries * loops.entry_cost + loops.fixed_cost)
+            tile = self._loops(columns).cost(entries, self.spec.block)
+            return ceil_div(self.extent, columns) * tile
 
         return min(self._widths(), key=cost)
 
     def _tiles_at_once(self) -> int:
         """Tiles of a call, for the fewest positions computed twice and the fewest calls."""
-        most = _SUMS_BYTES // (4 * self.spec.block * self.columns)
-        if not self.form.several:
-            return 1
 
         def cost(tiles: int) -> int:
             calls = ceil_div(self.extent, tiles * self.columns)
             return calls * (tiles * self.columns * _POSITION + _CALL)
 
-        return min(range(1, max(1, min(most, self.extent // self.columns)) + 1), key=cost)
+        return min(range(1, self.loops.most_tiles(self.extent) + 1), key=cost)
 
     @property
     def positions(self) -> int:
@@ -368,3 +387,42 @@ def opaque(e: Emitter, size: int, dtype: str, name: str) -> tirx.Buffer:
     buffer = e.alloc(size, dtype, name)
     e.evaluate(tirx.address_of(buffer[size - 1]))
     return buffer
+
+
+@dataclass(frozen=True)
+class DenseCost:
+    """Instructions of a dense kernel: of a multiply-add, and of an output beside them."""
+
+    multiply_add: float
+    output: float
+
+
+def staged_form(
+    loops: type[StagedLoops], spec: Conv2dSpec | MatmulSpec, block: int, dense: DenseCost
+) -> SparseForm:
+    """A form with these loops, with what they are expected to take. Blocks are on average filled up
+    by half a group."""
+    window = window_of(spec)
+    extent = window.rows if window.columns == 1 else window.columns
+    lines = window.positions // extent
+    outputs = spec.columns * spec.groups_of_channels
+
+    def line(columns: int, entries: float) -> float:
+        form = loops(columns, block, True, 2)
+        blocks, tiles = ceil_div(outputs, block), ceil_div(extent, columns)
+        at_once = form.most_tiles(extent)
+        return tiles * blocks * form.cost(entries, outputs / blocks, at_once)
+
+    # As many as are left at 75 %: the kernel knows better.
+    usual = max(1.0, spec.reduction_size / 4)
+    widths = range(1, min(loops.widest, extent) + 1)
+    columns = min(widths, key=lambda columns: line(columns, usual))
+    none = line(columns, (loops.group - 1) / 2)
+    entry = line(columns, 1) - line(columns, 0)
+    if any(window.padding):
+        none += window.kernel[0] * window.in_columns * window.channels * loops.copy_cost
+    output = dense.multiply_add * spec.reduction_size + dense.output
+    total = window.positions * outputs * output / lines
+    stored = ceil_div(outputs, block) * block  # weights of an entry of every block
+    cost = entry / stored * spec.reduction_size * outputs / total
+    return SparseForm(block, cost, loops.group, none / total)
