@@ -6,6 +6,10 @@ they lose, beside them. The last one keeps the layer's name (with a sparse one: 
 others are called NAME_part1, NAME_part2, NAME_residual: later steps work on them as on any layer. A
 layer whose parts would take as many multiply-accumulates as itself, or be a loss on the target,
 stays whole.
+
+`stages` splits a step: the statistics of each stage are gathered behind the layers of those before,
+and its layers make up for what those lost (`numerics/least_squares.py`), biases included; with
+`nonlinear` for what is left of it behind their activations (`numerics/low_rank_responses.py`).
 """
 
 from __future__ import annotations
@@ -19,16 +23,21 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relax
 
+from ..errors import DataError
+from .biases import BiasWriter
 from .costs import LayerCosts
 from .graph import Graph, rebuild
-from .low_rank_config import LowRankConfig
-from .low_rank_parts import Part, call_of, fit, kernels_of
-from .low_rank_ranks import Candidate, candidates, choose_ranks
+from .ir import immediate, op_name
+from .low_rank_config import LowRankConfig, Network
+from .low_rank_parts import Layer, Part, call_of, fit, product_of
+from .low_rank_ranks import Aim, Candidate, candidates, choose_ranks
 from .numerics.low_rank_residual import split_with_residual
+from .numerics.low_rank_responses import split_for_responses
 from .numerics.statistics import Statistics
 from .observations import Observations
 from .patches import weight_of_matrix
-from .weight_layers import weight_layers
+from .placement import bias_vector
+from .weight_layers import in_stages, weight_layers
 
 LOW_RANK_ATTR = "tvm_compress.low_rank"
 
@@ -43,6 +52,7 @@ class Split:
     parts: list[Part]
     kernels: list[Array]
     residual: NDArray[np.float32] | None
+    bias_shift: Array | None
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowRank")
@@ -68,33 +78,109 @@ class LowRank:
         self, module: tvm.IRModule, _context: tvm.transform.PassContext
     ) -> tvm.IRModule:
         graph = Graph(module["main"])
-        builder = relax.BlockBuilder()
-        before: dict[relax.Var, list[relax.VarBinding]] = {}
-        replace: dict[relax.Var, tvm.ir.Expr] = {}
+        biases = BiasWriter(graph, module)
+        splits: dict[relax.Var, Split] = {}
         notes = read_low_rank(module)
         found = candidates(weight_layers(graph, self.schemes), self.statistics, self.costs)
         for candidate, rank in zip(found, choose_ranks(found), strict=True):
             note = f"whole: {rank}" if isinstance(rank, str) else _words(candidate, rank)
-            for variable in candidate.layer.variables:
-                notes[variable.name] = note
+            variables = candidate.layer.variables
+            notes |= {variable.name: note for variable in variables}
             if isinstance(rank, str):
                 continue
-            split = _split(candidate, rank)
-            for variable in candidate.layer.variables:
-                bindings = _bindings(graph.values[variable], split, variable, builder)
-                before[variable] = bindings[:-1]
-                replace[variable] = bindings[-1].value
+            split = _split(candidate, rank, _behind(graph, candidate.layer))
+            splits |= dict.fromkeys(variables, split)
+            if split.bias_shift is not None:
+                biases.subtract(variables[0], split.bias_shift)
+        # Biases first: a layer may read what has got one.
+        graph = Graph(biases.write())
         module = module.clone()
-        main = rebuild(graph.function, replace=replace, before=before)
-        module["main"] = main.with_attr(LOW_RANK_ATTR, json.dumps(notes))
+        module["main"] = _written(graph, splits).with_attr(LOW_RANK_ATTR, json.dumps(notes))
         return relax.transform.Normalize()(module)
 
 
-def observe(module: tvm.IRModule, schemes: Mapping[str, LowRankConfig]) -> Observations | None:
-    """X·Xᵀ of the layers that are split for the data."""
+def _written(graph: Graph, splits: Mapping[relax.Var, Split]) -> relax.Function:
+    builder = relax.BlockBuilder()
+    before: dict[relax.Var, list[relax.VarBinding]] = {}
+    replace: dict[relax.Var, tvm.ir.Expr] = {}
+    for variable, split in splits.items():
+        bindings = _bindings(graph.values[variable], split, variable, builder)
+        before[variable] = bindings[:-1]
+        replace[variable] = bindings[-1].value
+    return rebuild(graph.function, replace=replace, before=before)
+
+
+def stages(
+    module: tvm.IRModule, schemes: Mapping[str, LowRankConfig]
+) -> list[dict[str, LowRankConfig]]:
+    """`schemes` in parts, in the order of the graph, each to be applied behind those before. Ranks
+    under a total are chosen for all layers at once."""
     layers = weight_layers(Graph(module["main"]), schemes)
-    names = [v.name for layer in layers if layer.config.data_aware for v in layer.variables]
-    return Observations(second_moments=frozenset(names)) if names else None
+    return in_stages(
+        [n for n in layers if n.config.data_aware and not isinstance(n.config.rank, Network)],
+        schemes,
+    )
+
+
+def observe(module: tvm.IRModule, schemes: Mapping[str, LowRankConfig]) -> Observations | None:
+    """X·Xᵀ of the layers that are split for the data, and some patches of those that an activation
+    follows which counts."""
+    graph = Graph(module["main"])
+    layers = [layer for layer in weight_layers(graph, schemes) if layer.config.data_aware]
+    if not layers:
+        return None
+    return Observations(
+        second_moments=frozenset(v.name for layer in layers for v in layer.variables),
+        patches={layer.name: _rows(layer) for layer in layers if _behind(graph, layer) is not None},
+    )
+
+
+def _rows(layer: Layer) -> int:
+    """Patches to sample: some for each unknown of an output, in 64 MiB."""
+    size = layer.weight.size // (layer.outputs * layer.patches.groups)
+    return min(max(2048, 8 * size), (1 << 24) // (size * layer.patches.groups))
+
+
+@dataclass(frozen=True)
+class Behind:
+    """A layer's bias [O] and what the activation behind it clips to."""
+
+    bias: Array
+    bounds: tuple[float, float]
+
+
+def _behind(graph: Graph, layer: Layer) -> Behind | None:
+    """Where an activation counts that follows the layer directly; None: the outputs themselves
+    count."""
+    if not layer.config.nonlinear or len(layer.variables) > 1:
+        return None
+    variable = layer.variables[0]
+    bias = np.zeros(layer.outputs * layer.patches.groups)
+    reader = _reader(graph, variable)
+    if reader is not None and graph.op(reader) == "relax.add":
+        arrays = [graph.constant(operand) for operand in graph.operands(reader)]
+        array = next((item for item in arrays if item is not None), None)
+        vector = None if array is None else bias_vector(array, layer.call, variable)
+        if vector is None:
+            return None
+        bias, reader = vector.astype(np.float64), _reader(graph, reader)
+    call = None if reader is None else graph.values[reader]
+    name = None if call is None else op_name(call)
+    if name == "relax.nn.relu":
+        return Behind(bias, (0.0, np.inf))
+    if name == "relax.nn.relu6":
+        return Behind(bias, (0.0, 6.0))
+    if name == "relax.clip" and call is not None:
+        low, high = (immediate(item) for item in call.args[1:])
+        if low is not None and high is not None:
+            return Behind(bias, (low, high))
+    return None
+
+
+def _reader(graph: Graph, variable: relax.Var) -> relax.Var | None:
+    """The only one."""
+    readers = graph.readers[variable]
+    return readers[0] if len(readers) == 1 else None
 
 
 def read_low_rank(module: tvm.IRModule) -> dict[str, str]:
@@ -114,35 +200,79 @@ def _words(candidate: Candidate, rank: int) -> str:
     return words
 
 
-def _split(candidate: Candidate, rank: int) -> Split:
+def _split(candidate: Candidate, rank: int, behind: Behind | None) -> Split:
     """Each group by itself; the parts then stand side by side along the outputs."""
-    layer, residual = candidate.layer, candidate.layer.config.residual
-    kernels: list[list[Array]] = []
-    rests: list[Array] = []
-    for kernel, hessian in zip(kernels_of(layer), candidate.hessians(), strict=True):
-
-        def fitted(
-            weight: Array, shape: tuple[int, ...] = kernel.shape, metric: Array | None = hessian
-        ) -> tuple[list[Array], Array]:
-            near = weight.reshape(shape)
-            found, product = fit(candidate.form, near, rank, candidate.multiple, metric)
-            return found, product.reshape(weight.shape)
-
-        flat = kernel.reshape(-1, kernel.shape[3])
-        if candidate.pattern is None or residual is None:
-            kernels.append(fitted(flat)[0])
-            continue
-        found, rest = split_with_residual(
-            flat, fitted, candidate.pattern, residual.sparsity, hessian
-        )
-        kernels.append(found)
-        rests.append(rest.T)
+    layer = candidate.layer
+    groups = [
+        _split_group(candidate, rank, aim)
+        if behind is None
+        else _split_for_responses(candidate, rank, aim, behind, group)
+        for group, aim in enumerate(candidate.aims())
+    ]
+    rests = [group.rest.T for group in groups if group.rest is not None]
+    shifts = [group.bias_shift for group in groups if group.bias_shift is not None]
     weight = None
     if rests:
         shape = layer.weight.shape
         weight = weight_of_matrix(np.stack(rests), layer.call, shape).astype(np.float32)
-    joined = [np.concatenate(group, axis=3) for group in zip(*kernels, strict=True)]
-    return Split(candidate.parts(rank), joined, weight)
+    joined = [
+        np.concatenate(parts, axis=3)
+        for parts in zip(*(group.kernels for group in groups), strict=True)
+    ]
+    return Split(candidate.parts(rank), joined, weight, np.concatenate(shifts) if shifts else None)
+
+
+@dataclass(frozen=True)
+class _Group:
+    kernels: list[Array]
+    rest: Array | None
+    bias_shift: Array | None
+
+
+def _split_group(candidate: Candidate, rank: int, aim: Aim) -> _Group:
+    """Nearest to the weight or to the outputs."""
+    shape = aim.kernel.shape
+    flat = aim.kernel.reshape(-1, shape[3])
+
+    def fitted(weight: Array) -> tuple[list[Array], Array]:
+        near = weight.reshape(shape)
+        found, product = fit(candidate.form, near, rank, candidate.multiple, aim.hessian)
+        return found, product.reshape(weight.shape)
+
+    residual, rest = candidate.layer.config.residual, None
+    if candidate.pattern is None or residual is None:
+        kernels, product = fitted(flat)
+    else:
+        kernels, rest = split_with_residual(
+            flat, fitted, candidate.pattern, residual.sparsity, aim.hessian
+        )
+        product = product_of(candidate.form, kernels).reshape(flat.shape) + rest
+    shift = None if aim.problem is None else aim.problem.bias_shift(product)
+    return _Group(kernels, rest, shift)
+
+
+def _split_for_responses(
+    candidate: Candidate, rank: int, aim: Aim, behind: Behind, group: int
+) -> _Group:
+    """Nearest to what is behind the activation, on a sample of the patches."""
+    layer, problem = candidate.layer, aim.problem
+    sample = candidate.statistics.moments[layer.name].sample
+    if sample is None or problem is None or problem.mean is None or problem.output_mean is None:
+        raise DataError(
+            f"the calibration statistics lack patches of layer {layer.name!r}; calibrate with what "
+            "`low_rank.observe` lists"
+        )
+    bias = behind.bias[group * layer.outputs : (group + 1) * layer.outputs]
+    before = sample.inputs[group].astype(np.float64)
+    plain = layer.matrices()[group]
+    sums = before @ plain if sample.wanted is None else sample.wanted[group].astype(np.float64)
+    start = problem.output_mean - problem.mean @ problem.best
+    u, v, shift = split_for_responses(
+        problem.best, bias + start, rank, before, sums + bias, behind.bounds,
+        problem.hessian / candidate.statistics.moments[layer.name].count,
+    )  # fmt: skip
+    kernels = [u.reshape(*aim.kernel.shape[:3], rank), v[None, None]]
+    return _Group(kernels, None, bias - shift)
 
 
 def _bindings(

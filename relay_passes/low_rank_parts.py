@@ -97,22 +97,39 @@ def fit(
     form: Form, kernel: Array, rank: int, multiple: int, hessian: Array | None
 ) -> tuple[list[Array], Array]:
     """The parts' kernels [H, W, I, O] for one group, and their product."""
+    kernels = _fit(form, kernel, rank, multiple, hessian)
+    return kernels, product_of(form, kernels)
+
+
+def _fit(form: Form, kernel: Array, rank: int, multiple: int, hessian: Array | None) -> list[Array]:
     if form == "rows_and_columns":
-        u, v = split_rows_and_columns(kernel, rank, hessian)
-        return [u, v], np.einsum("hxir,ywro->hwio", u, v, optimize=True)
+        return list(split_rows_and_columns(kernel, rank, hessian))
     if form == "tucker":
         inner = parts_of(form, _sides(kernel), rank, multiple, 1)[0].sides[3]
         tucker = tucker2(kernel, inner, rank, hessian)
-        return [tucker.first[None, None], tucker.core, tucker.last[None, None]], tucker.decode()
+        return [tucker.first[None, None], tucker.core, tucker.last[None, None]]
     if form == "canonical":
         cp = canonical_polyadic(kernel, rank, hessian)
-        factors = [
+        return [
             cp.first[None, None], cp.rows[:, None, None], cp.columns[None, :, None],
             cp.last[None, None],
         ]  # fmt: skip
-        return factors, cp.decode()
     u, v = split_matrix(kernel.reshape(-1, kernel.shape[3]), rank, hessian)
-    return [u.reshape(*kernel.shape[:3], rank), v[None, None]], (u @ v).reshape(kernel.shape)
+    return [u.reshape(*kernel.shape[:3], rank), v[None, None]]
+
+
+# h, w: the window; i, o: inputs and outputs; x: sides of 1; others: between the parts.
+_PRODUCTS: dict[Form, str] = {
+    "channels": "hwir,xxro->hwio",
+    "rows_and_columns": "hxir,xwro->hwio",
+    "tucker": "xxia,hwab,xxbo->hwio",
+    "canonical": "xxir,hxxr,xwxr,xxro->hwio",
+}
+
+
+def product_of(form: Form, kernels: Sequence[Array]) -> Array:
+    """What the parts [H, W, I, O] of one group are together."""
+    return np.asarray(np.einsum(_PRODUCTS[form], *kernels, optimize=True))
 
 
 def _sides(kernel: Array) -> Sides:

@@ -27,8 +27,8 @@ from .low_rank_parts import (
     parts_of,
     specs_of,
 )
+from .numerics.least_squares import LeastSquares
 from .numerics.rank_choice import Choice, allocate, energies, rank_for_energy, spectrum
-from .numerics.second_order import damped
 from .numerics.sparsity_pattern import Mask, SparsityPattern
 from .numerics.statistics import Statistics
 
@@ -36,6 +36,19 @@ Array = NDArray[np.float64]
 
 _MULTIPLE = 8  # without a target: whole vectors on most
 _WEIGHT_BYTES, _INDEX_BYTES = 4, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Aim:
+    """What a group's parts are to come near to: a kernel [H, W, I, O], measured by what a change
+    does to the outputs where data count."""
+
+    kernel: Array
+    problem: LeastSquares | None = None
+
+    @property
+    def hessian(self) -> Array | None:
+        return None if self.problem is None else self.problem.hessian
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +70,15 @@ class Candidate:
         rows, columns, inputs, outputs = kernel.shape
         return rows, columns, inputs, outputs
 
-    def hessians(self) -> list[Array | None]:
-        """X·Xᵀ of each group, where data count."""
-        groups = self.layer.patches.groups
+    def aims(self) -> list[Aim]:
+        """For each group; not kept, since X·Xᵀ is large."""
+        kernels = kernels_of(self.layer)
         if not self.layer.config.data_aware:
-            return [None] * groups
-        return [damped(second) for second in self.layer.moments(self.statistics)[0]]
+            return [Aim(kernel) for kernel in kernels]
+        return [
+            Aim(problem.best.reshape(kernel.shape), problem)
+            for kernel, problem in zip(kernels, self.layer.problems(self.statistics), strict=True)
+        ]
 
     @property
     def largest(self) -> int:
@@ -83,12 +99,12 @@ class Candidate:
         """Spectrum of the matrix that the form splits, over all groups."""
         rows, columns, inputs, outputs = self.sides
         found = []
-        for kernel, hessian in zip(kernels_of(self.layer), self.hessians(), strict=True):
+        for aim in self.aims():
             if self.form == "rows_and_columns":
-                matrix = kernel.transpose(0, 2, 1, 3).reshape(rows * inputs, columns * outputs)
-                found.append(spectrum(matrix))
+                matrix = aim.kernel.transpose(0, 2, 1, 3)
+                found.append(spectrum(matrix.reshape(rows * inputs, columns * outputs)))
             else:
-                found.append(spectrum(kernel.reshape(-1, outputs), hessian))
+                found.append(spectrum(aim.kernel.reshape(-1, outputs), aim.hessian))
         return np.asarray(np.sum(found, axis=0))
 
     @cached_property

@@ -13,7 +13,8 @@ class Observations:
     `tensors`: ranges and histograms. `channels`: tensor => channel axis, for extremes and means by
     channel as well. `gradients`: tensor => channel axis, for what a labelled loss makes of each
     channel (`statistics.ChannelGradients`); the samples need labels. `first_moments` and
-    `second_moments`: layers whose input patches are averaged, and whose X·Xᵀ is summed.
+    `second_moments`: layers whose input patches are averaged, and whose X·Xᵀ is summed. `patches`:
+    layer of `second_moments` => how many of its patches are sampled.
     """
 
     tensors: frozenset[str] = frozenset()
@@ -21,6 +22,7 @@ class Observations:
     first_moments: frozenset[str] = frozenset()
     second_moments: frozenset[str] = frozenset()
     gradients: Mapping[str, int] = field(default_factory=dict)
+    patches: Mapping[str, int] = field(default_factory=dict)
 
     def __or__(self, other: Observations) -> Observations:
         """Everything that either asks for."""
@@ -30,6 +32,7 @@ class Observations:
             self.first_moments | other.first_moments,
             self.second_moments | other.second_moments,
             {**self.gradients, **other.gradients},
+            {**self.patches, **other.patches},
         )
 
     def __bool__(self) -> bool:

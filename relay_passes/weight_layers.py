@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -21,6 +22,9 @@ from .patches import patch_shape, weight_matrix
 from .quantize_weights import weight_layout
 
 Config = TypeVar("Config")
+
+# Parts of a step that calibration runs between: each is two inferences a sample.
+STAGES = 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +87,24 @@ class WeightLayer(Generic[Config]):
                 )
             )
         return problems
+
+
+def in_stages(
+    layers: Sequence[WeightLayer[Config]], schemes: Mapping[str, Config]
+) -> list[dict[str, Config]]:
+    """`schemes` in at most `STAGES` parts, in the order of the graph; in the first one also what is
+    not among the `layers`."""
+    if not layers:
+        return [dict(schemes)]
+    names = [[variable.name for variable in layer.variables] for layer in layers]
+    bounds = np.linspace(0, len(names), min(len(names), STAGES) + 1).round().astype(int)
+    parts = [
+        {name: schemes[name] for group in names[start:end] for name in group}
+        for start, end in pairwise(bounds)
+    ]
+    in_parts = {name for part in parts for name in part}
+    parts[0] |= {name: item for name, item in schemes.items() if name not in in_parts}
+    return parts
 
 
 def weight_layers(graph: Graph, schemes: Mapping[str, Config]) -> list[WeightLayer[Config]]:

@@ -115,7 +115,7 @@ class _Watcher:
 
 
 class _LayerWatcher:
-    def __init__(self, name: str, call: relax.Call, with_second: bool) -> None:
+    def __init__(self, name: str, call: relax.Call, with_second: bool, rows: int) -> None:
         from .relay_passes.ir import shape_of
         from .relay_passes.numerics.moments import MomentsObserver
         from .relay_passes.patches import patch_shape
@@ -125,7 +125,7 @@ class _LayerWatcher:
             raise RecipeError(f"layer {name!r} has no input patches to gather moments of")
         self.name = name
         self._call = call
-        self.moments = MomentsObserver(shape, with_second)
+        self.moments = MomentsObserver(shape, with_second, rows)
 
     def update(self, array: np.ndarray) -> None:
         from .relay_passes.patches import channels_first
@@ -275,7 +275,8 @@ def _watched(graph: Graph, observations: Observations) -> Iterator[_Watcher]:
         for layer in layers_of_input.get(variable, []):
             call = graph.values[variables[layer]]
             with_second = layer in observations.second_moments
-            watcher.layers.append(_LayerWatcher(layer, call, with_second))
+            rows = observations.patches.get(layer, 0)
+            watcher.layers.append(_LayerWatcher(layer, call, with_second, rows))
         yield watcher
 
 
@@ -293,6 +294,7 @@ def _instrument(module: tvm.IRModule, wanted: list[relax.Var]) -> tvm.IRModule:
     from tvm import relax
 
     from .relay_passes.graph import Graph, rebuild
+    from .relay_passes.sparse_choices import all_dense
 
     graph = Graph(module["main"])
     # What a dataflow block hands out must be a plain variable: give the wanted ones a second name.
@@ -307,7 +309,7 @@ def _instrument(module: tvm.IRModule, wanted: list[relax.Var]) -> tvm.IRModule:
         result=[handed_out.get(item, item) for item in wanted],
     )
     module = module.clone()
-    module["main"] = relax.analysis.remove_all_unused(function)
+    module["main"] = all_dense(relax.analysis.remove_all_unused(function))
     return relax.transform.Normalize()(module)
 
 

@@ -9,7 +9,7 @@ is added to a shortcut, it can make up for what the shortcut has lost as well (H
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Mapping, Sized
 from typing import TYPE_CHECKING
 
 from .calibrate import Sample, Tensors, require_finite
@@ -32,17 +32,19 @@ def calibrate_towards(
     samples: Iterable[Sample],
     *,
     target: Target,
+    rows: Mapping[str, int] | None = None,
     progress: Progress | None = None,
     cached: KernelCache | None = None,
 ) -> Statistics:
     """Moments of the `layers` of `model`, `wanted` included: what they gave in `reference`, which
-    is the model before any of it changed and has layers of the same names.
+    is the model before any of it changed and has layers of the same names. `rows`: layer => how
+    many patches are sampled.
 
     Raises `DataError` as `calibrate` does.
     """
     from .relay_passes.numerics.statistics import Statistics
 
-    gathered = _Towards(reference, model, frozenset(layers), target, cached)
+    gathered = _Towards(reference, model, frozenset(layers), rows or {}, target, cached)
     total = len(samples) if isinstance(samples, Sized) else 0
     count = 0
     for index, sample in enumerate((progress or Progress()).track(samples, "calibrate", total)):
@@ -60,6 +62,7 @@ class _Towards:
         reference: tvm.IRModule,
         model: Model,
         names: frozenset[str],
+        rows: Mapping[str, int],
         target: Target,
         cached: KernelCache | None,
     ) -> None:
@@ -81,7 +84,8 @@ class _Towards:
         for layer, call in self._calls.items():
             patches = patch_shape(call, shape_of(call.args[1]) or ())
             assert patches is not None, f"{layer.name} has no patches"
-            self._observers[layer] = MomentsObserver(patches, with_second=True)
+            count = rows.get(layer.name, 0)
+            self._observers[layer] = MomentsObserver(patches, with_second=True, rows=count)
         added = [item for items in self._shortcuts.values() for item in items]
         needed = [*(call.args[0] for call in self._calls.values()), *added]
         self._now = Tensors(model.module, needed, model.inputs, target, cached)

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .targets import Target
     from .tuning.database import Database, TunedChoices
 
+LOSS_SAMPLES = 128  # on which a network's outputs are compared, layer by layer
 PROBES = 8  # inputs kept in the artefact, so that it can be verified without data
 BENCHMARK_SECONDS = 2.0  # of each side, for the report; `benchmark` measures longer
 SIMD = frozenset({"dsp", "mve", "neon", "rvv"})  # which kernels in portable C do without
@@ -373,6 +374,8 @@ def _apply_in_stages(
 
     entry = PASSES[name]
     original, data = module, job.calibration
+    if entry.undecided(schemes):
+        schemes = _decide(job, module, name, schemes, workspace, progress)
     stages = entry.stages(module, schemes)
     for index, stage in enumerate(progress.track(stages, name, len(stages), "parts")):
         wanted = entry.observe(module, stage)
@@ -384,10 +387,40 @@ def _apply_in_stages(
                 gather = partial(calibrate, model, data, wanted, **options)
             else:
                 layers = wanted.second_moments
+                options["rows"] = wanted.patches
                 gather = partial(calibrate_towards, original, model, layers, data, **options)
             statistics = _kept(gather, parts, data, workspace)
         module = entry.apply(module, stage, statistics, costs)
     return module
+
+
+def _decide(
+    job: Job,
+    module: tvm.IRModule,
+    name: str,
+    schemes: Mapping[str, Any],
+    workspace: Workspace,
+    progress: Progress,
+) -> dict[str, Any]:
+    """A config for each layer, where several have one together."""
+    from .calibrate import calibrate
+    from .output_loss import OutputLoss
+    from .relay_passes.numerics.statistics import Statistics
+    from .relay_passes.passes import PASSES
+
+    entry, data = PASSES[name], job.calibration
+    if data is None:
+        return entry.decide(module, schemes, Statistics(), None)
+    model, options = replace(job.model, module=module), _calibration_options(job)
+    wanted = entry.observe(module, entry.undecided(schemes))
+    statistics = Statistics()
+    if wanted:
+        shown = partial(calibrate, model, data, wanted, progress=progress, **options)
+        parts = _calibration_parts(job, module, wanted)
+        statistics = _kept(shown, parts, data, workspace)
+    with progress.step(f"{name}: losses by layer"):
+        loss = OutputLoss(model, data.take(LOSS_SAMPLES), **options)
+        return entry.decide(module, schemes, statistics, loss)
 
 
 def compress_module(
@@ -496,6 +529,7 @@ def _observations_key(wanted: Observations) -> str:
             "first": sorted(wanted.first_moments),
             "second": sorted(wanted.second_moments),
             "gradients": dict(sorted(wanted.gradients.items())),
+            "patches": dict(sorted(wanted.patches.items())),
         }
     )
 

@@ -19,7 +19,7 @@ _PENALTIES, _ROUNDS = (0.01, 1.0), 12
 
 def split_for_responses(
     weight: Array, bias: Array, rank: int, before: Array, wanted: Array,
-    bounds: tuple[float, float] = (-np.inf, np.inf), second: Array | None = None,
+    bounds: tuple[float, float] = (-np.inf, np.inf), covariance: Array | None = None,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """act(x w + b) => act(x u v + b'), [K, N] => [K, r], [r, N], [N]; act clips to `bounds`.
 
@@ -28,15 +28,15 @@ def split_for_responses(
     a reduced-rank regression; with them auxiliary variables z, in the place of the sums, and
     factors are solved for in turns: min |act(z) - act(wanted)|² + λ |z - (x u v + b')|².
 
-    `second` [K, K], the mean of x xᵀ over all the data, holds the answer near `weight` where
-    patches are few: it counts for as many of them as there are inputs.
+    `covariance` [K, K], of x over all the data, holds the answer near `weight` where patches are
+    few: it counts for as many of them as there are inputs.
     """
     target = np.clip(wanted, *bounds)
     mean_x = before.mean(axis=0)
     centred = before - mean_x
     gram = centred.T @ centred / len(before)
-    if second is not None:
-        gram += len(weight) / len(before) * (second - np.outer(mean_x, mean_x))
+    if covariance is not None:
+        gram += len(weight) / len(before) * covariance
     gram[np.diag_indices_from(gram)] += 1e-8 * np.trace(gram) / len(gram) + 1e-30
     lower = np.linalg.cholesky(gram)
     pulled = centred.T / len(before)

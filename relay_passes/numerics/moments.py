@@ -14,6 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from .patch_sample import PatchSampler
 from .statistics import LayerMoments, WantedOutputs
 
 BLOCK_FLOATS = 1 << 22  # patches are laid out at most this many numbers (16 MiB) at a time
@@ -50,13 +51,14 @@ def extract_patches(x: NDArray[np.float32], shape: PatchShape) -> NDArray[np.flo
 
 class MomentsObserver:
     """Sums of x and, when asked, of x xᵀ over all patches x, in float64, block by block; of x yᵀ
-    as well where it is told which outputs y to give for them.
+    as well where it is told which outputs y to give for them; and `rows` of the patches themselves.
 
     Memory: K (K * K, K * O) numbers for each group and one block of patches, whatever the samples.
     """
 
-    def __init__(self, shape: PatchShape, with_second: bool) -> None:
+    def __init__(self, shape: PatchShape, with_second: bool, rows: int = 0) -> None:
         self._shape = shape
+        self._sampler = PatchSampler(rows) if rows else None
         self._with_second = with_second
         self._sum: NDArray[np.float64] | None = None
         self._second: NDArray[np.float64] | None = None
@@ -72,6 +74,8 @@ class MomentsObserver:
         patches = extract_patches(x, self._shape)
         spatial = len(self._shape.kernel)
         groups = patches.shape[0]
+        if self._sampler is not None:
+            self._sampler.update(patches, spatial, wanted)
         length = int(np.prod(patches.shape[2 + spatial :]))  # K
         if self._sum is None:
             self._sum = np.zeros((groups, length))
@@ -116,4 +120,5 @@ class MomentsObserver:
         wanted = None
         if self._wanted is not None and self._wanted_sum is not None:
             wanted = WantedOutputs(self._wanted_sum / self._count, self._wanted.copy())
-        return LayerMoments(self._sum / self._count, second, self._count, wanted)
+        sample = None if self._sampler is None else self._sampler.result()
+        return LayerMoments(self._sum / self._count, second, self._count, wanted, sample)

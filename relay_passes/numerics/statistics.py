@@ -50,6 +50,15 @@ class WantedOutputs:
 
 
 @dataclass(frozen=True, eq=False)
+class PatchSample:
+    """Some input patches x, float32 [G, P, K], and what the layer should give for them where that
+    is not what it gives, [G, P, N]."""
+
+    inputs: NDArray[np.float32]
+    wanted: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class LayerMoments:
     """Moments of a layer's input patches x (length K = kernel positions * input channels).
 
@@ -61,6 +70,7 @@ class LayerMoments:
     second: NDArray[np.float64] | None
     count: int
     wanted: WantedOutputs | None = None
+    sample: PatchSample | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +141,10 @@ class Statistics(Mapping[str, TensorStatistics]):
             if moments.wanted is not None:
                 arrays[f"{prefix}.wanted"] = moments.wanted.second
                 arrays[f"{prefix}.wanted_mean"] = moments.wanted.mean
+            if moments.sample is not None:
+                arrays[f"{prefix}.sample"] = moments.sample.inputs
+                if moments.sample.wanted is not None:
+                    arrays[f"{prefix}.sample_wanted"] = moments.sample.wanted
         with path.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
 
@@ -163,8 +177,11 @@ def _read(arrays: Mapping[str, NDArray]) -> Statistics:
         wanted = None
         if f"{prefix}.wanted" in arrays:
             wanted = WantedOutputs(arrays[f"{prefix}.wanted_mean"], arrays[f"{prefix}.wanted"])
+        sample = None
+        if f"{prefix}.sample" in arrays:
+            sample = PatchSample(arrays[f"{prefix}.sample"], arrays.get(f"{prefix}.sample_wanted"))
         moments[name] = LayerMoments(
-            arrays[f"{prefix}.mean"], second, int(arrays[f"{prefix}.count"]), wanted
+            arrays[f"{prefix}.mean"], second, int(arrays[f"{prefix}.count"]), wanted, sample
         )
     gradients: dict[str, ChannelGradients] = {}
     for index, name in enumerate(arrays["gradients"].tolist()):

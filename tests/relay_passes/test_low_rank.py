@@ -4,7 +4,7 @@ steps."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,14 @@ from tvm import relax
 from tvm.relax import op
 
 from tvm_compress.calibrate import calibrate
+from tvm_compress.calibrate_towards import calibrate_towards
 from tvm_compress.errors import DataError, RecipeError
 from tvm_compress.importers import load_model
 from tvm_compress.recipe import Recipe, Step, dump_recipe, parse_recipe
 from tvm_compress.relay_passes import ir
 from tvm_compress.relay_passes.costs import Comparison, LayerCosts
 from tvm_compress.relay_passes.layer_spec import LayerSpec
-from tvm_compress.relay_passes.low_rank import LowRank, observe, read_low_rank
+from tvm_compress.relay_passes.low_rank import LowRank, observe, read_low_rank, stages
 from tvm_compress.relay_passes.low_rank_config import (
     Bytes,
     Energy,
@@ -155,6 +156,64 @@ def test_ranks_are_multiples_and_large_ones_do_nothing() -> None:
             assert rank % 8 == 0
     whole = split(module, LowRankConfig(rank=Rank(1000)))
     assert [n.name for n in list_layers(whole)] == [n.name for n in list_layers(module)]
+
+
+def in_stages(module: tvm.IRModule, config: LowRankConfig, **others: Any) -> tvm.IRModule:
+    """Each layer behind those before it, as a recipe's step."""
+    schemes = {**all_layers(module, config), **others}
+    schemes = {name: item for name, item in schemes.items() if item is not None}
+    data, original = [{"x": array} for array in samples(module, count=12)], module
+    for index, stage in enumerate(stages(module, schemes)):
+        wanted = observe(module, stage)
+        assert wanted is not None
+        model = load_model(module)
+        if index == 0:
+            statistics = calibrate(model, data, wanted, target=HOST)
+        else:
+            statistics = calibrate_towards(
+                load_model(original).module, model, wanted.second_moments, data,
+                target=HOST, rows=wanted.patches,
+            )  # fmt: skip
+        module = LowRank(stage, statistics)(module)
+    return module
+
+
+def small(net: Net, x: relax.Var) -> relax.Var:
+    x = net.conv_relu("a", x, 24)
+    x = net("c_clip", op.clip(net.conv("c", x, 24), 0.0, 1.5))
+    return net.conv_relu("e", x, 16, groups=2)
+
+
+def test_stages_make_up_for_what_was_lost() -> None:
+    """Behind split layers and their activations: nearer to the original than all at once."""
+    module = build(small, (1, 16, 9, 10))
+    linear = LowRankConfig(rank=Rank(6))
+    nonlinear = replace(linear, nonlinear=True)
+    assert [set(stage) for stage in stages(module, all_layers(module, linear))] == [
+        {"a"}, {"c"}, {"e"},
+    ]  # fmt: skip
+    wanted = observe(module, all_layers(module, nonlinear))
+    assert wanted is not None and set(wanted.patches) == {"a", "c", "e"}
+    errors = [
+        error(module, split(module, linear)),
+        error(module, in_stages(module, linear)),
+        error(module, in_stages(module, nonlinear)),
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.9 * errors[0]
+
+
+def test_layers_without_an_activation_are_linear() -> None:
+    """What is added to a layer's outputs, and a loop's shared weights, leave them linear."""
+
+    def body(net: Net, x: relax.Var) -> relax.Var:
+        y = net("y", op.nn.relu(net("sum", op.add(net.conv_bias("a", x, 16), x))))
+        return net.conv_bias("z", y, 16)
+
+    module = build(body, (1, 16, 6, 6))
+    wanted = observe(module, all_layers(module, LowRankConfig(nonlinear=True)))
+    assert wanted is not None and not wanted.patches
+    assert set(ranks(in_stages(module, LowRankConfig(rank=Rank(4), nonlinear=True)))) == {"a", "z"}
 
 
 def ranks(module: tvm.IRModule) -> dict[str, int]:
