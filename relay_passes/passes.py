@@ -44,6 +44,9 @@ class PassEntry:
     """Refused where all layers it is for came quantised; other steps just leave those alone."""
     uses_costs: bool = False
     """Whether the pass asks what layers cost on the target."""
+    decide_at: str | None = None
+    """Finds the configs of layers that have one together, by the network's losses (`decide`)."""
+    undecided_at: str | None = None
     stages_at: str | None = None
     """Splits a step into parts, each calibrated behind those before (`stages`)."""
 
@@ -75,6 +78,22 @@ class PassEntry:
     def observe(self, module: tvm.IRModule, schemes: Mapping[str, Any]) -> Observations | None:
         """What calibration has to gather on `module` before `apply`; `None` when nothing."""
         return None if self.observe_at is None else _load(self.observe_at)(module, schemes)
+
+    def undecided(self, schemes: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of `schemes` that `decide` has to look at."""
+        return {} if self.undecided_at is None else _load(self.undecided_at)(schemes)
+
+    def decide(
+        self,
+        module: tvm.IRModule,
+        schemes: Mapping[str, Any],
+        statistics: Statistics,
+        loss: Callable[[tvm.IRModule], float] | None,
+    ) -> dict[str, Any]:
+        """`schemes` with a config for each layer alone; `statistics` is what `observe` asked for
+        of the undecided ones, `loss` how far a module's outputs are from those of this one."""
+        assert self.decide_at is not None
+        return _load(self.decide_at)(module, schemes, statistics, loss)
 
     def stages(self, module: tvm.IRModule, schemes: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Parts of `schemes`, to be applied one after the other; only where `stages_at` is set."""
@@ -138,6 +157,7 @@ PASSES: dict[str, PassEntry] = {
         config_at="low_rank_config:LowRankConfig",
         pass_at="low_rank:LowRank",
         observe_at="low_rank:observe",
+        stages_at="low_rank:stages",
         keeps_statistics=False,
         uses_costs=True,
         refused_behind=_CODES | _ZEROS | _FACTORS,
@@ -148,6 +168,8 @@ PASSES: dict[str, PassEntry] = {
         config_at="sparsify_config:SparsifyConfig",
         pass_at="sparsify:Sparsify",
         observe_at="sparsify:observe",
+        decide_at="sparsity_shares:decide",
+        undecided_at="sparsity_shares:undecided",
         stages_at="sparsify:stages",
         keeps_statistics=False,
         uses_costs=True,

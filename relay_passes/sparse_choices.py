@@ -97,6 +97,15 @@ def read_choices(function: relax.Function) -> dict[str, SparseChoice]:
     return {name: SparseChoice(**fields) for name, fields in noted.items()}
 
 
+def all_dense(function: relax.Function) -> relax.Function:
+    """The same with dense kernels for all its layers: nothing is gained by sparse ones where a
+    module runs a few times."""
+    graph = Graph(function)
+    dense = asdict(SparseChoice("", "not shipped", 0.0, 0.0, ""))
+    layers = [item.name for item in graph.values if graph.op(item) in ANCHORS]
+    return function.with_attr(CHOICES_ATTR, json.dumps(dict.fromkeys(layers, dense)))
+
+
 def _as_stored(graph: Graph, call: relax.Call, spec: LayerSpec) -> LayerSpec:
     """A float kernel's spec with the dtypes that a quantised layer's codes have."""
     weight, data = call.args[1], call.args[0]

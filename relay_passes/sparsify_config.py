@@ -36,12 +36,17 @@ class SparsifyConfig:
         default="second_order",
         metadata={"help": "what a weight is worth; all but magnitude need calibration data"},
     )
-    scope: Literal["layer", "network"] = field(
+    scope: Literal["layer", "network", "sensitivity"] = field(
         default="layer",
         metadata={
             "help": "layer: each has the sparsity; network: all selected layers together, by what "
-            "a weight is worth relative to its layer's mean"
+            "a weight is worth relative to its layer's mean; sensitivity: all together, where it "
+            "changes the network's outputs least (measured layer by layer on calibration data)"
         },
+    )
+    total: Literal["weights", "operations"] = field(
+        default="weights",
+        metadata={"help": "what the sparsity of several layers together is a share of"},
     )
     reconstruct: bool = field(
         default=True,
@@ -69,10 +74,15 @@ class SparsifyConfig:
             )
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise RecipeError(f"sparsity is between 0 and 1, not {self.sparsity}")
-        if self.scope == "network" and (has_own or self.criterion == "second_order"):
+        if self.scope != "layer" and has_own:
             raise RecipeError(
-                f"scope: network with {self.pattern.words} and criterion: {self.criterion}: one "
-                "threshold for all layers needs blocks or unstructured, and another criterion"
+                f"scope: {self.scope} with {self.pattern.words}, which has its own sparsity; it "
+                "needs blocks or unstructured"
+            )
+        if self.scope == "network" and self.criterion == "second_order":
+            raise RecipeError(
+                "scope: network with criterion: second_order: one threshold for all layers needs "
+                "another criterion; scope: sensitivity goes with it"
             )
 
     @property

@@ -105,26 +105,48 @@ def prune_greedily(
     `together` units of a group are removed between two updates of their prices: 1 is the published
     algorithm, more do the same K³ operations a group of outputs as fewer, larger products.
     """
-    inverse = np.asarray(np.linalg.inv(hessian), np.float64)
-    groups = [
-        slice(start, min(start + pattern.outputs, weight.shape[1]))
-        for start in range(0, weight.shape[1], pattern.outputs)
-    ]
-    traces = [_remove_units(weight[:, group], inverse, pattern, together) for group in groups]
-    if isinstance(pattern, SemiStructured):
-        counts = np.array([len(order) for order, _ in traces])
-    else:
-        # Where a later unit of a trace is cheaper it still waits for the one before it.
-        costs = [np.maximum.accumulate(cost) for _, cost in traces]
-        removed = round(sum(len(cost) for cost in costs) * sparsity)
-        owners = np.repeat(np.arange(len(groups)), [len(cost) for cost in costs])
-        cheapest = np.argsort(np.concatenate(costs), kind="stable")[:removed]
-        counts = np.bincount(owners[cheapest], minlength=len(groups))
-    kept = np.ones(weight.shape, bool)
-    for group, (order, _), count in zip(groups, traces, counts, strict=True):
-        if count:
-            kept[np.concatenate(order[:count]), group] = False
+    kept = GreedyRemoval(weight, hessian, pattern, together).kept(sparsity)
     return reconstruct(weight, hessian, kept), kept
+
+
+class GreedyRemoval:
+    """In which order `prune_greedily` removes units, and what each costs: whatever the sparsity."""
+
+    def __init__(
+        self, weight: Matrix, hessian: Matrix, pattern: Block | SemiStructured, together: int = 1
+    ) -> None:
+        self._pattern, self._shape = pattern, weight.shape
+        inverse = np.asarray(np.linalg.inv(hessian), np.float64)
+        self._groups = [
+            slice(start, min(start + pattern.outputs, weight.shape[1]))
+            for start in range(0, weight.shape[1], pattern.outputs)
+        ]
+        traces = [
+            _remove_units(weight[:, group], inverse, pattern, together) for group in self._groups
+        ]
+        self._orders = [order for order, _ in traces]
+        # Where a later unit of a trace is cheaper it still waits for the one before it.
+        self._costs = [np.maximum.accumulate(cost) for _, cost in traces]
+
+    @property
+    def costs(self) -> NDArray[np.float64]:
+        """What the units cost, the cheapest first."""
+        return np.sort(np.concatenate(self._costs))
+
+    def kept(self, sparsity: float) -> Mask:
+        """[K, N]; a pattern with a sparsity of its own ignores `sparsity`."""
+        if isinstance(self._pattern, SemiStructured):
+            counts = np.array([len(order) for order in self._orders])
+        else:
+            removed = round(sum(len(cost) for cost in self._costs) * sparsity)
+            owners = np.repeat(np.arange(len(self._groups)), [len(cost) for cost in self._costs])
+            cheapest = np.argsort(np.concatenate(self._costs), kind="stable")[:removed]
+            counts = np.bincount(owners[cheapest], minlength=len(self._groups))
+        kept = np.ones(self._shape, bool)
+        for group, order, count in zip(self._groups, self._orders, counts, strict=True):
+            if count:
+                kept[np.concatenate(order[:count]), group] = False
+        return kept
 
 
 def _remove_units(
