@@ -72,7 +72,7 @@ class GatheredCost:
         # Blocks are filled up by half a group on average.
         filled = (group - 1) / 2 / spec.reduction_size * weight
         constant = self.output / spec.reduction_size + self.copied * _inputs(spec) + filled
-        return SparseForm(block, weight / dense, group, constant / dense, sums)
+        return SparseForm(block, weight / dense, group, constant / dense, sums=sums)
 
 
 def _inputs(spec: Conv2dSpec | MatmulSpec) -> float:
