@@ -33,7 +33,7 @@ _FORMS = 2
 # What is expected to take so many times as long as the dense kernel is not run to find out.
 _HOPELESS = 2.0
 _KEY_DIGITS = 16
-_PART = re.compile(r"_part\d+$")
+_PART = re.compile(r"_(part\d+|residual)$")
 
 
 def costs_folder() -> Path:

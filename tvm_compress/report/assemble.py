@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..kernels import LibraryInfo
 from .arena import Arena
 from .rows import (
     BoardCost,
     FloatRow,
+    KernelChoice,
     Latency,
     LayerRow,
     OtherKernelRow,
@@ -18,7 +19,7 @@ from .rows import (
     Side,
     StepTime,
 )
-from .schemes import FLOAT, describe_schemes
+from .schemes import FLOAT, describe_changes, describe_schemes
 
 if TYPE_CHECKING:
     import tvm
@@ -53,11 +54,11 @@ def assemble(
         schemes[name] = f"{schemes.get(name, FLOAT)}, decoded per call"
     for name in artefact.kernels.get("generic_layers", []):
         schemes[name] = f"{schemes.get(name, FLOAT)}, generic kernel"
-    for name, share in artefact.kernels.get("sparse_kernels", {}).items():
-        schemes[name] = f"{schemes.get(name, FLOAT)}, {100 * share:.0f} % stored"
-    layers, others = _rows(profile, before, after, benchmark, tensors, schemes)
+    changes = describe_changes(compressed)
+    layers, others = _rows(profile, before, after, benchmark, tensors, schemes, list(changes))
+    layers = _changed(layers, compressed, changes, artefact.kernels.get("sparse_kernels", {}))
     if evidence.board is not None:
-        layers = _counted(layers, evidence.board)
+        layers = _counted(layers, evidence.board, list(changes))
     left_float = [FloatRow(**_float_fields(entry)) for entry in artefact.kernels["left_float"]]
     return Report(
         model=job.model.name,
@@ -86,6 +87,7 @@ def assemble(
         arena=None if arena is None else Arena.from_json(arena),
         board=evidence.board,
         is_project=artefact.is_project,
+        notes=job.notes,
     )
 
 
@@ -104,7 +106,7 @@ def _untouched(layers: Iterable[LayerRow], named: Iterable[FloatRow]) -> list[Fl
     return [
         FloatRow(row.name, row.type, "the recipe does not ask for it")
         for row in layers
-        if row.scheme == FLOAT and row.name not in seen
+        if row.scheme == FLOAT and not row.change and row.name not in seen
     ]
 
 
@@ -115,6 +117,7 @@ def _rows(
     benchmark: Benchmark | None,
     tensors: tuple[TensorError, ...],
     schemes: Mapping[str, str],
+    changed: Sequence[str],
 ) -> tuple[tuple[LayerRow, ...], tuple[OtherKernelRow, ...]]:
     kernels_before = benchmark.kernels["original"] if benchmark else ()
     kernels_after = benchmark.kernels["compressed"] if benchmark else ()
@@ -124,7 +127,9 @@ def _rows(
     symbols: dict[str, list[str]] = {}
     for call in after.calls:
         for name in call.layers:
-            symbols.setdefault(name, []).append(call.symbol)
+            symbols.setdefault(owner_of(name, changed), []).append(call.symbol)
+    time_after = _of_owners(time_after, changed)
+    bytes_after = _of_owners(after.layer_bytes, changed)
     layers = []
     for layer in profile.layers:
         error = errors.get(layer.name)
@@ -137,7 +142,7 @@ def _rows(
                 macs=layer.macs,
                 parameters=layer.parameters,
                 bytes_before=before.layer_bytes.get(layer.name, 0),
-                bytes_after=after.layer_bytes.get(layer.name, 0),
+                bytes_after=bytes_after.get(layer.name, 0),
                 time_before_us=time_before.get(layer.name),
                 time_after_us=taken,
                 time_share=taken / total if taken is not None and total else None,
@@ -163,13 +168,65 @@ def _rows(
     return tuple(layers), others
 
 
-def _counted(layers: tuple[LayerRow, ...], cost: BoardCost) -> tuple[LayerRow, ...]:
+def _changed(
+    layers: tuple[LayerRow, ...],
+    compressed: tvm.IRModule,
+    words: Mapping[str, str],
+    stored: Mapping[str, float],
+) -> tuple[LayerRow, ...]:
+    """With what steps did to them, and which kernels were chosen for it."""
+    from ..relay_passes.sparse_choices import read_choices
+
+    names = {row.name for row in layers}
+    changes: dict[str, list[str]] = {}
+    for name, change in words.items():
+        owner = name if name in names else owner_of(name, sorted(names))
+        part = name.removeprefix(owner).removeprefix("_")
+        changes.setdefault(owner, []).append(f"{part}: {change}" if part else change)
+    choices = read_choices(compressed["main"])
+    rows = []
+    for row in layers:
+        choice = choices.get(row.name)
+        share = stored.get(row.name)
+        found = None
+        if choice is not None:
+            costs = (choice.cost, choice.dense_cost, choice.unit)
+            found = KernelChoice(choice.form, share, choice.reason, *costs)
+        elif share is not None:
+            found = KernelChoice("sparse", share, "")
+        rows.append(replace(row, change="; ".join(changes.get(row.name, [])), choice=found))
+    return tuple(rows)
+
+
+def owner_of(name: str, changed: Iterable[str]) -> str:
+    """The original's layer that a layer of the compressed model is a part of, one of those that
+    steps `changed`; other layers are themselves."""
+    owners = [layer for layer in changed if name == layer or name.startswith(f"{layer}_")]
+    return max(owners, key=len, default=name)
+
+
+Figure = TypeVar("Figure", int, float)
+
+
+def _of_owners(figures: Mapping[str, Figure], changed: Sequence[str]) -> dict[str, Figure]:
+    """Figures of the compressed model's layers, added up over the parts of the original's."""
+    found: dict[str, Figure] = {}
+    for name, figure in figures.items():
+        owner = owner_of(name, changed)
+        found[owner] = found[owner] + figure if owner in found else figure
+    return found
+
+
+def _counted(
+    layers: tuple[LayerRow, ...], cost: BoardCost, changed: Sequence[str]
+) -> tuple[LayerRow, ...]:
     """With the instructions of their kernels."""
     counts: dict[str, int] = {}
     for kernel in cost.kernels:
         for name in kernel.layers:
             share = kernel.instructions // len(kernel.layers)
             counts[name] = counts.get(name, 0) + share
+    counts = _of_owners(counts, changed)
     return tuple(replace(row, instructions=counts.get(row.name)) for row in layers)
 
 

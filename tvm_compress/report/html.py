@@ -18,6 +18,7 @@ from .rows import Report
 from .text import (
     NO_CYCLES,
     bytes_text,
+    change_text,
     count_text,
     db_text,
     instructions_text,
@@ -62,6 +63,7 @@ def render_html(report: Report | Mapping[str, Any]) -> str:
         _header(data),
         _cards(data),
         _checks(data["checks"]),
+        _notes(data.get("notes", ())),
         _composition(data),
         _board(data["board"]) if data.get("board") else "",
         arena_section(data["arena"]) if data.get("arena") else "",
@@ -217,6 +219,11 @@ def _checks(checks: Iterable[Mapping[str, Any]]) -> str:
         for check in checks
     )
     return f'<section><ul class="checks">{items}</ul></section>' if items else ""
+
+
+def _notes(notes: Iterable[str]) -> str:
+    lines = "".join(f'<p class="quiet">{escape(note)}</p>' for note in notes)
+    return f"<section>{lines}</section>" if lines else ""
 
 
 # --- what the bytes are -------------------------------------------------------------------------
@@ -425,12 +432,13 @@ def _error_panel(data: Mapping[str, Any], x: float) -> str:
 
 
 def _layer_table(data: Mapping[str, Any]) -> str:
-    names = ("layer", "type", "scheme", "MACs", "bytes before", "bytes after", "time before",
-             "time after", "share", "SQNR dB", "own dB", "max error")  # fmt: skip
+    names = ("layer", "type", "scheme", "change", "MACs", "bytes before", "bytes after",
+             "time before", "time after", "share", "SQNR dB", "own dB", "max error")  # fmt: skip
     head = "".join(f"<th>{name}</th>" for name in names)
     body = "".join(_layer_line(row, row["name"] == data["worst_layer"]) for row in data["layers"])
     body += "".join(
         f'<tr class="other"><td>{escape(row["name"])}</td><td>{escape(row["kernel"])}</td><td></td>'
+        "<td></td>"
         + _cell(None, "")
         + _cell(None, "") * 3
         + _cell(row["time_us"], time_text(row["time_us"]))
@@ -454,6 +462,7 @@ def _layer_line(row: Mapping[str, Any], is_worst: bool) -> str:
     return (
         f"<tr{' class=worst' if is_worst else ''}><td>{escape(row['name'])}</td>"
         f"<td>{escape(row['type'])}</td><td>{escape(row['scheme'])}</td>"
+        f"<td>{escape(change_text(row))}</td>"
         + _cell(row["macs"], count_text(row["macs"]))
         + _cell(row["bytes_before"], bytes_text(row["bytes_before"]))
         + _cell(row["bytes_after"], bytes_text(row["bytes_after"]))

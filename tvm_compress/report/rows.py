@@ -51,6 +51,18 @@ class Side:
 
 
 @dataclass(frozen=True)
+class KernelChoice:
+    """What became of a layer with zeros: costs of its sparse kernel and of its dense one."""
+
+    form: Annotated[str, "how the zeros are left out, such as 16x1; empty: the kernel is dense"]
+    stored_share: Annotated[float | None, "stored weights as part of all, 0 to 1; None: dense"]
+    reason: Annotated[str, "why it stayed dense, or what speaks against it; empty: it pays"]
+    cost: Annotated[float | None, "of the best sparse kernel; None: nobody compared"] = None
+    dense_cost: float | None = None
+    unit: Annotated[str, "us: measured; instructions: counted; cycles: predicted"] = ""
+
+
+@dataclass(frozen=True)
 class LayerRow:
     """One layer before and after."""
 
@@ -83,6 +95,10 @@ class LayerRow:
     instructions: Annotated[
         int | None, "of its kernels, counted on an emulator; those of several layers shared evenly"
     ] = None
+    change: Annotated[
+        str, "what steps made of it: channels, rank, pattern and zeros; empty: nothing"
+    ] = ""
+    choice: Annotated[KernelChoice | None, "of a layer with zeros"] = None
 
 
 @dataclass(frozen=True)
@@ -243,6 +259,7 @@ class Report:
     versions: dict[str, str]
     arena: Annotated[Arena | None, "of a C project: where everything lies in its memory"] = None
     board: Annotated[BoardCost | None, "of a C project that was run"] = None
+    notes: Annotated[tuple[str, ...], "about the recipe: layers that its steps leave alone"] = ()
     is_project: Annotated[bool, "C for the compiler of a board, not a shared library"] = False
     format: int = FORMAT
 

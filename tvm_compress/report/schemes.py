@@ -20,12 +20,10 @@ MOVES = {
 
 
 def describe_schemes(module: tvm.IRModule) -> dict[str, str]:
-    """Layer name => weights x activations, e.g. `int8/channel × int8`, `int4/group 32 × float`; and
-    what a step made sparse."""
+    """Layer name => weights x activations, e.g. `int8/channel × int8`, `int4/group 32 × float`."""
     from ..relay_passes.branches import functions_in_order
     from ..relay_passes.graph import Graph
     from ..relay_passes.op_kinds import ANCHORS
-    from ..relay_passes.sparsify import read_sparsified
 
     schemes = {}
     graphs = [Graph(module[global_var]) for global_var in functions_in_order(module)]
@@ -39,9 +37,21 @@ def describe_schemes(module: tvm.IRModule) -> dict[str, str]:
         schemes[variable.name] = (
             FLOAT if is_plain else f"{weights or activations or FLOAT} × {activations or FLOAT}"
         )
-    for name, pattern in read_sparsified(module).items():
-        schemes[name] = f"{schemes.get(name, FLOAT)}, {pattern}"
     return schemes
+
+
+def describe_changes(module: tvm.IRModule) -> dict[str, str]:
+    """Layer name => what steps did to its shape and weights, in words, in the steps' order."""
+    from ..relay_passes.low_rank import read_low_rank
+    from ..relay_passes.shrink import read_shrunk
+    from ..relay_passes.sparsify import read_sparsified
+    from ..relay_passes.structured import read_structured
+
+    changes: dict[str, str] = {}
+    for read in (read_shrunk, read_low_rank, read_structured, read_sparsified):
+        for name, words in read(module).items():
+            changes[name] = "; ".join(filter(None, [changes.get(name), words]))
+    return changes
 
 
 def _behind_moves(graph: Any, expr: Any) -> Any:

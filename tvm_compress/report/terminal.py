@@ -13,6 +13,7 @@ from rich.text import Text
 
 from .text import (
     bytes_text,
+    change_text,
     count_text,
     db_text,
     percent_text,
@@ -138,6 +139,8 @@ def print_summary(report: Mapping[str, Any], path: Path) -> None:
         from .arena import facts
 
         console.print(f"arena     {facts(report['arena'])[0]}")
+    for note in report.get("notes", []):
+        console.print(f"note      {note}")
     _print_checks(console, report["checks"])
     _print_kernels(console, report["steps"])
     console.print(f"artefact  {path}", soft_wrap=True)
@@ -160,6 +163,7 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
     console = new_console()
     _print_totals(console, report)
     _print_layers(console, report)
+    _print_changes(console, report["layers"])
     if report.get("board"):
         from .board import print_board
 
@@ -170,6 +174,8 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
         for line in arena_lines(report["arena"]):
             console.print(line, no_wrap=True)
     _print_float(console, report["stayed_float"])
+    for note in report.get("notes", []):
+        console.print(f"note      {note}")
     _print_checks(console, report["checks"])
     steps = ", ".join(
         f"{step['name']} {step['seconds']:.1f} s{_how_made(step)}" for step in report["steps"]
@@ -286,6 +292,16 @@ def _print_layers(console: Console, report: Mapping[str, Any]) -> None:
     console.print(f"SQNR in dB against the {report['original']}. {OWN_NOTE}", style="dim")
     if report["worst_layer"]:
         console.print(_bold("", "largest own error: ", report["worst_layer"]))
+
+
+def _print_changes(console: Console, rows: Iterable[Mapping[str, Any]]) -> None:
+    """What steps made of layers, and which kernels came of it."""
+    table = new_table("layer", "what was done to it, and the kernel")
+    for row in rows:
+        if change_text(row):
+            table.add_row(short_name(row["name"]), change_text(row))
+    if table.row_count:
+        console.print(table)
 
 
 def _timed(row: Mapping[str, Any]) -> tuple[str, ...]:

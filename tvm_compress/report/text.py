@@ -74,6 +74,25 @@ def db_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+def change_text(row: Mapping[str, Any]) -> str:
+    """What steps made of a layer, and the kernel that was chosen for it."""
+    choice = row.get("choice")
+    parts = [row.get("change", "")]
+    if choice and choice["form"]:
+        share = choice["stored_share"]
+        stored = "" if share is None else f", {100 * share:.0f} % stored"
+        gain = ""
+        if choice["cost"] and choice["dense_cost"]:
+            how = {"us": "measured", "instructions": "counted", "cycles": "predicted"}
+            ratio = choice["cost"] / choice["dense_cost"]
+            gain = f", {ratio:.2f}x of dense ({how[choice['unit']]})"
+        parts.append(f"kernel {choice['form']}{stored}{gain}")
+        parts.append("insisted on" if choice["reason"] else "")
+    elif choice and choice["reason"] and choice["reason"] not in parts[0]:
+        parts.append(f"dense kernel: {choice['reason']}")
+    return "; ".join(filter(None, parts))
+
+
 def tuned_text(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """How many kernels were built from measured choices."""
     return (
