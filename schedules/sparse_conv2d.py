@@ -83,13 +83,18 @@ def describe(spec: SparseConv2dSpec) -> tuple[list[te.Tensor], te.Tensor]:
 
 
 def encode(
-    weight: np.ndarray, block: int, kept: np.ndarray | None = None
+    weight: np.ndarray, block: int, kept: np.ndarray | None = None, taps: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[K, N] => values [entries, block], positions in K [entries] int32, starts [blocks + 1] int32.
 
     An entry is an input that any channel of a block reads: of `kept` [K, N], or with a weight other
-    than zero.
+    than zero. The entries of a block follow K, or its channels first and then the `taps`.
     """
+    if taps > 1:
+        turned = None if kept is None else _channels_first(kept, taps)
+        values, positions, starts = encode(_channels_first(weight, taps), block, turned)
+        channel, tap = np.divmod(positions, taps)
+        return values, tap * (weight.shape[0] // taps) + channel, starts
     reduction, outputs = weight.shape
     blocks = -(-outputs // block)
     padded = np.zeros((reduction, blocks * block), weight.dtype)
@@ -105,6 +110,12 @@ def encode(
     counts = np.bincount(owners, minlength=blocks)
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     return np.ascontiguousarray(by_block[used]), positions.astype(np.int32), starts
+
+
+def _channels_first(weight: np.ndarray, taps: int) -> np.ndarray:
+    """[taps * C, N] => [C * taps, N]."""
+    reduction, outputs = weight.shape
+    return weight.reshape(taps, -1, outputs).transpose(1, 0, 2).reshape(reduction, outputs)
 
 
 def group_entries(

@@ -21,13 +21,16 @@ class SparseForm:
     group: int = 1
     constant: float = 0.0
     """What the kernel takes beside its weights, in times of the whole dense kernel."""
+    by_channel: bool = False
+    """Whether offsets name channels and taps, entries in this order."""
     sums: NarrowSums | None = None
     """How the kernel adds in 16 bits; it serves weights that prove this exact."""
 
     @property
     def words(self) -> str:
         """Tells the forms of a layer apart, in reports and where a choice is noted."""
-        return f"{self.block}x1" + (f" in groups of {self.group}" if self.group > 1 else "")
+        words = f"{self.block}x1" + (f" in groups of {self.group}" if self.group > 1 else "")
+        return words + (" by channel" if self.by_channel else "")
 
     def share(self, stored: int, size: int) -> float:
         """Expected time in times of the dense kernel's, for `stored` of `size` weights."""

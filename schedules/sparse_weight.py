@@ -81,7 +81,8 @@ def encoded(
     spec: WeightedSpec, codes: np.ndarray, form: SparseForm
 ) -> tuple[SparseConv2dSpec, list[np.ndarray]]:
     """A layer with the weight `codes` [G, K, N] in a form: values, offsets and starts."""
-    values, positions, starts = encode(_ungrouped(spec, codes), form.block)
+    taps = spec.reduction[0] * spec.reduction[1] if form.by_channel else 1
+    values, positions, starts = encode(_ungrouped(spec, codes), form.block, taps=taps)
     if not len(values):  # nothing is left of the layer, and arrays are not empty
         values, positions = np.zeros((1, form.block), codes.dtype), np.zeros(1, np.int32)
         starts[1:] = 1
@@ -90,6 +91,7 @@ def encoded(
     common: dict[str, Any] = {
         "data_dtype": spec.data_dtype, "weight_dtype": spec.weight_dtype,
         "acc_dtype": spec.acc_dtype, "block": form.block, "group": form.group,
+        "by_channel": form.by_channel,
         "entries": len(positions), "longest": int(np.diff(starts).max()),
         "chain": 0 if form.sums is None else form.sums.longest_chain(values, starts),
     }  # fmt: skip

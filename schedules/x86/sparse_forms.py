@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 from ...targets import Target
 from ..sparse_conv2d import BYTES, neighbours_read_neighbours
 from ..sparse_cost import DenseCost, GatheredCost
 from ..sparse_form import SparseForm
-from ..spec import Conv2dSpec, MatmulSpec
+from ..spec import Conv2dSpec, MatmulSpec, ceil_div
 from . import winograd
 from .dot import widest_byte_dot
 from .sparse_bytes import PAIRS, QUADS
+from .sparse_planes import fits_planes
 
 # Outputs that share their inputs => cycles of a sparse multiply-add against a dense one: indices,
 # data without an order, narrow vectors (1.05 to 1.3 for blocks of 16).
 _COST = {16: 1.15, 8: 1.4, 4: 2.0}
+# The same of vectors of positions: every multiply-add loads data, most from the second-level cache.
+_PLANES = {1: 2.5, 2: 1.5, 4: 1.4}
+# Multiply-adds that turning over one number of the input or the output takes as long as.
+_TURNED = 8
 # Bytes in blocks of 16, in times of a dense multiply-add: by `vpdpbusd`, and without it.
 _BYTES = (
     DenseCost(1, 20),
@@ -32,7 +39,8 @@ def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> list[SparseFo
     dtypes = spec.data_dtype, spec.weight_dtype, spec.acc_dtype
     if dtypes == ("float32",) * 3:
         dense = _dense_cost(spec)
-        return [SparseForm(block, cost / dense) for block, cost in _COST.items()]
+        forms = [SparseForm(block, cost / dense) for block, cost in _COST.items()]
+        return forms + _planes(spec, target, dense)
     has_rows = isinstance(spec, MatmulSpec) or neighbours_read_neighbours(spec)
     if dtypes != BYTES or not has_rows or not target.has("avx2"):
         return []
@@ -40,6 +48,22 @@ def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> list[SparseFo
     dense, gathered = _BYTES if has_quads else _BYTES_IN_PAIRS
     group = QUADS if has_quads else PAIRS
     return [gathered.form(spec, 16, group, dense.of(spec))]
+
+
+def _planes(spec: Conv2dSpec | MatmulSpec, target: Target, dense: float) -> list[SparseForm]:
+    """Forms on vectors of positions."""
+    batch, rows, columns, outputs = (1, 1, *spec.output_shape)[-4:]
+    if isinstance(spec, MatmulSpec) or spec.kernel == (1, 1):
+        rows, columns = 1, rows * columns * batch
+    # Columns are filled up to a vector.
+    waste = ceil_div(columns, 8) * 8 / columns
+    turned = math.prod(spec.data_shape) + math.prod(spec.output_shape)
+    constant = _TURNED * turned / spec.macs / dense
+    return [
+        SparseForm(block, cost * waste / dense, constant=constant, by_channel=True)
+        for block, cost in _PLANES.items()
+        if fits_planes(outputs, block, target)
+    ]
 
 
 def _dense_cost(spec: Conv2dSpec | MatmulSpec) -> float:

@@ -5,7 +5,7 @@
     rows[position][o]                      sums of some outputs turned over, for the epilogue
 
 An entry is one number of the weight (or one for each output of a small block) and vectors of the
-data as they lie in memory, so it takes as many multiply-adds as in a dense kernel, each with a load.
+data as they lie in memory: as many multiply-adds as in a dense kernel, each with a load.
 A stride takes the planes apart: positions that are neighbours read neighbours of one phase.
 """
 
@@ -33,9 +33,6 @@ from ..window import window_of
 from .transpose import transpose
 
 _LINE_BYTES = 64
-# Buffers of more are no registers to LLVM (TVM puts up to 1 KiB on the stack): where a layer is so
-# small that it unrolls everything around them, it lost the last position of a tile.
-_STACK_ELEMENTS = 512
 # What an entry costs beside its multiply-adds, in vectors.
 _ENTRY = 1.5
 
@@ -46,10 +43,23 @@ def sparse_planes_kernel(
     """A sparse convolution whose offsets name channels and taps; None: another one."""
 
     def takes(spec: SparseConv2dSpec) -> bool:
-        return spec.by_channel and not spec.is_integer and spec.weight_dtype == "float32"
+        is_float = not spec.is_integer and spec.weight_dtype == "float32"
+        return spec.by_channel and is_float and fits_planes(spec.out_channels, spec.block, target)
 
     layer = read_layer(fused, target, choice, (SparseConv2dSpec,), takes, sparse_operands, Epilogue)
     return None if layer is None else FloatPlanesKernel(layer)
+
+
+def fits_planes(out_channels: int, block: int, target: Target) -> bool:
+    """Whether there is a whole group of outputs to turn over. (Of layers with fewer, which gain
+    nothing, LLVM 22 at its highest level loses the last position when it unrolls them.)"""
+    together = _outputs(target)
+    return out_channels >= together and together % block == 0
+
+
+def _outputs(target: Target) -> int:
+    """Outputs that are turned over together."""
+    return min(16, target.lanes(32))
 
 
 class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]):
@@ -69,9 +79,10 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
         self.window = window_of(spec)
         self.is_pointwise = spec.kernel == (1, 1) and not any(spec.padding)
         self.step = (1, 1) if self.is_pointwise else self.window.strides
+        # Positions of all rows one behind the other, in the data too.
+        self.is_line = self.is_pointwise and self.window.shape != () and self.window.columns == 1
         self.channels = self.window.channels
-        self.outputs = min(16, target.lanes(32))
-        """Outputs that are turned over together."""
+        self.outputs = _outputs(target)
         self.parallel = target.threads > 1 and spec.macs >= PARALLEL_MACS
         self.band, self.parts = self._share()
         self.e = Emitter()
@@ -85,7 +96,7 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
         inputs = window.columns if self.is_pointwise else across * self.step[0]
         row = inputs * self.channels * self.element_bytes
         limit = max(1, self.target.l2_bytes // 2 // row - window.input_rows(1) + 1)
-        least = 64 if self.is_pointwise and window.columns == 1 else 4
+        least = 64 if self.is_line else 4
         if threads > 1 and window.rows * window.batch < threads * least:
             return min(window.rows, max(limit, least)), threads
         return even_rows(window.rows, max(limit, least), window.batch, threads), 1
@@ -162,7 +173,7 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
             y = e.bind("y", tirx.min(band * self.band, window.rows - self.band))
             planes = self._planes(b, y)
             self._declare_taps()
-            size = max(self.outputs * self.run, _STACK_ELEMENTS)
+            size = self.outputs * self.run
             sums = e.alloc(size, spec.acc_dtype, "sums")
             turned = e.alloc(size, spec.acc_dtype, "turned")
             begin = e.bind("begin", task % self.parts * of_a_part)
@@ -210,14 +221,12 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
         """A task's input, channels first."""
         e, window, channels = self.e, self.window, self.channels
         behind = self.run + self.pitch  # what the last tile reads too far
-        planes = e.alloc(
-            channels * self.plane + behind, self.spec.data_dtype, "planes"
-        )
+        planes = e.alloc(channels * self.plane + behind, self.spec.data_dtype, "planes")
         row_elements = window.in_columns * channels
         if self.is_pointwise:
             step_y, step_x = window.strides
             first = (b * window.in_rows + y * step_y) * row_elements
-            if window.columns == 1:
+            if self.is_line:
                 self._copy_run(planes, 0, first, self.band, 1)
                 return planes
             with e.loop("row", self.band) as row:
@@ -273,7 +282,7 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
         """Sides of the square blocks that the copy turns over; 0: it goes number by number."""
         window = self.window
         if self.is_pointwise:
-            return {self._side(self.band if window.columns == 1 else window.columns)}
+            return {self._side(self.band if self.is_line else window.columns)}
         return {
             self._side(ceil_div(window.in_columns - ahead, self.step[1]))
             for ahead in range(self.step[1])
@@ -290,7 +299,9 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
         if not side:
             with e.loop("x", count) as x:
                 with e.loop("c", channels) as c:
-                    e.store(planes, self.data[origin + x * (step * channels) + c], c * plane + at + x)
+                    e.store(
+                        planes, self.data[origin + x * (step * channels) + c], c * plane + at + x
+                    )
             return
         with e.loop("xs", ceil_div(count, side)) as outer:
             x = e.bind("x", tirx.min(outer * side, count - side))
@@ -437,15 +448,38 @@ class FloatPlanesKernel(SparsePlanesKernel):
 
     def space(self) -> SearchSpace:
         """Tiles, rows of a task, parts of the outputs, unrolling."""
+        window, tiles, most = self.window, self._tiles(), self._most_vectors()
         default = {
             "lanes": self.lanes, "rows": self.rows, "columns": self.columns, "band": self.band,
             "parts": self.parts, "unroll": self.unroll,
         }  # fmt: skip
+        bands = {ceil_div(window.rows, parts) for parts in (1, 2, 3, 4, 6, 8, 16)} | {self.band}
+
+        def is_valid(choice: Choice) -> bool:
+            band, columns = choice["band"], window.columns
+            if self.is_pointwise:
+                band, columns = 1, band * columns
+            vectors = choice["rows"] * ceil_div(choice["columns"], choice["lanes"])
+            whole = choice["columns"] == columns
+            return (
+                most // 3 <= vectors <= most
+                and choice["rows"] <= band
+                and (whole or (choice["rows"] == 1 and choice["columns"] < columns))
+                and (whole or choice["columns"] % choice["lanes"] == 0)
+            )
+
         return SearchSpace(
             "x86.sparse_planes",
-            {name: (value,) for name, value in default.items()},
+            {
+                "lanes": tuple(sorted({tile[0] for tile in tiles})),
+                "rows": tuple(sorted({tile[1] for tile in tiles})),
+                "columns": tuple(sorted({tile[2] for tile in tiles})),
+                "band": tuple(sorted(bands)),
+                "parts": tuple(sorted({1, self.target.threads if self.parallel else 1})),
+                "unroll": (1, 2, 4),
+            },
             default,
-            lambda choice: True,
+            is_valid,
         )
 
     def multiply(

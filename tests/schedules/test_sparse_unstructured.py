@@ -1,0 +1,151 @@
+"""Sparse convolutions on vectors of positions, for weights whose zeros lie anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from tvm import te
+
+from tvm_compress.schedules import (
+    SCHEDULE_ATTR,
+    Conv2dSpec,
+    SparseConv2dSpec,
+    describe,
+    prim_func,
+    reference,
+    schedule,
+    search_space,
+    sparse_parts,
+)
+from tvm_compress.schedules.sparse_conv2d import encode, offsets_of, positions_of
+from tvm_compress.targets import get_target
+
+from .kernels import assert_same, random_array, run
+
+SHAPES: list[dict[str, Any]] = [
+    {"height": 1, "width": 7, "in_channels": 33, "out_channels": 16, "kernel": (1, 1)},
+    {"height": 1, "width": 5, "in_channels": 20, "out_channels": 37, "kernel": (1, 1),
+     "is_flat": True},
+    {"height": 7, "width": 7, "in_channels": 18, "out_channels": 40, "kernel": (1, 1), "batch": 2},
+    {"height": 9, "width": 11, "in_channels": 8, "out_channels": 21, "kernel": (3, 3),
+     "padding": (1, 1, 1, 1)},
+    {"height": 9, "width": 6, "in_channels": 5, "out_channels": 16, "kernel": (3, 2),
+     "strides": (2, 1), "padding": (0, 1, 2, 0), "batch": 2},
+    {"height": 8, "width": 64, "in_channels": 4, "out_channels": 64, "kernel": (3, 3),
+     "dilation": (2, 2), "padding": (2, 0, 2, 0)},
+    {"height": 7, "width": 2, "in_channels": 12, "out_channels": 17, "kernel": (1, 1),
+     "strides": (2, 2)},
+    {"height": 19, "width": 37, "in_channels": 20, "out_channels": 35, "kernel": (3, 3),
+     "strides": (2, 2), "padding": (0, 0, 1, 1)},
+]  # fmt: skip
+
+
+def problem(
+    block: int, sparsity: float, seed: int = 0, **fields: Any
+) -> tuple[SparseConv2dSpec, list[np.ndarray]]:
+    """A layer with `sparsity` of its blocks removed: spec and arguments."""
+    rng = np.random.default_rng(seed)
+    fields = {"batch": 1, **fields}
+    taps = fields["kernel"][0] * fields["kernel"][1]
+    reduction, outputs = taps * fields["in_channels"], fields["out_channels"]
+    kept = rng.random((reduction, -(-outputs // block))) >= sparsity
+    weight = random_array(rng, (reduction, outputs), "float32")
+    weight *= kept.repeat(block, axis=1)[:, :outputs]
+    values, positions, starts = encode(weight, block, taps=taps)
+    spec = SparseConv2dSpec(
+        block=block, entries=len(values), longest=int(np.diff(starts).max()), by_channel=True,
+        **fields,
+    )  # fmt: skip
+    offsets = offsets_of(spec, positions)
+    assert np.array_equal(positions_of(spec, offsets), positions)
+    assert all(np.all(np.diff(o.astype(int)) > 0) for o in np.split(offsets, starts[1:-1]))
+    return spec, [random_array(rng, spec.data_shape, "float32"), values, offsets, starts]
+
+
+def check(
+    spec: SparseConv2dSpec, inputs: list[np.ndarray], target: Any, choice: Any = None
+) -> None:
+    func = schedule(prim_func(spec), target, choice)
+    assert func.attrs[SCHEDULE_ATTR] == "x86.sparse_planes"
+    result = run(func, target, inputs, (spec.output_shape, spec.acc_dtype))[0]
+    if target.runs_here():
+        assert_same(result, reference(spec, *inputs))
+
+
+@pytest.mark.parametrize(("fields", "level"), [
+    *((fields, level) for fields in SHAPES for level in ("x86-64-v3", "x86-64-v4")),
+    (SHAPES[4], "x86-64-v2"),
+])  # fmt: skip
+def test_floats(fields: dict[str, Any], level: str) -> None:
+    block = 1 + fields["in_channels"] % 2
+    check(*problem(block, 0.7, **fields), get_target(level))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.98])
+def test_all_and_nothing(sparsity: float) -> None:
+    """Outputs without entries, and a layer with all of them."""
+    check(*problem(4, sparsity, **SHAPES[3]), get_target("x86-64-v3"))
+
+
+def test_generic_schedule() -> None:
+    """The description says what offsets by channel mean; where no template takes it, too."""
+    target = get_target("x86-64-v3")
+    spec, inputs = problem(1, 0.7, **{**SHAPES[4], "out_channels": 3})
+    func = schedule(prim_func(spec), target)
+    assert str(func.attrs[SCHEDULE_ATTR]).startswith("default")
+    if target.runs_here():
+        (result,) = run(func, target, inputs, (spec.output_shape, "float32"))
+        assert_same(result, reference(spec, *inputs))
+
+
+@pytest.mark.parametrize(("fields", "threads"), [(SHAPES[2], 1), (SHAPES[7], 2)])
+def test_every_choice_is_exact(fields: dict[str, Any], threads: int) -> None:
+    target = replace(get_target("x86-64-v3"), threads=threads)
+    spec, inputs = problem(1, 0.0, **fields)
+    space = search_space(prim_func(spec), target)
+    assert space is not None
+    choices = list(space)
+    assert len(choices) > 20 and space.contains(choices[0])
+    for choice in choices[:: len(choices) // 3]:
+        check(spec, inputs, target, choice)
+    check(spec, inputs, target, {**choices[0], "parts": threads})
+
+
+def test_epilogue() -> None:
+    """Bias, a residual sum and ReLU behind the sums, in one kernel."""
+    target = get_target("x86-64-v3")
+    spec, inputs = problem(1, 0.7, **SHAPES[2])
+    arguments, acc = describe(spec)
+    bias = te.placeholder((spec.out_channels,), "float32", name="bias")
+    other = te.placeholder(acc.shape, "float32", name="other")
+    total = te.compute(acc.shape, lambda *i: acc[i] + bias[i[-1]] + other[i], name="total")
+    out = te.compute(acc.shape, lambda *i: te.max(total[i], 0.0), name="out")
+    func = schedule(te.create_prim_func([*arguments, bias, other, out]), target)
+    assert func.attrs[SCHEDULE_ATTR] == "x86.sparse_planes"
+    rng = np.random.default_rng(9)
+    added = [random_array(rng, shape, "float32") for shape in ((40,), spec.output_shape)]
+    result = run(func, target, [*inputs, *added], (spec.output_shape, "float32"))[0]
+    if target.runs_here():
+        assert_same(result, np.maximum(reference(spec, *inputs) + added[0] + added[1], 0))
+
+
+def test_unstructured_zeros_find_the_form() -> None:
+    """Of a layer that is worth it, and the stored numbers are the layer's: at most 6 bytes each."""
+    target = get_target("x86-64-v3")
+    spec = Conv2dSpec(batch=1, height=14, width=14, in_channels=64, out_channels=64, kernel=(3, 3),
+                      padding=(1, 1, 1, 1))  # fmt: skip
+    rng = np.random.default_rng(3)
+    weight = random_array(rng, spec.weight_shape, "float32")
+    weight *= rng.random(weight.shape) < 0.05
+    found = sparse_parts(spec, [weight], target)
+    assert found is not None and found[0].by_channel and found[0].block == 1
+    nonzero = np.count_nonzero(weight)
+    assert sum(part.nbytes for part in found[1]) <= 6 * nonzero + 4 * 65
+    data = random_array(rng, spec.data_shape, "float32")
+    assert_same(reference(found[0], data, *found[1]), reference(spec, data, weight))
+    weight = random_array(rng, spec.weight_shape, "float32")
+    weight *= rng.random(weight.shape) < 0.5
+    assert sparse_parts(spec, [weight], target) is None
