@@ -76,14 +76,16 @@ def build(
 
 
 @lru_cache(maxsize=8)
-def _machine(content: StructuralKey) -> relax.VirtualMachine:
+def _machine(content: StructuralKey, level: int) -> relax.VirtualMachine:
     """A module compiled once for all the arrays that a test runs."""
-    return relax.VirtualMachine(tvm.compile(content.key, target="llvm"), tvm.cpu())
+    target = tvm.target.Target({"kind": "llvm", "opt-level": level})
+    return relax.VirtualMachine(tvm.compile(content.key, target=target), tvm.cpu())
 
 
-def run(module: tvm.IRModule, *arrays: np.ndarray) -> Any:
-    """The module's result as an array, or a list of arrays."""
-    machine = _machine(StructuralKey(module))
+def run(module: tvm.IRModule, *arrays: np.ndarray, level: int = 3) -> Any:
+    """The module's result as an array, or a list of arrays. What runs a few times is there sooner
+    when `level` 0 compiles it."""
+    machine = _machine(StructuralKey(module), level)
     result = machine["main"](*[tvm.runtime.tensor(np.ascontiguousarray(a)) for a in arrays])
     return result.numpy() if hasattr(result, "numpy") else [item.numpy() for item in result]
 
