@@ -19,8 +19,8 @@ from tvm_compress.schedules import (
     search_space,
 )
 from tvm_compress.schedules.conv2d import reference as dense_reference
+from tvm_compress.schedules.saturation import NarrowSums
 from tvm_compress.schedules.sparse_conv2d import (
-    GROUP,
     decode,
     encode,
     group_entries,
@@ -131,16 +131,18 @@ def test_epilogue(fields: dict[str, Any]) -> None:
 
 
 def byte_problem(
-    sparsity: float, seed: int = 0, **fields: Any
+    sparsity: float, group: int, largest: int = 127, seed: int = 0, **fields: Any
 ) -> tuple[SparseConv2dSpec, list[np.ndarray]]:
-    """The same with bytes, in groups of four."""
+    """The same with bytes, in groups."""
     rng = np.random.default_rng(seed)
     float_spec, _, weight = problem(16, sparsity, seed, **fields)
-    codes = np.where(weight != 0, rng.integers(-127, 128, weight.shape), 0).astype(np.int8)
-    values, positions, starts = group_entries(*encode(codes, 16, weight != 0), GROUP)
+    codes = rng.integers(-largest, largest + 1, weight.shape)
+    codes = np.where(weight != 0, codes, 0).astype(np.int8)
+    values, positions, starts = group_entries(*encode(codes, 16, weight != 0), group)
     spec = float_spec.replace(
-        data_dtype="uint8", weight_dtype="int8", acc_dtype="int32", group=GROUP,
+        data_dtype="uint8", weight_dtype="int8", acc_dtype="int32", group=group,
         entries=len(positions), longest=int(np.diff(starts).max()), pad_value=7,
+        chain=NarrowSums((0, 255), 2).longest_chain(values, starts),
     )  # fmt: skip
     data = rng.integers(0, 256, spec.data_shape).astype(np.uint8)
     return spec, [data, values, offsets_of(spec, positions), starts]
@@ -159,14 +161,32 @@ BYTE_SHAPES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("fields", BYTE_SHAPES)
 def test_bytes(fields: dict[str, Any]) -> None:
-    target = get_target("x86-64-v4-vnni")
     for sparsity in (0.8, 0.0):
-        spec, inputs = byte_problem(sparsity, **fields)
-        func = schedule(prim_func(spec), target)
-        assert func.attrs[SCHEDULE_ATTR] == "x86.sparse_bytes"
-        result = run(func, target, inputs, (spec.output_shape, "int32"))[0]
-        if target.runs_here():
-            np.testing.assert_array_equal(result, reference(spec, *inputs))
+        compare_bytes("x86-64-v4-vnni", *byte_problem(sparsity, 4, **fields))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("fields", BYTE_SHAPES[4:6])
+def test_bytes_in_pairs(fields: dict[str, Any], level: str) -> None:
+    compare_bytes(level, *byte_problem(0.7, 2, **fields))
+
+
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_bytes_in_chains(level: str) -> None:
+    """Weights that prove that several products may be added in 16 bits, data that use it."""
+    spec, inputs = byte_problem(0.7, 4, 30, **BYTE_SHAPES[5])
+    assert spec.chain >= 2
+    inputs[0][:] = 255
+    compare_bytes(level, spec, inputs)
+
+
+def compare_bytes(level: str, spec: SparseConv2dSpec, inputs: list[np.ndarray]) -> None:
+    target = get_target(level)
+    func = schedule(prim_func(spec), target)
+    assert func.attrs[SCHEDULE_ATTR] == "x86.sparse_bytes"
+    result = run(func, target, inputs, (spec.output_shape, "int32"))[0]
+    if target.runs_here():
+        np.testing.assert_array_equal(result, reference(spec, *inputs))
 
 
 @pytest.mark.parametrize("block", [4, 8, 32, 64])
