@@ -42,6 +42,8 @@ class PassEntry:
     """A step that has to come before this one for the same layers, with the reason."""
     is_for_floats: bool = False
     """Refused where all layers it is for came quantised; other steps just leave those alone."""
+    operator: str | None = None
+    """The only one whose layers it changes."""
     uses_costs: bool = False
     """Whether the pass asks what layers cost on the target."""
     decide_at: str | None = None
@@ -173,7 +175,7 @@ PASSES: dict[str, PassEntry] = {
         stages_at="sparsify:stages",
         keeps_statistics=False,
         uses_costs=True,
-        refused_behind=_CODES | _FACTORS,
+        refused_behind=_CODES,
         is_for_floats=True,
     ),
     "shrink": PassEntry(
@@ -183,7 +185,7 @@ PASSES: dict[str, PassEntry] = {
         observe_at="shrink:observe",
         stages_at="shrink:stages",
         keeps_statistics=False,
-        refused_behind=_CODES | _ZEROS,
+        refused_behind=_CODES | _ZEROS | _FACTORS,
         is_for_floats=True,
     ),
     "structured": PassEntry(
@@ -191,6 +193,7 @@ PASSES: dict[str, PassEntry] = {
         config_at="structured_config:StructuredConfig",
         pass_at="structured:Structured",
         observe_at="structured:observe",
+        operator="relax.matmul",
         keeps_statistics=False,
         uses_costs=True,
         refused_behind=_CODES | _ZEROS | _FACTORS,

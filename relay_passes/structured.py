@@ -9,8 +9,9 @@ Diagonals between Hadamard transforms (Fastfood):
     x * first => H => take(order) => * middle => H => * last
 
 A transform is a product with a constant matrix, or with two smaller ones (H_ab is the Kronecker
-product of H_a and H_b): all parts are ordinary layers for later steps, called NAME_dft,
-NAME_frequencies, NAME_inverse, and NAME_hadamard1 to 4. Sources: `numerics/structured.py`.
+product of H_a and H_b). All parts are ordinary layers, called NAME_dft, NAME_frequencies,
+NAME_inverse, and NAME_hadamard1 to 4; later steps but `quantize` leave the transforms alone.
+Sources: `numerics/structured.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from .numerics.structured import (
 )
 from .observations import Observations
 from .structured_config import Circulant, StructuredConfig
-from .weight_layers import WeightLayer, weight_layers
+from .weight_layers import FIXED_ATTR, WeightLayer, read_fixed, weight_layers
 
 STRUCTURED_ATTR = "tvm_compress.structured"
 
@@ -80,7 +81,7 @@ class Structured:
         graph = Graph(module["main"])
         before: dict[relax.Var, list[relax.VarBinding]] = {}
         replace: dict[relax.Var, tvm.ir.Expr] = {}
-        notes = read_structured(module)
+        notes, fixed = read_structured(module), set(read_fixed(module["main"]))
         for layer in _layers(graph, self.schemes):
             found = _structure(layer, self.statistics)
             if found is None:
@@ -97,9 +98,11 @@ class Structured:
             if slower is None:
                 for variable, own in chains.items():
                     before[variable], replace[variable] = own.bindings[:-1], own.bindings[-1].value
+                    fixed.update(own.transforms)
         main = rebuild(graph.function, replace=replace, before=before)
         module = module.clone()
-        module["main"] = main.with_attr(STRUCTURED_ATTR, json.dumps(notes))
+        attributes = {STRUCTURED_ATTR: json.dumps(notes), FIXED_ATTR: json.dumps(sorted(fixed))}
+        module["main"] = main.with_attrs(attributes)
         return relax.transform.Normalize()(module)
 
 
@@ -240,6 +243,8 @@ class _Chain:
     used: int = 0
     bindings: list[relax.VarBinding] = field(default_factory=list)
     specs: list[LayerSpec] = field(default_factory=list)
+    transforms: list[str] = field(default_factory=list)
+    """Layers whose weights are not learnt."""
     builder: relax.BlockBuilder = field(default_factory=relax.BlockBuilder)
 
     def add(self, value: tvm.ir.Expr, part: str = "") -> _Chain:
@@ -275,6 +280,7 @@ class _Chain:
         return self.add(op.strided_slice(self.value, [1], [0], [count]))
 
     def matmul(self, part: str, weight: Array) -> _Chain:
+        self.transforms.append(f"{self.variable.name}_{part}")
         return self.add(op.matmul(self.value, self.constant(weight)), part)
 
     def conv(self, part: str, weight: Array, groups: int) -> _Chain:

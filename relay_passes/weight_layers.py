@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +21,9 @@ from .numerics.statistics import Statistics
 from .op_kinds import ANCHORS
 from .patches import patch_shape, weight_matrix
 from .quantize_weights import weight_layout
+
+# Of `main` (JSON: names of layers): weights that are transforms, such as a DFT, and not learnt.
+FIXED_ATTR = "tvm_compress.fixed_weights"
 
 Config = TypeVar("Config")
 
@@ -89,6 +93,12 @@ class WeightLayer(Generic[Config]):
         return problems
 
 
+def read_fixed(function: relax.Function) -> frozenset[str]:
+    """Layers whose weights are transforms: nothing but quantisation changes them."""
+    attributes = function.attrs or {}
+    return frozenset(json.loads(str(attributes.get(FIXED_ATTR, "[]"))))
+
+
 def in_stages(
     layers: Sequence[WeightLayer[Config]], schemes: Mapping[str, Config]
 ) -> list[dict[str, Config]]:
@@ -108,11 +118,12 @@ def in_stages(
 
 
 def weight_layers(graph: Graph, schemes: Mapping[str, Config]) -> list[WeightLayer[Config]]:
-    """The named layers in order; without transposed convolutions, weights with a batch axis, and
-    weights that are compressed already or computed."""
+    """The named layers in order; without transposed convolutions, weights with a batch axis,
+    weights that are compressed already or computed, and those of `FIXED_ATTR`."""
     found: dict[bytes, WeightLayer[Config]] = {}
     for layer in _single_layers(graph, schemes):
-        key = layer.weight.tobytes() + repr((layer.weight.shape, layer.config)).encode()
+        form = layer.weight.shape, layer.patches, layer.config
+        key = layer.weight.tobytes() + repr(form).encode()
         first = found.get(key)
         if first is None:
             found[key] = layer
@@ -123,8 +134,11 @@ def weight_layers(graph: Graph, schemes: Mapping[str, Config]) -> list[WeightLay
 
 
 def _single_layers(graph: Graph, schemes: Mapping[str, Config]) -> Iterator[WeightLayer[Config]]:
+    fixed = read_fixed(graph.function)
     for variable, call in graph.values.items():
         if variable.name not in schemes or graph.op(variable) not in ANCHORS:
+            continue
+        if variable.name in fixed:
             continue
         weight = graph.constant(call.args[1])
         if weight is None or weight.dtype != np.float32:

@@ -68,10 +68,18 @@ def check_order(module: tvm.IRModule, plan: Sequence[Sequence[Step]]) -> list[st
 def _changed(module: tvm.IRModule, steps: Sequence[Step]) -> set[str]:
     """The layers that steps do something to: `quantize` with `weights: none` does not."""
     from .flow import schemes_of
+    from .relay_passes.passes import PASSES
+    from .relay_passes.select import list_layers
 
     schemes = schemes_of(module, steps)
-    is_quantize = steps[0].name == "quantize"
-    return {name for name, config in schemes.items() if not is_quantize or config.weights}
+    name, only = steps[0].name, PASSES[steps[0].name].operator
+    return {
+        layer.name
+        for layer in list_layers(module)
+        if layer.name in schemes
+        and only in (None, layer.op)
+        and (name != "quantize" or schemes[layer.name].weights)
+    }
 
 
 def _advice(name: str, reasons: Sequence[str]) -> str:

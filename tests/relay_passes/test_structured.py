@@ -22,6 +22,7 @@ from tvm_compress.relay_passes.numerics.structured import circulant_matrix, near
 from tvm_compress.relay_passes.select import list_layers
 from tvm_compress.relay_passes.structured import Structured, observe, read_structured
 from tvm_compress.relay_passes.structured_config import Circulant, Hadamard, StructuredConfig
+from tvm_compress.relay_passes.weight_layers import weight_layers
 from tvm_compress.targets import get_target
 
 from .floats import Net, all_layers, build, run, samples
@@ -61,6 +62,8 @@ def test_structured_weights_come_back(shape: Sequence[int], data_aware: bool) ->
             assert read_structured(result)["fc"].startswith("circulant 8, 0 % of its")
             names = [layer.name for layer in list_layers(result)]
             assert names == ["fc_dft", "fc_frequencies", "fc_inverse"]
+            left = weight_layers(Graph(result["main"]), dict.fromkeys(names, 0))
+            assert [layer.name for layer in left] == ["fc_frequencies"]
             for array in samples(module):
                 assert np.allclose(run(module, array), run(result, array), atol=1e-4)
         else:  # the diagonals are not unique, but the fit starts where it was made
