@@ -12,6 +12,8 @@ of K³. `reconstruct` then solves for the weights that are left, which no order 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -163,10 +165,12 @@ def _remove_units(
         lengths = np.minimum(pattern.of, size - np.arange(0, size, pattern.of))
         room = lengths - -(-pattern.kept * lengths // pattern.of)
     left, inverse = weight.astype(np.float64, copy=True), inverse.copy()
+    rows = np.arange(size)  # where each input is in `left` and `inverse`
+    removed = np.zeros(size, bool)
     order: list[NDArray[np.int64]] = []
     costs: list[float] = []
     while may_go.any():
-        prices = _prices(left, inverse, units, may_go)
+        prices = _prices(left, inverse, rows, units, may_go)
         chosen: list[int] = []
         for index in np.argsort(prices, kind="stable")[: max(1, together)]:
             if not may_go[index]:
@@ -179,28 +183,38 @@ def _remove_units(
                 if room[window] == 0:
                     may_go[window * pattern.of : (window + 1) * pattern.of] = False
         inputs = np.concatenate([units[index] for index in chosen])
-        rows = inverse[inputs]
-        columns = np.linalg.solve(rows[:, inputs], rows)  # [removed, K]
-        left -= columns.T @ left[inputs]
-        inverse -= rows.T @ columns
-        left[inputs] = 0.0
-        inverse[inputs, :] = inverse[:, inputs] = 0.0
+        taken = rows[inputs]
+        moved = inverse[taken]
+        columns = np.linalg.solve(moved[:, taken], moved)  # [removed, K]
+        left -= columns.T @ left[taken]
+        inverse -= moved.T @ columns
+        removed[inputs] = True
         order += [units[index] for index in chosen]
         costs += [float(prices[index]) for index in chosen]
+        if 8 * np.count_nonzero(~removed) <= 7 * len(left):  # smaller matrices from here on
+            stay = np.flatnonzero(~removed)
+            local = rows[stay]
+            left, inverse = left[local], inverse[np.ix_(local, local)]
+            rows[stay] = np.arange(len(stay))
     return order, np.array(costs)
 
 
 def _prices(
-    left: Matrix, inverse: Matrix, units: list[NDArray[np.int64]], may_go: Mask
+    left: Matrix,
+    inverse: Matrix,
+    rows: NDArray[np.int64],
+    units: Sequence[NDArray[np.int64]],
+    may_go: Mask,
 ) -> NDArray[np.float64]:
-    """What each unit's removal costs, wᵀ [H⁻¹_uu]⁻¹ w / 2 over its outputs; inf for those gone."""
+    """What each unit's removal costs, wᵀ [H⁻¹_uu]⁻¹ w / 2 over its outputs; inf for those that may
+    not go. `rows`: where each input is in `left` and `inverse`."""
     prices = np.full(len(units), np.inf)
-    if len(units) == len(left):
-        diagonal = np.diag(inverse)[may_go]
-        prices[may_go] = (left[may_go] ** 2).sum(axis=1) / diagonal / 2
+    if len(units) == len(rows):
+        inputs = rows[may_go]
+        prices[may_go] = (left[inputs] ** 2).sum(axis=1) / np.diag(inverse)[inputs] / 2
         return prices
     for index in np.flatnonzero(may_go):
-        inputs = units[index]
+        inputs = rows[units[index]]
         values = left[inputs]
         solved = np.linalg.solve(inverse[np.ix_(inputs, inputs)], values)
         prices[index] = float((values * solved).sum()) / 2
