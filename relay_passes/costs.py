@@ -59,6 +59,11 @@ class LayerCosts(Protocol):
     later steps of the recipe give the layer, in the layout and schedule of the target.
     """
 
+    @property
+    def lanes(self) -> int:
+        """Sums of 32 bits that a register of the target holds."""
+        ...
+
     def compare(self, layer: str, chains: Sequence[Sequence[LayerSpec]]) -> list[float]:
         """Costs of alternatives, each of them dense kernels one behind the other that take the
         place of `layer`; the first may be the layer as it is. All in one unit."""

@@ -133,8 +133,8 @@ class LowRankConfig:
     multiple: int | Literal["auto"] = field(
         default="auto",
         metadata={
-            "help": "ranks are multiples of this (of 1 below it); auto: of the channels that the "
-            "target's kernels take together"
+            "help": "ranks are multiples of this (of 1 below it); auto: of the sums that a "
+            "register of the target holds, and at least 4"
         },
     )
     insist: bool = field(

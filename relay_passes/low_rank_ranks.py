@@ -35,6 +35,7 @@ from .numerics.statistics import Statistics
 Array = NDArray[np.float64]
 
 _MULTIPLE = 8  # without a target: whole vectors on most
+_LEAST_MULTIPLE = 4  # bytes of a word: what the part behind reads at once
 _WEIGHT_BYTES, _INDEX_BYTES = 4, 2
 
 
@@ -185,10 +186,9 @@ def candidates(
         spec = layer_spec(layer.call)
         if spec is None or (layer.patches.groups > 1 and layer.outputs == 1):
             continue
-        multiple = layer.config.multiple
-        if multiple == "auto":
-            blocks = () if costs is None else costs.blocks(layer.name, spec)
-            multiple = blocks[0] if blocks else _MULTIPLE
+        asked = layer.config.multiple
+        auto = _MULTIPLE if costs is None else max(_LEAST_MULTIPLE, costs.lanes)
+        multiple = auto if asked == "auto" else asked
         found.append(Candidate(layer, form_of(layer), spec, multiple, statistics, costs))
     return found
 

@@ -77,6 +77,11 @@ class TargetCosts:
 
     # --- LayerCosts -----------------------------------------------------------------------------
 
+    @property
+    def lanes(self) -> int:
+        """See `LayerCosts`."""
+        return self.target.lanes(32)
+
     def compare(self, layer: str, chains: Sequence[Sequence[LayerSpec]]) -> list[float]:
         """See `LayerCosts`."""
         shipped = [[self._shipped(layer, spec) for spec in chain] for chain in chains]

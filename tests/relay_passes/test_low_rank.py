@@ -58,6 +58,7 @@ class Costs:
     sparse kernels half of a dense one's time."""
 
     macs: float = 1000.0
+    lanes: int = 4
     asked: list[str] = field(default_factory=list)
 
     def compare(self, layer: str, chains: Sequence[Sequence[LayerSpec]]) -> list[float]:
@@ -68,7 +69,7 @@ class Costs:
         raise NotImplementedError
 
     def blocks(self, layer: str, spec: LayerSpec) -> tuple[int, ...]:
-        return (4, 16)
+        raise NotImplementedError
 
 
 def split(
@@ -180,8 +181,7 @@ def in_stages(module: tvm.IRModule, config: LowRankConfig, **others: Any) -> tvm
 
 def small(net: Net, x: relax.Var) -> relax.Var:
     x = net.conv_relu("a", x, 24)
-    x = net("c_clip", op.clip(net.conv("c", x, 24), 0.0, 1.5))
-    return net.conv_relu("e", x, 16, groups=2)
+    return net("c_clip", op.clip(net.conv("c", x, 24, groups=2), 0.0, 1.5))
 
 
 def test_stages_make_up_for_what_was_lost() -> None:
@@ -189,11 +189,9 @@ def test_stages_make_up_for_what_was_lost() -> None:
     module = build(small, (1, 16, 9, 10))
     linear = LowRankConfig(rank=Rank(6))
     nonlinear = replace(linear, nonlinear=True)
-    assert [set(stage) for stage in stages(module, all_layers(module, linear))] == [
-        {"a"}, {"c"}, {"e"},
-    ]  # fmt: skip
+    assert [set(stage) for stage in stages(module, all_layers(module, linear))] == [{"a"}, {"c"}]
     wanted = observe(module, all_layers(module, nonlinear))
-    assert wanted is not None and set(wanted.patches) == {"a", "c", "e"}
+    assert wanted is not None and set(wanted.patches) == {"a", "c"}
     errors = [
         error(module, split(module, linear)),
         error(module, in_stages(module, linear)),
