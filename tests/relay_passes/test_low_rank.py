@@ -37,7 +37,7 @@ from tvm_compress.relay_passes.numerics.statistics import Statistics
 from tvm_compress.relay_passes.select import list_layers
 from tvm_compress.targets import get_target
 
-from .floats import Net, all_layers, build, quantize, run, samples
+from .floats import Net, all_layers, build, describe, quantize, run, samples
 
 HOST = get_target("host")
 FORMS = ("channels", "rows_and_columns", "tucker", "canonical")
@@ -159,59 +159,48 @@ def test_ranks_are_multiples_and_large_ones_do_nothing() -> None:
     assert [n.name for n in list_layers(whole)] == [n.name for n in list_layers(module)]
 
 
-def in_stages(module: tvm.IRModule, config: LowRankConfig, **others: Any) -> tvm.IRModule:
-    """Each layer behind those before it, as a recipe's step."""
-    schemes = {**all_layers(module, config), **others}
-    schemes = {name: item for name, item in schemes.items() if item is not None}
-    data, original = [{"x": array} for array in samples(module, count=12)], module
-    for index, stage in enumerate(stages(module, schemes)):
-        wanted = observe(module, stage)
-        assert wanted is not None
-        model = load_model(module)
-        if index == 0:
-            statistics = calibrate(model, data, wanted, target=HOST)
-        else:
-            statistics = calibrate_towards(
-                load_model(original).module, model, wanted.second_moments, data,
-                target=HOST, rows=wanted.patches,
-            )  # fmt: skip
-        module = LowRank(stage, statistics)(module)
-    return module
-
-
-def small(net: Net, x: relax.Var) -> relax.Var:
-    x = net.conv_relu("a", x, 24)
-    return net("c_clip", op.clip(net.conv("c", x, 24, groups=2), 0.0, 1.5))
-
-
 def test_stages_make_up_for_what_was_lost() -> None:
     """Behind split layers and their activations: nearer to the original than all at once."""
-    module = build(small, (1, 16, 9, 10))
-    linear = LowRankConfig(rank=Rank(6))
+
+    def body(net: Net, x: relax.Var) -> relax.Var:
+        x = net.conv_relu("a", x, 12)
+        return net("c_clip", op.clip(net.conv("c", x, 12, groups=2), 0.0, 1.5))
+
+    module = build(body, (1, 8, 7, 6))
+    linear = LowRankConfig(rank=Rank(3))
     nonlinear = replace(linear, nonlinear=True)
-    assert [set(stage) for stage in stages(module, all_layers(module, linear))] == [{"a"}, {"c"}]
+    parts = stages(module, all_layers(module, nonlinear))
+    assert [set(part) for part in parts] == [{"a"}, {"c"}]
     wanted = observe(module, all_layers(module, nonlinear))
     assert wanted is not None and set(wanted.patches) == {"a", "c"}
-    errors = [
-        error(module, split(module, linear)),
-        error(module, in_stages(module, linear)),
-        error(module, in_stages(module, nonlinear)),
-    ]
+    data = [{"x": array} for array in samples(module, count=12)]
+    at_once = calibrate(load_model(module), data, wanted, target=HOST)
+    errors = [error(module, LowRank(all_layers(module, linear), at_once)(module))]
+    for config in (linear, nonlinear):
+        first = LowRank({"a": config}, at_once)(module)
+        behind = calibrate_towards(
+            module, load_model(first), {"c"}, data, target=HOST, rows=wanted.patches
+        )
+        errors.append(error(module, LowRank({"c": config}, behind)(first)))
     assert errors == sorted(errors, reverse=True)
     assert errors[2] < 0.9 * errors[0]
 
 
 def test_layers_without_an_activation_are_linear() -> None:
-    """What is added to a layer's outputs, and a loop's shared weights, leave them linear."""
+    """What is added to a layer's outputs leaves them linear; biases change all the same."""
 
     def body(net: Net, x: relax.Var) -> relax.Var:
-        y = net("y", op.nn.relu(net("sum", op.add(net.conv_bias("a", x, 16), x))))
+        y = net("y", op.nn.relu(net("sum", op.add(net.conv("a", x, 16), x))))
         return net.conv_bias("z", y, 16)
 
     module = build(body, (1, 16, 6, 6))
-    wanted = observe(module, all_layers(module, LowRankConfig(nonlinear=True)))
+    config = LowRankConfig(rank=Rank(4), nonlinear=True)
+    wanted = observe(module, all_layers(module, config))
     assert wanted is not None and not wanted.patches
-    assert set(ranks(in_stages(module, LowRankConfig(rank=Rank(4), nonlinear=True)))) == {"a", "z"}
+    result = split(module, config)
+    assert set(ranks(result)) == {"a", "z"}
+    assert describe(result)["a_corrected"] == "add(a)"
+    assert describe(result)["sum"] == "add(a_corrected, x)"
 
 
 def ranks(module: tvm.IRModule) -> dict[str, int]:
