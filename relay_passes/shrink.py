@@ -32,7 +32,7 @@ from .numerics.channel_norms import (
     keep_best,
     relative,
 )
-from .numerics.discriminating_selection import weigh_outputs
+from .numerics.discriminating_selection import select_discriminating
 from .numerics.gradient_saliency import taylor
 from .numerics.lasso_selection import select_by_lasso
 from .numerics.neuron_merging import Merging, merge_similar
@@ -408,14 +408,14 @@ def _choose(
     consumers = [] if config.criterion in RANKED else problem.consumers(group)
     if consumers:
         if config.criterion == "discrimination":
-            consumers = weigh_outputs(consumers, problem.squared_gradients(group))
-        select = {
-            "lasso": select_by_lasso,
-            "thinet": select_greedily,
-            "surgeon": select_by_surgeon,
-            "discrimination": select_by_surgeon,
-        }[config.criterion]
-        kept = select(consumers, count)
+            kept = select_discriminating(consumers, problem.squared_gradients(group), count)
+        else:
+            select = {
+                "lasso": select_by_lasso,
+                "thinet": select_greedily,
+                "surgeon": select_by_surgeon,
+            }[config.criterion]
+            kept = select(consumers, count)
     else:
         kept = keep_best(_scores(problem, config, group), count)
     keep[group.labels[~kept]] = False

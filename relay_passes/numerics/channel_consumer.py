@@ -111,14 +111,3 @@ def reconstruct_kept(consumer: Consumer, kept: Mask, damping: float = 0.01) -> M
     rows = consumer.kept_rows(kept)
     support = np.broadcast_to(rows[:, None], consumer.weight.shape)
     return reconstruct(consumer.weight, damped(consumer.second, damping), support)
-
-
-def scale_kept(consumer: Consumer, scales: Vector) -> Matrix:
-    """The consumer's weight [K, N] with the rows of each channel times its scale [C]."""
-    owners = consumer.owners
-    return consumer.weight * np.where(owners < 0, 1.0, scales[owners])[:, None]
-
-
-def relative_error(consumer: Consumer, weight: Matrix) -> float:
-    """Squared error of the outputs with another `weight` [K, N], over the outputs' energy."""
-    return layer_error(weight - consumer.weight, consumer.second) / consumer.energy

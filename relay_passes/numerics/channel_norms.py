@@ -6,7 +6,6 @@ a residual sum) are added after `relative`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -23,14 +22,9 @@ def filter_norms(weight: Matrix, order: Literal[1, 2]) -> Vector:
     return np.asarray(np.linalg.norm(weight, ord=order, axis=0))
 
 
-def batch_norm_scale(gamma: Vector) -> Vector:
-    """|γ| [N] (Liu et al. 2017, "Learning Efficient Convolutional Networks through Network
-    Slimming", section 3)."""
-    return np.abs(gamma)
-
-
 def folded_batch_norm_scale(weight: Matrix, second: Matrix, mean: Vector, count: int) -> Vector:
-    """|γ| of a batch-norm that was folded into the layer: the spread of the layer's outputs.
+    """|γ| of a batch-norm that was folded into the layer (Liu et al. 2017, "Learning Efficient
+    Convolutional Networks through Network Slimming", section 3): the spread of its outputs.
 
     A batch-norm's outputs have the standard deviation |γ| over the data that it was trained on, and
     folding leaves them as they are. [K, N], X·Xᵀ [K, K], E[x] [K], patches => [N].
@@ -54,17 +48,3 @@ def keep_best(scores: Vector, keep: int) -> Mask:
     kept = np.zeros(len(scores), bool)
     kept[np.argsort(-scores, kind="stable")[:keep]] = True
     return kept
-
-
-def keep_best_of_all(scores: Sequence[Vector], share: float, at_least: int = 1) -> list[Mask]:
-    """One threshold for all groups, such that `share` of all channels stay; each group keeps
-    `at_least` so many of its best (Liu et al. 2017, section 3, "Channel Pruning")."""
-    every = np.concatenate(scores)
-    kept = np.split(
-        keep_best(every, max(1, round(share * len(every)))),
-        np.cumsum([len(group) for group in scores])[:-1],
-    )
-    return [
-        mask | keep_best(group, min(at_least, len(group)))
-        for mask, group in zip(kept, scores, strict=True)
-    ]

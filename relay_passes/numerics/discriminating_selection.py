@@ -1,7 +1,5 @@
-"""Channels by what a labelled loss makes of the outputs that read them.
-
-Zhuang et al. 2018, "Discrimination-aware Channel Pruning for Deep Neural Networks" (DCP), and the
-Fisher information of outputs, which makes any other criterion look at the loss.
+"""Channels by what a labelled loss makes of the layers that read them: discrimination-aware channel
+selection (Zhuang et al. 2018, "Discrimination-aware Channel Pruning for Deep Neural Networks").
 """
 
 from __future__ import annotations
@@ -15,52 +13,67 @@ from .second_order import damped
 
 
 def select_discriminating(
-    consumer: Consumer,
-    weight_gradient: Matrix,
-    count: int,
+    consumers: Sequence[Consumer],
+    output_gradients: Sequence[Vector],
     keep: int,
     discrimination: float = 1.0,
 ) -> Mask:
-    """bool [C]: discrimination-aware channel selection (Zhuang et al. 2018, section 3.3, algorithm
-    2): from no channel on, the one joins whose weights the joint loss pulls at most,
-    ‖∂(L_M + λ L_S)/∂W_c‖_F, and the weights of those that joined are solved for.
+    """bool [C]: from no channel on, the one joins whose weights the joint loss L_M + λ L_S pulls at
+    most, ‖∂(L_M + λ L_S)/∂W_c‖_F, and the weights of those that joined are solved for (section
+    3.3, algorithm 2).
 
-    `weight_gradient` [K, N]: dL_S/dW averaged over samples, held as it is at the trained
-    weights; L_M = error / (2 `count`), `count` patches. Raises `ValueError` for a `keep` that is no
-    number of channels.
+    L_M is the consumers' relative squared error. The paper trains classifiers for L_S; here it is
+    the network's labelled loss to second order, Σ_n f_n (error of output n), f_n = E[(dL/dy_n)²]
+    over its mean (the Fisher information's diagonal: Theis et al. 2018, "Faster gaze prediction
+    with dense networks and Fisher pruning", section 3.1). `output_gradients`: f [N] for
+    each consumer (`ChannelGradients.gradient_squared`); λ is `discrimination`. K² operations for
+    each row that joins. Raises `ValueError` for a `keep` that is no number of channels.
     """
-    if not 0 < keep <= consumer.channels:
-        raise ValueError(f"keep is 1 to {consumer.channels}, not {keep}")
-    hessian = damped(consumer.second)
-    wanted = hessian @ consumer.weight
-    kept = np.zeros(consumer.channels, bool)
-    current = np.zeros(consumer.weight.shape)
-    owners = consumer.owners
-    readable = owners >= 0
+    channels = consumers[0].channels
+    if not 0 < keep <= channels:
+        raise ValueError(f"keep is 1 to {channels}, not {keep}")
+    states = [
+        _State(consumer, gradients, discrimination)
+        for consumer, gradients in zip(consumers, output_gradients, strict=True)
+    ]
+    kept = np.zeros(channels, bool)
     for _ in range(keep):
-        pull = (hessian @ current - wanted) / count + discrimination * weight_gradient
-        sizes = np.bincount(
-            owners[readable], (pull[readable] ** 2).sum(axis=1), minlength=consumer.channels
-        )
-        kept[int(np.where(kept, -np.inf, sizes).argmax())] = True
-        rows = np.flatnonzero(consumer.kept_rows(kept))
-        current = np.zeros(consumer.weight.shape)
-        current[rows] = np.linalg.solve(hessian[np.ix_(rows, rows)], wanted[rows])
+        pulls = np.sum([state.pulls() for state in states], axis=0)
+        best = int(np.where(kept, -np.inf, pulls).argmax())
+        kept[best] = True
+        for state in states:
+            state.join(np.flatnonzero(state.owners == best))
     return kept
 
 
-def weigh_outputs(consumers: Sequence[Consumer], gradients: Sequence[Vector]) -> list[Consumer]:
-    """Consumers whose errors count by what the loss makes of them: output n by E[(dL/dy_n)²].
+class _State:
+    """A consumer while channels join. `pull` is H (W - Ŵ) [K, N], Ŵ solved for the rows A that have
+    joined; `left` is H - H_:A H_AA⁻¹ H_A:, from which the next joins by one elimination."""
 
-    For any selector above: the loss rises by half of it to second order, with the Fisher
-    information's diagonal for the outputs and X·Xᵀ for the inputs (Theis et al. 2018, "Faster gaze
-    prediction with dense networks and Fisher pruning", section 3.1). `gradients`: [N] for each
-    consumer (`ChannelGradients.gradient_squared`). All-zero gradients change nothing.
-    """
-    weighed = []
-    for consumer, squares in zip(consumers, gradients, strict=True):
-        size = np.sqrt(squares) if squares.any() else np.ones(len(squares))
-        weighed.append(
-            Consumer(consumer.weight * size, consumer.second, consumer.channels, consumer.owner)
-        )
-    return weighed
+    def __init__(self, consumer: Consumer, gradients: Vector, discrimination: float) -> None:
+        self.owners = consumer.owners
+        self.channels = consumer.channels
+        self.left: Matrix = damped(consumer.second)
+        self.pull: Matrix = self.left @ consumer.weight
+        mean = gradients.mean()
+        extra = gradients / mean if mean > 0 else np.zeros(len(gradients))
+        self.importance = ((1 + discrimination * extra) / consumer.energy) ** 2
+        self.join(np.flatnonzero(self.owners < 0))
+
+    def pulls(self) -> Vector:
+        """Squared norm of each channel's gradient. [C]"""
+        sizes = self.pull**2 @ self.importance
+        mine = self.owners >= 0
+        pulls = np.bincount(self.owners[mine], sizes[mine], minlength=self.channels)
+        return pulls.astype(np.float64)
+
+    def join(self, rows: np.ndarray) -> None:
+        if not len(rows):
+            return
+        across = self.left[rows]  # [p, K]
+        solved = np.linalg.solve(across[:, rows], across)
+        self.pull -= solved.T @ self.pull[rows]
+        self.left -= across.T @ solved
+        self.pull[rows] = 0.0
+        self.left[rows] = 0.0
+        self.left[:, rows] = 0.0

@@ -29,18 +29,6 @@ class Merging:
         """bool [C]"""
         return np.asarray(self.into == np.arange(len(self.into)))
 
-    def merge_rows(self, weight: Matrix, owners: NDArray[np.int64]) -> Matrix:
-        """A consumer's weight [K, N] with the rows of merged neurons added to those that stand for
-        them, position by position, and zero. `owners` [K] as in `channel_consumer.Consumer`."""
-        merged = weight.astype(np.float64, copy=True)
-        for channel in np.flatnonzero(~self.kept):
-            rows, target = (
-                np.flatnonzero(owners == index) for index in (channel, self.into[channel])
-            )
-            merged[target] += weight[rows]
-            merged[rows] = 0.0
-        return merged
-
 
 def merge_similar(incoming: Matrix, outgoing: Sequence[Matrix], keep: int) -> Merging:
     """Merge pairs until `keep` neurons are left.
