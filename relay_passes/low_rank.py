@@ -113,8 +113,8 @@ def _written(graph: Graph, splits: Mapping[relax.Var, Split]) -> relax.Function:
 def stages(
     module: tvm.IRModule, schemes: Mapping[str, LowRankConfig]
 ) -> list[dict[str, LowRankConfig]]:
-    """`schemes` in parts, in the order of the graph, each to be applied behind those before. Ranks
-    under a total are chosen for all layers at once."""
+    """`schemes` in parts, in the order of the graph, each to be applied behind those before. Layers
+    whose ranks under a total nobody has decided (`low_rank_ranks.decide`) are not parted."""
     layers = weight_layers(Graph(module["main"]), schemes)
     return in_stages(
         [n for n in layers if n.config.data_aware and not isinstance(n.config.rank, Network)],

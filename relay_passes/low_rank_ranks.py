@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import bisect
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import tvm
 from numpy.typing import NDArray
 
 from ..errors import RecipeError
 from .costs import TOLERATED, LayerCosts
+from .graph import Graph
 from .layer_spec import LayerSpec, layer_spec
-from .low_rank_config import Bytes, Energy, Latency, Network, Operations, Rank
+from .low_rank_config import Bytes, Energy, Latency, LowRankConfig, Network, Operations, Rank
 from .low_rank_parts import (
     Form,
     Layer,
@@ -31,6 +33,7 @@ from .numerics.least_squares import LeastSquares
 from .numerics.rank_choice import Choice, allocate, energies, rank_for_energy, spectrum
 from .numerics.sparsity_pattern import Mask, SparsityPattern
 from .numerics.statistics import Statistics
+from .weight_layers import weight_layers
 
 Array = NDArray[np.float64]
 
@@ -191,6 +194,29 @@ def candidates(
         multiple = auto if asked == "auto" else asked
         found.append(Candidate(layer, form_of(layer), spec, multiple, statistics, costs))
     return found
+
+
+def undecided(schemes: Mapping[str, LowRankConfig]) -> dict[str, LowRankConfig]:
+    """The layers whose ranks are under a total."""
+    return {name: item for name, item in schemes.items() if isinstance(item.rank, Network)}
+
+
+def decide(
+    module: tvm.IRModule,
+    schemes: Mapping[str, LowRankConfig],
+    statistics: Statistics,
+    loss: Callable[[tvm.IRModule], float] | None = None,
+) -> dict[str, LowRankConfig]:
+    """`schemes` with a rank for each layer under a total; those that it leaves whole are gone.
+    `statistics` holds what `low_rank.observe` lists for them; energies count, not the `loss`."""
+    left = undecided(schemes)
+    found = candidates(weight_layers(Graph(module["main"]), left), statistics, None)
+    decided = {name: item for name, item in schemes.items() if name not in left}
+    for candidate, rank in zip(found, choose_ranks(found), strict=True):
+        if isinstance(rank, int):
+            config = replace(candidate.layer.config, rank=Rank(rank))
+            decided |= dict.fromkeys((n.name for n in candidate.layer.variables), config)
+    return decided
 
 
 def choose_ranks(found: Sequence[Candidate]) -> list[int | str]:

@@ -32,6 +32,7 @@ from tvm_compress.relay_passes.low_rank_config import (
     Rank,
     Residual,
 )
+from tvm_compress.relay_passes.low_rank_ranks import decide
 from tvm_compress.relay_passes.numerics.sparsity_pattern import Block, SemiStructured
 from tvm_compress.relay_passes.numerics.statistics import Statistics
 from tvm_compress.relay_passes.select import list_layers
@@ -277,6 +278,8 @@ def test_ranks_under_a_total(of: Any) -> None:
     module = build(body, (1, 32))
     result = split(module, plain(Network(0.7, of), multiple=4))
     assert ranks(result) == {"few": 4}
+    decided = decide(module, all_layers(module, plain(Network(0.7, of), multiple=4)), Statistics())
+    assert decided == {"few": plain(Rank(4), multiple=4)}
     assert macs(result) <= 0.7 * macs(module)
     assert read_low_rank(result)["many"] == "whole: the total needs no split of it"
     assert set(ranks(split(module, plain(Network(0.3, of), multiple=1)))) == {"few", "many"}
