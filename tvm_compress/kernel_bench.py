@@ -34,7 +34,10 @@ _COLD_BYTES, _MOST_COPIES = 2 << 20, 16
 # Under an emulator layers are cut to about so many products: counts grow with the rows.
 _COUNTED_MACS = 300_000
 _LEAST_ROWS = 4
-_COUNT_SECONDS = 60.0
+_MOST_INSTRUCTIONS = 5e8
+
+
+_Shared = dict[tuple[tuple[int, ...], str], tuple[int, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -137,39 +140,52 @@ class CountingBench:
 
     def costs(self, kernels: Sequence[Kernel]) -> list[float]:
         from .bare.compile import compile_kernel
+        from .model import TensorSpec
         from .tuning.emulated import Bench, DataSet
         from .tuning.scratch import scratch_folder
 
-        found = []
+        parameters: list[TensorSpec] = []
+        constants: dict[int, np.ndarray] = {}
+        data: _Shared = {}  # (shape, dtype) => position, array: kernels share them
+        results: _Shared = {}
+        takes, compiled, times = {}, [], []
+        for number, kernel in enumerate(kernels):
+            spec, share = _cut(kernel.spec)
+            func = _function(spec)
+            arrays = _arrays(replace(kernel, spec=spec), func)
+            positions = []
+            for place, array in enumerate(arrays):
+                shared = data if place == 0 else results if place == len(arrays) - 1 else None
+                key = (array.shape, str(array.dtype))
+                if shared is None or key not in shared:
+                    position = len(parameters)
+                    parameters.append(TensorSpec(str(position), *key))
+                    if shared is None:
+                        constants[position] = array
+                    else:
+                        shared[key] = position, array
+                positions.append(position if shared is None else shared[key][0])
+            symbol = f"candidate{number}"
+            takes[symbol] = tuple(positions)
+            compiled.append(compile_kernel(func, symbol, self.target, None))
+            times.append(share)
+        sets = (DataSet(dict(data.values()), dict(results.values())),)
+        bench = Bench(self.target, tuple(parameters), constants, True, sets, False, takes)
         with scratch_folder() as folder:
-            for kernel in kernels:
-                spec, times = _cut(kernel.spec)
-                cut = replace(kernel, spec=spec)
-                func = _function(cut)
-                arrays = _arrays(cut, func)
-                compiled = compile_kernel(func, "candidate", self.target, None)
-                bench = Bench(
-                    self.target,
-                    _tensor_specs(func),
-                    dict(enumerate(arrays[1:-1], 1)),
-                    True,
-                    (DataSet({0: arrays[0]}, {len(arrays) - 1: arrays[-1]}),),
-                    is_checked=False,
-                )
-                (count,) = bench.count([compiled], folder, _COUNT_SECONDS * 1e7)
-                if isinstance(count, str):
-                    raise ArtefactError(f"{self.target.name}: a kernel does not run: {count}")
-                found.append(times * count)
-        return found
+            counts = bench.count(compiled, folder, _MOST_INSTRUCTIONS)
+        for count in counts:
+            if isinstance(count, str):
+                raise ArtefactError(f"{self.target.name}: a kernel does not run: {count}")
+        return [share * float(count) for share, count in zip(times, counts, strict=True)]
 
 
 # --- building -----------------------------------------------------------------------------------
 
 
-def _function(kernel: Kernel) -> Any:
+def _function(spec: KernelSpec) -> Any:
     from .schedules.lone_layer import lone_layer
 
-    return lone_layer(kernel.spec)
+    return lone_layer(spec)
 
 
 def _compiled(kernel: Kernel, target: Target, name: str = "kernel") -> Any:
@@ -178,7 +194,7 @@ def _compiled(kernel: Kernel, target: Target, name: str = "kernel") -> Any:
 
     from .schedules import schedule
 
-    func = schedule(_function(kernel), target).with_attr("global_symbol", name)
+    func = schedule(_function(kernel.spec), target).with_attr("global_symbol", name)
     with tvm.transform.PassContext():
         return tvm.tirx.build(tvm.IRModule({name: func}), target=target.tvm_target())
 
@@ -208,7 +224,7 @@ def _arguments(kernel: Kernel, device: Any) -> list[list[Any]]:
     import tvm
 
     data, *weights, bias, result = (
-        tvm.runtime.tensor(array, device) for array in _arrays(kernel, _function(kernel))
+        tvm.runtime.tensor(array, device) for array in _arrays(kernel, _function(kernel.spec))
     )
     size = sum(array.nbytes for array in kernel.weights)
     copies = min(_MOST_COPIES, math.ceil(_COLD_BYTES / max(size, 1)))

@@ -7,7 +7,7 @@ set `d`. So one start of the emulator serves a batch, and the outputs come back 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,8 @@ class Bench:
     sets: tuple[DataSet, ...]
     is_checked: bool = True
     """Whether results are compared with what is expected."""
+    takes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Symbol of a kernel => the parameters that it has; those that are not named have all."""
 
     def count(
         self, kernels: Sequence[CompiledKernel], folder: Path, instructions: float | None
@@ -157,7 +159,8 @@ class Bench:
         for number, kernel in enumerate(kernels):
             pointers = [f"{kind} *" for kind in kernel.parameters]
             declared.append(f"void {kernel.symbol}({', '.join(pointers)});")
-            given = [places[index] for index in range(len(self.parameters))]
+            takes = self.takes.get(kernel.symbol, range(len(self.parameters)))
+            given = [places[index] for index in takes]
             given += [f"((uint8_t *)arena + {offset})" for offset in _arena(kernel)[0]]
             arguments = ", ".join(
                 f"({pointer})(uintptr_t){place}"

@@ -1,0 +1,159 @@
+"""Which layers ship without their zeros: decided once, noted, and followed when weights are
+packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax
+from tvm.relax import op
+
+from tvm_compress.build import lower
+from tvm_compress.relay_passes.costs import MEASURED, Comparison
+from tvm_compress.relay_passes.graph import Graph
+from tvm_compress.relay_passes.layer_spec import LayerSpec, layer_spec
+from tvm_compress.relay_passes.sparse_choices import ChooseSparse, kept_weights, read_choices
+from tvm_compress.schedules import Conv2dSpec, MatmulSpec
+from tvm_compress.schedules.sparse_form import SparseForm
+from tvm_compress.targets import get_target
+
+from .floats import Net, build, quantize
+
+X86 = get_target("x86-64-v3")
+OUTPUTS = 32
+
+
+class FakeCosts:
+    """One figure for all sparse kernels; remembers what was asked."""
+
+    unit = MEASURED
+
+    def __init__(self, cost: float, form: SparseForm | None = None, bytes_: int = 100) -> None:
+        self.cost, self.bytes = cost, bytes_
+        self.form = form or SparseForm(16, 1.0)
+        self.asked: dict[str, tuple[LayerSpec, np.ndarray]] = {}
+
+    def compare(self, layer: str, chains: Sequence[Sequence[LayerSpec]]) -> list[float]:
+        raise AssertionError("sparse layers have no parts")
+
+    def sparse(self, layer: str, spec: LayerSpec, kept: np.ndarray) -> Comparison:
+        self.asked[layer] = spec, kept
+        return Comparison(self.form, self.cost, 1.0, self.bytes, 200, MEASURED)
+
+    def blocks(self, layer: str, spec: LayerSpec) -> tuple[int, ...]:
+        return (16,)
+
+
+class PrunedNet(Net):
+    """Blocks of 16 outputs share the tenth of the inputs that they read."""
+
+    def array(self, *shape: int, spread: float = 1.0) -> Any:
+        array = self.rng.normal(0, spread, shape).astype(np.float32)
+        if len(shape) == 4 and shape[0] == OUTPUTS:
+            rest = array.reshape(OUTPUTS // 16, 16, -1)
+            rest *= self.rng.random((len(rest), 1, rest.shape[2])) < 0.1
+        return relax.const(array)
+
+
+def pruned() -> tvm.IRModule:
+    def body(net: Net, x: relax.Var) -> relax.Var:
+        net = PrunedNet(net.builder, 0)
+        x = net.conv_relu("a", x, OUTPUTS)
+        x = net.conv_relu("b", x, OUTPUTS, kernel=1)
+        return net.conv_relu("full", x, 24, kernel=1)
+
+    return build(body, (1, 16, 6, 6))
+
+
+def chosen(module: tvm.IRModule, costs: FakeCosts, insisted: Sequence[str] = ()) -> tvm.IRModule:
+    return tvm.transform.Sequential([ChooseSparse(costs, insisted)])(module)
+
+
+@pytest.mark.parametrize(
+    ("cost", "stored", "insisted", "sparse", "reason"),
+    [
+        (0.5, 100, (), True, ""),
+        (1.08, 100, (), True, ""),  # smaller, and hardly slower
+        (1.08, 300, (), False, "1.08x of dense's time (measured)"),
+        (1.5, 100, (), False, "1.50x of dense's time (measured)"),
+        (1.5, 100, ("a", "b"), True, "insisted on"),
+    ],
+)
+def test_kernels_follow_the_choice(
+    cost: float, stored: int, insisted: tuple[str, ...], sparse: bool, reason: str
+) -> None:
+    module = chosen(pruned(), FakeCosts(cost, bytes_=stored), insisted)
+    choices = read_choices(module["main"])
+    assert set(choices) == {"a", "b"}
+    for choice in choices.values():
+        assert (choice.form == "16x1") == sparse and (choice.form == "") != sparse
+        assert reason in choice.reason and bool(choice.reason) == bool(reason)
+        assert (choice.cost, choice.dense_cost, choice.unit) == (cost, 1.0, MEASURED)
+    assert set(lower(module, X86).sparse_kernels) == ({"a", "b"} if sparse else set())
+
+
+def test_nobody_is_asked_about_layers_without_zeros() -> None:
+    costs = FakeCosts(0.5)
+    module = build(lambda net, x: net.conv_relu("a", x, 8))
+    assert chosen(module, costs).same_as(module) and not costs.asked
+
+
+def test_integers_are_asked_about_as_they_are_stored() -> None:
+    module = pruned()
+    floats, integers = FakeCosts(0.5), FakeCosts(0.5)
+    chosen(module, floats)
+    chosen(quantize(module), integers)
+    for name in ("a", "b"):
+        spec, kept = floats.asked[name]
+        stored, same = integers.asked[name]
+        assert stored == spec.replace(data_dtype="int8", weight_dtype="int8", acc_dtype="int32")
+        assert kept.sum() >= same.sum() > 0.9 * kept.sum()  # small ones round to zero
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_specs_and_zeros_of_convolutions(layout: str, groups: int) -> None:
+    weight = np.random.default_rng(0).normal(size=(6, 4 // groups, 3, 2)).astype(np.float32)
+    weight[1, 0, 2, 1] = 0
+    shape = {"NCHW": (2, 4, 9, 7), "NHWC": (2, 9, 7, 4)}[layout]
+    kernel = {"NCHW": "OIHW", "NHWC": "HWIO"}[layout]
+    stored = weight if layout == "NCHW" else weight.transpose(2, 3, 1, 0)
+
+    def body(net: Net, x: relax.Var) -> relax.Var:
+        return net("c", op.nn.conv2d(
+            x, relax.const(np.ascontiguousarray(stored)), strides=(2, 1), padding=(1, 0, 2, 1),
+            dilation=(1, 2), groups=groups, data_layout=layout, kernel_layout=kernel,
+        ))  # fmt: skip
+
+    module = build(body, shape)
+    graph = Graph(module["main"])
+    (call,) = (value for variable, value in graph.values.items() if variable.name == "c")
+    spec = layer_spec(call)
+    assert spec == Conv2dSpec(
+        batch=2, height=9, width=7, in_channels=4, out_channels=6, kernel=(3, 2), strides=(2, 1),
+        padding=(1, 0, 2, 1), dilation=(1, 2), groups=groups,
+    )  # fmt: skip
+    kept = kept_weights(graph, call)
+    assert kept is not None and kept.shape == (groups, 6 * 4 // groups, 6 // groups)
+    # [kernel row 2, column 1, input 0], output 1 of the first group.
+    assert not kept[0, (2 * 2 + 1) * (4 // groups), 1] and kept.sum() == kept.size - 1
+
+
+def test_specs_of_linear_layers_and_of_others() -> None:
+    def body(net: Net, x: relax.Var) -> relax.Var:
+        x = net.linear("fc", x, 5)
+        x = net("batched", op.matmul(x, net.array(3, 5, 4)))
+        return net("line", op.nn.conv1d(x, net.array(7, 2, 3), padding=(1, 1)))
+
+    module = build(body, (3, 2, 6))
+    calls = {variable.name: call for variable, call in Graph(module["main"]).values.items()}
+    assert layer_spec(calls["fc"]) == MatmulSpec(rows=6, in_features=6, out_features=5)
+    assert layer_spec(calls["batched"]) is None
+    assert layer_spec(calls["line"]) == Conv2dSpec(
+        batch=3, height=1, width=4, in_channels=2, out_channels=7, kernel=(1, 3),
+        padding=(0, 1, 0, 1),
+    )  # fmt: skip

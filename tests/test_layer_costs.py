@@ -1,0 +1,226 @@
+"""Costs of layers on a target: what is asked, in which dtypes, and how figures are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax
+
+from tvm_compress.errors import ArtefactError
+from tvm_compress.flow import compress_job, load_job
+from tvm_compress.kernel_bench import Kernel, LocalBench, bench_of
+from tvm_compress.kernel_cache import KernelCache
+from tvm_compress.layer_costs import TargetCosts
+from tvm_compress.progress import Progress
+from tvm_compress.recipe import Recipe, Step, dump_recipe, parse_recipe
+from tvm_compress.relay_passes.costs import COUNTED, MEASURED, PREDICTED
+from tvm_compress.relay_passes.numerics.sparsity_pattern import Block
+from tvm_compress.relay_passes.quantize_config import QuantizeConfig
+from tvm_compress.relay_passes.sparse_choices import read_choices
+from tvm_compress.relay_passes.sparsify_config import SparsifyConfig
+from tvm_compress.schedules import Conv2dSpec, MatmulSpec, SparseConv2dSpec
+from tvm_compress.targets import get_target
+from tvm_compress.targets.toolchains import missing_tools
+
+from .relay_passes.floats import Net, build
+
+X86 = get_target("x86-64-v3")
+CONV = Conv2dSpec(
+    batch=1, height=6, width=6, in_channels=8, out_channels=32, kernel=(3, 3),
+    padding=(1, 1, 1, 1),
+)  # fmt: skip
+LINEAR = MatmulSpec(rows=1, in_features=64, out_features=48)
+
+
+class FakeBench:
+    """Costs by a rule; remembers what it was asked."""
+
+    unit = MEASURED
+
+    def __init__(self, sparse: float = 1.0, dense: float = 2.0) -> None:
+        self.sparse, self.dense = sparse, dense
+        self.asked: list[list[Any]] = []
+
+    def costs(self, kernels: Sequence[Kernel]) -> list[float]:
+        self.asked.append([kernel.spec for kernel in kernels])
+        is_sparse = [isinstance(kernel.spec, SparseConv2dSpec) for kernel in kernels]
+        return [self.sparse if found else self.dense for found in is_sparse]
+
+
+class NoBench:
+    """Must not be asked."""
+
+    unit = MEASURED
+
+    def costs(self, kernels: Sequence[Kernel]) -> list[float]:
+        raise AssertionError(f"{len(kernels)} kernels were run again")
+
+
+def kept(spec: Any, share: float = 0.1, block: int = 16) -> np.ndarray:
+    """[groups, K, N] in blocks of outputs."""
+    shape = (spec.groups_of_channels, spec.reduction_size, -(-spec.columns // block))
+    found = np.random.default_rng(0).random(shape) < share
+    return found.repeat(block, axis=2)[..., : spec.columns]
+
+
+@pytest.mark.parametrize("spec", [CONV, LINEAR])
+def test_a_sparse_layer_is_compared_with_its_dense_kernel(spec: Any) -> None:
+    bench = FakeBench()
+    found = TargetCosts(X86, bench).sparse("a", spec, kept(spec))
+    assert found.form is not None and found.pays
+    assert (found.cost, found.dense_cost, found.unit) == (1.0, 2.0, MEASURED)
+    assert 0 < found.bytes < found.dense_bytes == 4 * spec.reduction_size * spec.columns
+    (asked,) = bench.asked
+    assert asked[0].macs == spec.macs and not isinstance(asked[0], SparseConv2dSpec)
+    assert all(isinstance(item, SparseConv2dSpec) for item in asked[1:]) and len(asked) > 1
+
+
+def test_smaller_ones_may_be_a_little_slower() -> None:
+    for ratio, pays in ((0.99, True), (1.05, True), (1.2, False)):
+        costs = TargetCosts(X86, FakeBench(sparse=ratio, dense=1.0))
+        found = costs.sparse("a", CONV, kept(CONV))
+        assert found.pays == pays, ratio
+        assert f"{ratio:.2f}x" in found.words and "measured" in found.words
+    no_form = TargetCosts(X86).sparse("a", CONV, np.ones((1, 72, 32), bool))
+    assert no_form.form is None and not no_form.pays
+
+
+def test_kernels_are_of_the_integers_that_ship() -> None:
+    costs = TargetCosts(X86, bench := FakeBench())
+    costs.schemes = {"a": QuantizeConfig(), "only": QuantizeConfig(activations=None)}
+    halves = [CONV.replace(out_channels=8), CONV.replace(in_channels=8, kernel=(1, 1))]
+    for layer in ("a", "a_part1", "b", "only"):
+        costs.compare(layer, [[CONV], halves])
+    dtypes = [{(spec.data_dtype, spec.weight_dtype) for spec in asked} for asked in bench.asked]
+    # `a_part1` is the same comparison as `a`, `only` the same as `b`.
+    assert dtypes == [{("uint8", "int8")}, {("float32", "float32")}]
+
+
+def test_alternatives_are_sums_over_their_kernels() -> None:
+    costs = TargetCosts(X86, FakeBench(dense=3.0))
+    assert costs.compare("a", [[CONV], [CONV, LINEAR], []]) == [3.0, 6.0, 0.0]
+
+
+def test_without_a_bench_costs_are_predicted() -> None:
+    costs = TargetCosts(X86)
+    whole, half = costs.compare("a", [[CONV], [CONV.replace(out_channels=16)]])
+    assert half < whole
+    found = costs.sparse("a", CONV, kept(CONV))
+    assert found.unit == costs.unit == PREDICTED and found.pays
+    assert not costs.used
+
+
+def test_a_bench_that_fails_is_said_and_predicted() -> None:
+    class Broken(NoBench):
+        def costs(self, kernels: Sequence[Kernel]) -> list[float]:
+            raise ArtefactError("no board")
+
+    class Notes(Progress):
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+
+        def note(self, message: str) -> None:
+            self.lines.append(message)
+
+    notes = Notes()
+    found = TargetCosts(X86, Broken(), progress=notes).sparse("a", CONV, kept(CONV))
+    assert found.unit == PREDICTED
+    assert notes.lines == ["a: its cost is predicted: no board"]
+
+
+def test_figures_are_kept_for_the_next_run(tmp_path: Path) -> None:
+    first = TargetCosts(X86, bench := FakeBench(), cache=KernelCache(tmp_path))
+    one, two = (first.sparse("a", CONV, kept(CONV)) for _ in range(2))
+    assert one == two and len(bench.asked) == 1
+    other = kept(CONV, share=0.2)
+    again = TargetCosts(X86, fresh := FakeBench(), cache=KernelCache(tmp_path))
+    assert again.sparse("b", CONV, kept(CONV)) == one and not fresh.asked
+    again.sparse("b", CONV, other)
+    assert len(fresh.asked) == 1  # another number of weights is another comparison
+    known = TargetCosts(X86, None, known=again.used)
+    assert known.sparse("c", CONV, kept(CONV)) == one  # from a recipe, where nothing runs
+
+
+def test_blocks_are_those_of_the_kernels() -> None:
+    costs = TargetCosts(X86)
+    assert 16 in costs.blocks("a", CONV)
+    assert costs.blocks("dw", CONV.replace(groups=8, out_channels=8)) is not None
+
+
+def test_the_machine_at_hand_is_measured() -> None:
+    host = get_target("host")
+    bench = bench_of(host)
+    assert isinstance(bench, LocalBench)
+    few = Kernel(*packed(LINEAR))
+    many = Kernel(*packed(LINEAR.replace(rows=256)))
+    small, large = bench.costs([few, many])
+    assert 0 < small < large
+
+
+def test_instructions_are_counted_where_there_is_an_emulator() -> None:
+    board = get_target("cortex-m3")
+    if missing_tools(board):
+        pytest.skip("needs the cross compiler and QEMU of Cortex-M")
+    bench = bench_of(board)
+    assert bench is not None and bench.unit == COUNTED
+    integer = LINEAR.replace(data_dtype="int8", weight_dtype="int8", acc_dtype="int32")
+    # A layer of many rows is cut, and the count stands for all of them.
+    rows = (1, 2, 1024)
+    one, two, many = bench.costs([Kernel(*packed(integer.replace(rows=n))) for n in rows])
+    assert one < two < 3 * one
+    assert many == pytest.approx(512 * two, rel=0.2)
+
+
+def packed(spec: Any) -> tuple[Any, tuple[np.ndarray, ...]]:
+    return spec, (np.ones(spec.weight_shape, spec.weight_storage_dtype),)
+
+
+# --- through the flow ---------------------------------------------------------------------------
+
+
+def network(net: Net, x: relax.Var) -> relax.Var:
+    x = net.conv_relu("a", x, 32)
+    return net.conv_relu("b", x, 32, kernel=1)
+
+
+def recipe(**fields: Any) -> Recipe:
+    config = SparsifyConfig(0.8, Block(16), "magnitude", reconstruct=False)
+    return Recipe((Step("sparsify", config),), **fields)
+
+
+def choices(module: tvm.IRModule, chosen: Recipe, monkeypatch: Any, bench: Any) -> tuple[Any, Any]:
+    monkeypatch.setattr("tvm_compress.kernel_bench.bench_of", lambda _target: bench)
+    job = load_job(module, chosen, "x86-64-v3", None)
+    compressed = compress_job(job, Progress())
+    return read_choices(compressed["main"]), job.costs.used
+
+
+def test_a_recipe_decides_again_as_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = build(network, (1, 16, 8, 8))
+    monkeypatch.setattr(KernelCache, "get", lambda *_: None)
+    monkeypatch.setattr(KernelCache, "put", lambda *_: None)
+    found, used = choices(module, recipe(), monkeypatch, FakeBench(sparse=1.0))
+    assert set(found) == {"a", "b"} and all(choice.form for choice in found.values())
+    written = parse_recipe(dump_recipe(recipe().replace(costs=used)))
+    again, same = choices(module, written, monkeypatch, NoBench())
+    assert again == found and same == used
+    slower, _ = choices(module, recipe(), monkeypatch, FakeBench(sparse=9.0))
+    assert not slower  # went back before any zero was written
+    insisted = Recipe(
+        (Step("sparsify", SparsifyConfig(0.8, Block(16), "magnitude", reconstruct=False,
+                                         insist=True)),)
+    )  # fmt: skip
+    kept_anyway, _ = choices(module, insisted, monkeypatch, FakeBench(sparse=9.0))
+    assert {choice.form != "" for choice in kept_anyway.values()} == {True}
+    assert all("insisted on" in choice.reason for choice in kept_anyway.values())
+
+
+def test_measuring_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = build(network, (1, 16, 8, 8))
+    found, used = choices(module, recipe(measure=False), monkeypatch, NoBench())
+    assert not used and {choice.unit for choice in found.values()} == {PREDICTED}
