@@ -152,7 +152,10 @@ def templates(target: Target) -> tuple[Template, ...]:
         from .scalar import SCALAR_TEMPLATES
 
         return SCALAR_TEMPLATES
-    return ()
+    from .sparse_portable import NAME, sparse_kernel
+    from .template import Template
+
+    return (Template(NAME, sparse_kernel),)
 
 
 def _kernel_of(

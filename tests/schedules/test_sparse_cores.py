@@ -35,22 +35,19 @@ FORMS = {
     "riscv32imc": "scalar.sparse",
     "riscv64gc": "scalar.sparse",
 }
-RAGGED: dict[str, Conv2dSpec | MatmulSpec] = {
-    "odd": linear(5, 33, 19),
-    "one_row": linear(1, 70, 37),
-    "pixels": conv(3, 7, 20, 16, (1, 1), 0),
-    "image": conv(6, 11, 3, 18, dilation=(2, 2), pad=2),
-    "batch": conv(4, 5, 6, 20, (2, 3), strides=(3, 2), batch=2),
-    "apart": conv(5, 6, 8, 16, (1, 1), 0, strides=(2, 2)),
-    "without_border": conv(6, 7, 5, 33, pad=0, strides=(2, 1)),
+# Widths that are no multiple of a tile; by how many outputs their blocks have.
+RAGGED: dict[str, tuple[int, Conv2dSpec | MatmulSpec]] = {
+    "odd": (16, linear(5, 33, 19)),
+    "one_row": (16, linear(1, 70, 37)),
+    "one_row_narrow": (4, linear(1, 21, 13)),
+    "one_row_narrowest": (2, linear(1, 9, 5)),
+    "pixels": (8, conv(3, 7, 20, 16, (1, 1), 0)),
+    "image": (16, conv(6, 11, 3, 18, dilation=(2, 2), pad=2)),
+    "batch": (4, conv(4, 5, 6, 20, (2, 3), strides=(3, 2), batch=2)),
+    "apart": (2, conv(5, 6, 8, 16, (1, 1), 0, strides=(2, 2))),
+    "without_border": (16, conv(6, 7, 5, 33, pad=0, strides=(2, 1))),
 }
 UNSIGNED = conv(3, 5, 8, 24, padding=(0, 1, 1, 0), **UINT8 | {"weight_dtype": "int8"})
-# Layers that are counted.
-LAYERS: dict[str, Conv2dSpec | MatmulSpec] = {
-    "1x1": conv(5, 6, 64, 64, (1, 1), 0),
-    "3x3": conv(8, 8, 32, 32),
-    "linear": linear(1, 640, 128),
-}
 
 
 def pruned(spec: Conv2dSpec | MatmulSpec, block: int, sparsity: float, seed: int = 0) -> np.ndarray:
@@ -93,18 +90,29 @@ def case(
 
 @pytest.mark.parametrize("core", list(FORMS))
 def test_ragged_shapes(core: str, tmp_path: Path) -> None:
-    """All forms of the core, with blocks that are empty."""
-    cases: dict[str, Case] = {}
+    """All widths of blocks, with blocks that are empty; and that a sparse layer takes as many
+    instructions as it is expected to."""
     target = get_target(core)
-    for name, spec in RAGGED.items():
-        for number, form in enumerate(sparse_forms(spec, target)):
-            weight = pruned(spec, form.block, 0.6 + 0.1 * number, number)
-            rule = "rounded_once" if number % 2 else "float32"
-            cases[f"{name}_{form.block}"] = case(spec, weight, form, FORMS[core], core, rule)
-    for form in list(sparse_forms(UNSIGNED, target))[:1]:
-        weight = pruned(UNSIGNED, form.block, 0.7)
-        name = FORMS[core].replace("mve_", "")
-        cases["unsigned"] = case(UNSIGNED, weight, form, name, core)
+    counted = conv(4, 12, 32, 32)
+    cases: dict[str, Case] = {}
+    for number, (name, (block, spec)) in enumerate(RAGGED.items()):
+        form = next((f for f in sparse_forms(spec, target) if f.block == block), None)
+        if form is None:
+            continue
+        weight = pruned(spec, block, 0.5 + 0.05 * number, number)
+        rule = "rounded_once" if number % 2 else "float32"
+        cases[name] = case(spec, weight, form, FORMS[core], core, rule)
+    form = sparse_forms(UNSIGNED, target)[0]
+    name = FORMS[core].replace("mve_", "")
+    cases["unsigned"] = case(UNSIGNED, pruned(UNSIGNED, 16, 0.7), form, name, core)
+    form = sparse_forms(counted, target)[0]
+    weight = pruned(counted, 16, 0.5)
+    cases["sparse"] = case(counted, weight, form, FORMS[core], core)
+    dense = FORMS[core].replace("sparse", "matrix")
+    cases["dense"] = case(counted, weight, None, dense, core)
     board = Board(cases, tmp_path, target)
-    for name in cases:
-        board.check(name)
+    counts = {name: board.check(name) for name in cases}
+    stored = encoded(counted, weight_codes(counted, weight), form)[1][0].size
+    share = counts["sparse"] / counts["dense"]
+    assert share < 0.6, share
+    assert share <= 1.1 * form.share(stored, weight.size)
