@@ -91,11 +91,12 @@ class PassEntry:
         schemes: Mapping[str, Any],
         statistics: Statistics,
         loss: Callable[[tvm.IRModule], float] | None,
+        costs: LayerCosts | None,
     ) -> dict[str, Any]:
         """`schemes` with a config for each layer alone; `statistics` is what `observe` asked for
         of the undecided ones, `loss` how far a module's outputs are from those of this one."""
         assert self.decide_at is not None
-        return _load(self.decide_at)(module, schemes, statistics, loss)
+        return _load(self.decide_at)(module, schemes, statistics, loss, costs)
 
     def stages(self, module: tvm.IRModule, schemes: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Parts of `schemes`, to be applied one after the other; only where `stages_at` is set."""
@@ -160,6 +161,8 @@ PASSES: dict[str, PassEntry] = {
         pass_at="low_rank:LowRank",
         observe_at="low_rank:observe",
         stages_at="low_rank:stages",
+        decide_at="low_rank_ranks:decide",
+        undecided_at="low_rank_ranks:undecided",
         keeps_statistics=False,
         uses_costs=True,
         refused_behind=_CODES | _ZEROS | _FACTORS,
@@ -185,6 +188,7 @@ PASSES: dict[str, PassEntry] = {
         observe_at="shrink:observe",
         stages_at="shrink:stages",
         keeps_statistics=False,
+        uses_costs=True,
         refused_behind=_CODES | _ZEROS | _FACTORS,
         is_for_floats=True,
     ),

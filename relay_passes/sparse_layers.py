@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tvm
@@ -11,14 +11,16 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from .biases import BiasWriter
+from .costs import LayerCosts
 from .graph import Graph
+from .layer_spec import layer_spec
 from .numerics import saliency
 from .numerics.least_squares import LeastSquares
 from .numerics.second_order import GreedyRemoval, prune_in_order, reconstruct
 from .numerics.sparsity_pattern import Block, KernelShape, SemiStructured, SparsityPattern
 from .numerics.statistics import Statistics
 from .patches import weight_of_matrix
-from .sparsify_config import SparsifyConfig
+from .sparsify_config import BLOCKS, SparsifyConfig
 from .weight_layers import WeightLayer, weight_layers
 
 # Operations of the greedy solver beyond which inputs are decided in order: about a minute.
@@ -34,9 +36,25 @@ def sparse_layers(graph: Graph, schemes: Mapping[str, SparsifyConfig]) -> list[L
     return [layer for layer in weight_layers(graph, schemes) if _pattern(layer) is not None]
 
 
+def with_patterns(
+    module: tvm.IRModule, schemes: Mapping[str, SparsifyConfig], costs: LayerCosts | None
+) -> dict[str, SparsifyConfig]:
+    """`schemes` with the blocks that the target's kernels like best where they name no pattern."""
+    found = dict(schemes)
+    for layer in sparse_layers(Graph(module["main"]), schemes):
+        spec = layer_spec(layer.call)
+        if layer.config.pattern is not None or costs is None or spec is None:
+            continue
+        blocks = costs.blocks(layer.name, spec)
+        if blocks:
+            config = replace(layer.config, pattern=Block(blocks[0], 1))
+            found |= {variable.name: config for variable in layer.variables}
+    return found
+
+
 def _pattern(layer: Layer) -> SparsityPattern | None:
     """The pattern as it is for a layer's kernel; None: it has none, or too few outputs for it."""
-    pattern = layer.config.pattern.of_layer(int(np.prod(layer.patches.kernel)))
+    pattern = (layer.config.pattern or BLOCKS).of_layer(int(np.prod(layer.patches.kernel)))
     return pattern if layer.outputs > 1 or getattr(pattern, "outputs", 1) == 1 else None
 
 

@@ -58,7 +58,7 @@ class Sparsify:
     def transform_module(
         self, module: tvm.IRModule, _context: tvm.transform.PassContext
     ) -> tvm.IRModule:
-        schemes = decide(module, self.schemes, self.statistics)
+        schemes = decide(module, self.schemes, self.statistics, costs=self.costs)
         notes = read_sparsified(module)
         pruned: list[tuple[Layer, Pruned]] = []
         for layer in sparse_layers(Graph(module["main"]), schemes):

@@ -8,6 +8,8 @@ from typing import Literal
 from ..errors import RecipeError
 from .numerics.sparsity_pattern import Block, KernelShape, SemiStructured, Unstructured
 
+# Fits the vectors of most CPUs: where no target says more.
+BLOCKS = Block(16, 1)
 CRITERIA_WITHOUT_DATA = ("magnitude",)
 
 
@@ -22,12 +24,12 @@ class SparsifyConfig:
             "kernel_shape have their own"
         },
     )
-    pattern: Unstructured | Block | SemiStructured | KernelShape = field(
-        default=Block(16, 1),
+    pattern: Unstructured | Block | SemiStructured | KernelShape | None = field(
+        default=None,
         metadata={
-            "help": "which weights go together; block: {outputs: 16, inputs: 1} fits the vectors "
-            "of every CPU, layers with one output a group (depthwise) are left alone by patterns "
-            "of several outputs"
+            "help": "which weights go together; left out: blocks of as many outputs as the "
+            "target's kernels for the layer like best; layers with one output a group (depthwise) "
+            "are left alone by patterns of several outputs"
         },
     )
     criterion: Literal[
@@ -62,21 +64,20 @@ class SparsifyConfig:
     )
 
     def __post_init__(self) -> None:
-        has_own = isinstance(self.pattern, (SemiStructured, KernelShape))
+        pattern = self.pattern or BLOCKS
+        has_own = isinstance(pattern, (SemiStructured, KernelShape))
         if has_own and self.sparsity is not None:
             raise RecipeError(
-                f"sparsity: {self.sparsity} with {self.pattern.words}, which has its own; leave "
+                f"sparsity: {self.sparsity} with {pattern.words}, which has its own; leave "
                 "one of them out"
             )
         if not has_own and self.sparsity is None:
-            raise RecipeError(
-                f"sparsity: is missing; with {self.pattern.words} say 0.8, for example"
-            )
+            raise RecipeError(f"sparsity: is missing; with {pattern.words} say 0.8, for example")
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise RecipeError(f"sparsity is between 0 and 1, not {self.sparsity}")
         if self.scope != "layer" and has_own:
             raise RecipeError(
-                f"scope: {self.scope} with {self.pattern.words}, which has its own sparsity; it "
+                f"scope: {self.scope} with {pattern.words}, which has its own sparsity; it "
                 "needs blocks or unstructured"
             )
         if self.scope == "network" and self.criterion == "second_order":

@@ -15,11 +15,20 @@ import numpy as np
 import tvm
 
 from ..errors import DataError
+from .costs import LayerCosts
 from .graph import Graph
 from .ir import shape_of
 from .numerics.sparsity_budget import loss_prices, split_sparsity
 from .numerics.statistics import Statistics
-from .sparse_layers import Layer, pattern_of, prune, scores_of, sparse_layers, with_weights
+from .sparse_layers import (
+    Layer,
+    pattern_of,
+    prune,
+    scores_of,
+    sparse_layers,
+    with_patterns,
+    with_weights,
+)
 from .sparsify_config import SparsifyConfig
 
 Loss = Callable[[tvm.IRModule], float]
@@ -35,18 +44,23 @@ def decide(
     schemes: Mapping[str, SparsifyConfig],
     statistics: Statistics,
     loss: Loss | None = None,
+    costs: LayerCosts | None = None,
 ) -> dict[str, SparsifyConfig]:
-    """`schemes` with a sparsity for each layer; without the layers that have none.
+    """`schemes` with a pattern and a sparsity for each layer; without the layers that get no
+    zeros.
 
     `statistics`: what `sparsify.observe` lists for the undecided ones. `loss`: how far the outputs
-    of a module are from those of this one; only `scope: sensitivity` needs it.
-    Raises `DataError` without.
+    of a module are from those of this one; only `scope: sensitivity` needs it. `costs` know the
+    patterns that the target likes. Raises `DataError` without.
     """
+    open_ones = undecided(schemes)
+    schemes = with_patterns(module, schemes, costs)
     decided = dict(schemes)
     groups: dict[SparsifyConfig, list[Layer]] = defaultdict(list)
-    for layer in sparse_layers(Graph(module["main"]), undecided(schemes)):
-        groups[layer.config].append(layer)
-    for name in undecided(schemes):
+    patterned = {name: schemes[name] for name in open_ones}
+    for layer in sparse_layers(Graph(module["main"]), patterned):
+        groups[open_ones[layer.name]].append(layer)
+    for name in open_ones:
         del decided[name]
     for config, layers in groups.items():
         assert config.sparsity is not None
@@ -63,7 +77,7 @@ def decide(
         shares = split_sparsity(prices, weights, config.sparsity)
         for layer, share in zip(layers, shares, strict=True):
             if share > 0:
-                own = replace(config, scope="layer", sparsity=min(share, 1 - 1e-9))
+                own = replace(layer.config, scope="layer", sparsity=min(share, 1 - 1e-9))
                 decided |= {variable.name: own for variable in layer.variables}
     return decided
 

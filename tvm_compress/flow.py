@@ -410,7 +410,7 @@ def _decide(
 
     entry, data = PASSES[name], job.calibration
     if data is None:
-        return entry.decide(module, schemes, Statistics(), None)
+        return entry.decide(module, schemes, Statistics(), None, job.costs)
     model, options = replace(job.model, module=module), _calibration_options(job)
     wanted = entry.observe(module, entry.undecided(schemes))
     statistics = Statistics()
@@ -420,7 +420,7 @@ def _decide(
         statistics = _kept(shown, parts, data, workspace)
     with progress.step(f"{name}: losses by layer"):
         loss = OutputLoss(model, data.take(LOSS_SAMPLES), **options)
-        return entry.decide(module, schemes, statistics, loss)
+        return entry.decide(module, schemes, statistics, loss, job.costs)
 
 
 def compress_module(

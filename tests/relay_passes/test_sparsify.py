@@ -32,7 +32,7 @@ from .floats import Net, all_layers, build, quantize, run, samples, stored
 
 HOST = get_target("host")
 CONFIGS = [
-    SparsifyConfig(0.7),
+    SparsifyConfig(0.7, Block(16)),
     SparsifyConfig(0.7, Unstructured()),
     SparsifyConfig(0.5, Block(4, 4), "magnitude"),
     SparsifyConfig(0.5, Block(1, 8), "activation_aware", reconstruct=False),
