@@ -35,6 +35,8 @@ class PatchSampler:
         chosen = np.flatnonzero(drawn < self._drawn.max()) if full else np.arange(len(drawn))
         if len(chosen) > self._rows:
             chosen = chosen[np.argsort(drawn[chosen])[: self._rows]]
+        if not len(chosen):
+            return
         at: Any = (slice(None), *np.unravel_index(chosen, places))
         inputs = patches[at].reshape(len(patches), len(chosen), -1)
         outputs = None if wanted is None else wanted[at]
