@@ -22,6 +22,7 @@ from tvm import relax
 
 from ..errors import DataError
 from .channel_groups import ChannelGroup, Channels, Labels, LayerChannels, find_channels
+from .costs import LayerCosts
 from .graph import Graph
 from .ir import op_name, shape_of
 from .numerics.channel_budget import OperationCounts, counts_within, snap
@@ -38,7 +39,7 @@ from .numerics.lasso_selection import select_by_lasso
 from .numerics.neuron_merging import Merging, merge_similar
 from .numerics.second_order import reconstruct
 from .numerics.statistics import ChannelGradients, Statistics
-from .numerics.surgeon_selection import select_by_surgeon
+from .numerics.surgeon_selection import removal_prices, select_by_surgeon
 from .numerics.thinet_selection import select_greedily
 from .observations import Observations
 from .patches import weight_of_matrix
@@ -70,17 +71,22 @@ class Shrink:
     A group of channels loses some when all layers that compute it are in `schemes`; it takes the
     config of the first of them. The model's inputs and outputs stay, and so do channels of
     operators that `channel_groups.py` has no rule for. `statistics` holds what `observe` lists,
-    gathered on this very module; `DataError` when it does not. What each layer lost is in the
+    gathered on this very module; `DataError` when it does not. `costs` say which numbers of
+    channels the target likes. What each layer lost is in the
     attribute `tvm_compress.shrunk` of `main` (JSON: layer => words).
 
     A part of a step, as `stages` gives them, is applied the same way.
     """
 
     def __init__(
-        self, schemes: Mapping[str, ShrinkConfig | Choose | Refit], statistics: Statistics
+        self,
+        schemes: Mapping[str, ShrinkConfig | Choose | Refit],
+        statistics: Statistics,
+        costs: LayerCosts | None = None,
     ) -> None:
         self.schemes = dict(schemes)
         self.statistics = statistics
+        self.lanes = None if costs is None else costs.lanes
 
     def transform_module(
         self, module: tvm.IRModule, _context: tvm.transform.PassContext
@@ -94,7 +100,7 @@ class Shrink:
                 for name, part in self.schemes.items()
                 if not isinstance(part, Refit)
             }
-            zeros, channels, keep = mask(module, configs, self.statistics)
+            zeros, channels, keep = mask(module, configs, self.statistics, self.lanes)
         if any(not getattr(part, "is_last", True) for part in parts):
             main = zeros["main"].with_attr(LEAVING_ATTR, json.dumps(np.flatnonzero(~keep).tolist()))
         else:
@@ -148,16 +154,19 @@ def stages(
 
 
 def mask(
-    module: tvm.IRModule, schemes: Mapping[str, ShrinkConfig], statistics: Statistics
+    module: tvm.IRModule,
+    schemes: Mapping[str, ShrinkConfig],
+    statistics: Statistics,
+    lanes: int | None = None,
 ) -> tuple[tvm.IRModule, Channels, Keep]:
     """The module with zeros for what `Shrink` removes, which computes what the shrunk one does; the
-    labels of its tensors; and which labels stay."""
+    labels of its tensors; and which labels stay. `lanes`: `LayerCosts.lanes` of the target."""
     problem = _Problem.of(module, schemes, statistics)
     keep = np.ones(len(problem.channels.atoms), bool)
     merged: dict[LayerChannels, NDArray] = {}
     for config in dict.fromkeys(config for _, config in problem.groups):
         groups = [group for group, own in problem.groups if own == config]
-        counts = _counts(problem, config, groups, keep)
+        counts = _counts(problem, config, groups, keep, config.multiple_for(lanes))
         for group, count in zip(groups, counts.tolist(), strict=True):
             if count < len(group.labels):
                 _choose(problem, config, group, count, keep, merged)
@@ -325,11 +334,15 @@ class _Problem:
 
 
 def _counts(
-    problem: _Problem, config: ShrinkConfig, groups: Sequence[ChannelGroup], keep: Keep
+    problem: _Problem,
+    config: ShrinkConfig,
+    groups: Sequence[ChannelGroup],
+    keep: Keep,
+    multiple: int,
 ) -> NDArray[np.int64]:
     """Labels of each group that stay."""
     sizes = np.array([len(group.labels) for group in groups])
-    multiples = np.array([config.multiple // math.gcd(config.multiple, g.unit) for g in groups])
+    multiples = np.array([multiple // math.gcd(multiple, group.unit) for group in groups])
     wanted_at = _wanted_at(problem, config, groups, sizes)
     if isinstance(config.keep, ChannelShare):
         return snap(wanted_at(config.keep.share), sizes, multiples)
@@ -347,7 +360,7 @@ def _wanted_at(
     """level 0 to 1 => labels of each group that stay."""
     if config.scope == "group":
         return lambda level: np.asarray(level * sizes, np.float64)
-    scores = [relative(_scores(problem, config, group)) for group in groups]
+    scores = [_ranks(problem, config, group) for group in groups]
     every = np.sort(np.concatenate(scores))[::-1]
 
     def ranked(level: float) -> Array:
@@ -357,6 +370,14 @@ def _wanted_at(
         return np.asarray(np.maximum(counts, _LEAST_SHARE * sizes), np.float64)
 
     return ranked
+
+
+def _ranks(problem: _Problem, config: ShrinkConfig, group: ChannelGroup) -> Array:
+    """What the labels of a group are worth next to those of others. [C]"""
+    if config.criterion in RANKED:
+        return relative(_scores(problem, config, group))
+    consumers = problem.consumers(group)
+    return removal_prices(consumers) if consumers else np.full(len(group.labels), np.inf)
 
 
 def _operations_of(problem: _Problem, config: ShrinkConfig) -> float:

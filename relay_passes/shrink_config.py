@@ -7,7 +7,11 @@ from typing import Literal
 
 from ..errors import RecipeError
 
-# Scores that can be compared from group to group.
+DEFAULT_MULTIPLE = 8
+# Channels that integer kernels load together on cores without vectors.
+WORD = 4
+
+# Scores that are compared from group to group by how they stand to their group's.
 RANKED = ("l1", "l2", "batch_norm", "taylor")
 # Those that look at nothing but the model.
 WITHOUT_DATA = ("l1", "l2", "merging")
@@ -66,7 +70,8 @@ class ShrinkConfig:
         default="group",
         metadata={
             "help": "group: all groups of channels keep the same share; network: channels of all "
-            "groups are ranked together, by their worth relative to their group's mean"
+            "groups are ranked together, by their worth relative to their group's, or by what "
+            "their readers lose (surgeon)"
         },
     )
     reconstruct: bool = field(
@@ -76,22 +81,30 @@ class ShrinkConfig:
             "to what they computed, by least squares on the calibration data"
         },
     )
-    multiple: int = field(
-        default=8,
+    multiple: int | Literal["auto"] = field(
+        default="auto",
         metadata={
-            "help": "channels that stay are a multiple of this: a vector's lanes, since a kernel "
-            "takes as long for a part of a vector as for all of it; groups with no more stay whole"
+            "help": "channels that stay are a multiple of this, groups with no more stay whole; "
+            "auto: of the sums that a register of the target holds, since a kernel takes as long "
+            "for a part of a register as for all of it"
         },
     )
 
     def __post_init__(self) -> None:
-        if self.multiple < 1:
+        if self.multiple != "auto" and self.multiple < 1:
             raise RecipeError(f"multiple is from 1 on, not {self.multiple}")
-        if self.scope == "network" and self.criterion not in RANKED:
+        ranked = (*RANKED, "surgeon")
+        if self.scope == "network" and self.criterion not in ranked:
             raise RecipeError(
                 f"scope: network with criterion: {self.criterion}: channels are ranked across "
-                f"groups by {', '.join(RANKED)}"
+                f"groups by {', '.join(ranked)}"
             )
+
+    def multiple_for(self, lanes: int | None) -> int:
+        """Of a target with so many sums to a register; `None`: of most of them."""
+        if self.multiple != "auto":
+            return self.multiple
+        return max(WORD, DEFAULT_MULTIPLE if lanes is None else lanes)
 
     @property
     def reads_consumers(self) -> bool:

@@ -38,6 +38,12 @@ def select_by_surgeon(consumers: Sequence[Consumer], keep: int, damping: float =
     return kept
 
 
+def removal_prices(consumers: Sequence[Consumer], damping: float = 0.01) -> Vector:
+    """[C]: what each channel would cost as the only one that leaves, of the outputs' energy."""
+    kept = np.ones(consumers[0].channels, bool)
+    return np.sum([_State(consumer, damping).prices(kept) for consumer in consumers], axis=0)
+
+
 class _State:
     """A consumer while channels leave: weights so far, inverse of what is left."""
 

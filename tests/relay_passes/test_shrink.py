@@ -120,10 +120,12 @@ def test_counts_take_the_operations_asked_for(share: float) -> None:
     assert abs(first - second) < 0.15
 
 
-@pytest.mark.parametrize("scope", ["group", "network"])
-def test_layers_keep_the_share_of_operations(scope: Any) -> None:
+@pytest.mark.parametrize(
+    ("scope", "criterion"), [("group", "l1"), ("network", "l1"), ("network", "surgeon")]
+)
+def test_layers_keep_the_share_of_operations(scope: Any, criterion: Any) -> None:
     module = build(block)
-    result = shrink(module, ShrinkConfig(Operations(0.6), "l1", scope, reconstruct=False))
+    result = shrink(module, ShrinkConfig(Operations(0.6), criterion, scope, reconstruct=False))
     assert 0.3 < macs(result) / macs(module) <= 0.6
     assert shape_of(result["main"].body.body) == shape_of(module["main"].body.body)
     notes = read_shrunk(result)
