@@ -214,7 +214,7 @@ def _prices(
         prices[may_go] = (left[inputs] ** 2).sum(axis=1) / np.diag(inverse)[inputs] / 2
         return prices
     for index in np.flatnonzero(may_go):
-        inputs = rows[units[index]]
+        inputs = rows[units[int(index)]]
         values = left[inputs]
         solved = np.linalg.solve(inverse[np.ix_(inputs, inputs)], values)
         prices[index] = float((values * solved).sum()) / 2

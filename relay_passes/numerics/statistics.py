@@ -146,7 +146,7 @@ class Statistics(Mapping[str, TensorStatistics]):
                 if moments.sample.wanted is not None:
                     arrays[f"{prefix}.sample_wanted"] = moments.sample.wanted
         with path.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)  # sums of floats hardly shrink
 
     @staticmethod
     def load(path: Path) -> Statistics:
