@@ -167,9 +167,7 @@ class Candidate:
     def loss(self, rank: int) -> str | None:
         """Why the layer stays whole; None: it is better split."""
         config = self.layer.config
-        counts_bytes = isinstance(config.rank, Bytes) or (
-            isinstance(config.rank, Network) and config.rank.of == "bytes"
-        )
+        counts_bytes = _counts_bytes(config)
         if (self.bytes(rank) if counts_bytes else self.operations(rank)) >= 1:
             return f"rank {rank} has as many {'bytes' if counts_bytes else 'operations'}"
         if self.costs is None or config.insist or counts_bytes:
@@ -178,6 +176,11 @@ class Candidate:
         if latency < 1 or (self.bytes(rank) < 1 and latency <= TOLERATED):
             return None
         return f"rank {rank} takes {latency:.2f}x of its time on the target"
+
+
+def _counts_bytes(config: LowRankConfig) -> bool:
+    rank = config.rank
+    return isinstance(rank, Bytes) or (isinstance(rank, Network) and rank.of == "bytes")
 
 
 def candidates(
@@ -213,8 +216,11 @@ def decide(
     found = candidates(weight_layers(Graph(module["main"]), left), statistics, None)
     decided = {name: item for name, item in schemes.items() if name not in left}
     for candidate, rank in zip(found, choose_ranks(found), strict=True):
+        config = candidate.layer.config
         if isinstance(rank, int):
-            config = replace(candidate.layer.config, rank=Rank(rank))
+            # Where bytes are asked for, time decides nothing.
+            insist = config.insist or _counts_bytes(config)
+            config = replace(config, rank=Rank(rank), insist=insist)
             decided |= dict.fromkeys((n.name for n in candidate.layer.variables), config)
     return decided
 

@@ -279,7 +279,7 @@ def test_ranks_under_a_total(of: Any) -> None:
     result = split(module, plain(Network(0.7, of), multiple=4))
     assert ranks(result) == {"few": 4}
     decided = decide(module, all_layers(module, plain(Network(0.7, of), multiple=4)), Statistics())
-    assert decided == {"few": plain(Rank(4), multiple=4)}
+    assert decided == {"few": plain(Rank(4), multiple=4, insist=of == "bytes")}
     assert macs(result) <= 0.7 * macs(module)
     assert read_low_rank(result)["many"] == "whole: the total needs no split of it"
     assert set(ranks(split(module, plain(Network(0.3, of), multiple=1)))) == {"few", "many"}
