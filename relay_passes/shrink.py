@@ -39,7 +39,7 @@ from .numerics.lasso_selection import select_by_lasso
 from .numerics.neuron_merging import Merging, merge_similar
 from .numerics.second_order import reconstruct
 from .numerics.statistics import ChannelGradients, Statistics
-from .numerics.surgeon_selection import removal_prices, select_by_surgeon
+from .numerics.surgeon_selection import removal_errors, select_by_surgeon
 from .numerics.thinet_selection import select_greedily
 from .observations import Observations
 from .patches import weight_of_matrix
@@ -377,7 +377,7 @@ def _ranks(problem: _Problem, config: ShrinkConfig, group: ChannelGroup) -> Arra
     if config.criterion in RANKED:
         return relative(_scores(problem, config, group))
     consumers = problem.consumers(group)
-    return removal_prices(consumers) if consumers else np.full(len(group.labels), np.inf)
+    return removal_errors(consumers) if consumers else np.full(len(group.labels), np.inf)
 
 
 def _operations_of(problem: _Problem, config: ShrinkConfig) -> float:

@@ -19,29 +19,32 @@ from .second_order import damped
 
 
 def select_by_surgeon(consumers: Sequence[Consumer], keep: int, damping: float = 0.01) -> Mask:
-    """bool [C]: again and again the channel leaves that costs least at that moment.
+    """bool [C]: again and again the channel leaves that costs least at that moment. Raises
+    `ValueError` for a `keep` that is no number of channels."""
+    return np.isinf(removal_errors(consumers, keep, damping))
 
-    K² operations for each row that leaves. Raises `ValueError` for a `keep` that is no number of
-    channels.
+
+def removal_errors(consumers: Sequence[Consumer], keep: int = 1, damping: float = 0.01) -> Vector:
+    """[C]: the consumers' squared error, of their outputs' energy, when a channel has left after
+    all that cost less; inf for the last `keep`.
+
+    These compare channels of one group with those of another. What a channel costs on its own does
+    not: many that can stand for each other cost little until the last of them leaves. K² operations
+    for each row that leaves.
     """
     channels = consumers[0].channels
     if not 0 < keep <= channels:
         raise ValueError(f"keep is 1 to {channels}, not {keep}")
     states = [_State(consumer, damping) for consumer in consumers]
-    kept = np.ones(channels, bool)
+    kept, errors, error = np.ones(channels, bool), np.full(channels, np.inf), 0.0
     for _ in range(channels - keep):
         prices = np.sum([state.prices(kept) for state in states], axis=0)
-        worst = int(np.where(kept, prices, np.inf).argmin())
-        kept[worst] = False
+        cheapest = int(np.where(kept, prices, np.inf).argmin())
+        error += float(prices[cheapest])
+        errors[cheapest], kept[cheapest] = error, False
         for state in states:
-            state.remove(worst)
-    return kept
-
-
-def removal_prices(consumers: Sequence[Consumer], damping: float = 0.01) -> Vector:
-    """[C]: what each channel would cost as the only one that leaves, of the outputs' energy."""
-    kept = np.ones(consumers[0].channels, bool)
-    return np.sum([_State(consumer, damping).prices(kept) for consumer in consumers], axis=0)
+            state.remove(cheapest)
+    return errors
 
 
 class _State:

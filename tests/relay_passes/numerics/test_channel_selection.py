@@ -25,7 +25,7 @@ from tvm_compress.relay_passes.numerics.channel_norms import (
 from tvm_compress.relay_passes.numerics.discriminating_selection import select_discriminating
 from tvm_compress.relay_passes.numerics.lasso_selection import keep_by_lasso, lasso, select_by_lasso
 from tvm_compress.relay_passes.numerics.second_order import damped, layer_error
-from tvm_compress.relay_passes.numerics.surgeon_selection import select_by_surgeon
+from tvm_compress.relay_passes.numerics.surgeon_selection import removal_errors, select_by_surgeon
 from tvm_compress.relay_passes.numerics.thinet_selection import keep_greedily, select_greedily
 
 
@@ -148,13 +148,15 @@ def test_surgeon(problems: list[Problem]) -> None:
     """Every candidate is tried in every step, and all that stays is solved for."""
     consumers = [item.consumer for item in problems]
     for keep in (2, 5, 9):
-        kept = np.ones(9, bool)
+        kept, left = np.ones(9, bool), np.full(9, np.inf)
         for _ in range(9 - keep):
             errors = np.full(9, np.inf)
             for c in np.flatnonzero(kept):
                 trial = kept & (np.arange(9) != c)
                 errors[c] = sum(refitted(consumer, trial)[1] for consumer in consumers)
             kept[errors.argmin()] = False
+            left[errors.argmin()] = errors.min()
+        np.testing.assert_allclose(removal_errors(consumers, keep), left, rtol=1e-8)
         assert select_by_surgeon(consumers, keep).tolist() == kept.tolist()
         for consumer in consumers:
             weight = reconstruct_kept(consumer, kept)
