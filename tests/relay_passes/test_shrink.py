@@ -25,13 +25,7 @@ from tvm_compress.relay_passes.numerics.channel_budget import (
     counts_within,
     snap,
 )
-from tvm_compress.relay_passes.numerics.channel_consumer import (
-    Consumer,
-    reconstruct_kept,
-)
-from tvm_compress.relay_passes.numerics.second_order import layer_error
 from tvm_compress.relay_passes.numerics.statistics import Statistics
-from tvm_compress.relay_passes.numerics.surgeon_selection import removal_prices
 from tvm_compress.relay_passes.select import list_layers
 from tvm_compress.relay_passes.shrink import Shrink, mask, observe, read_shrunk
 from tvm_compress.relay_passes.shrink_config import ChannelShare, Operations, ShrinkConfig
@@ -110,19 +104,6 @@ def test_counts_are_multiples_and_small_groups_stay() -> None:
 def test_multiples_are_what_a_register_holds(lanes: int | None, multiple: int) -> None:
     assert ShrinkConfig().multiple_for(lanes) == multiple
     assert ShrinkConfig(multiple=3).multiple_for(lanes) == 3
-
-
-def test_prices_are_what_readers_lose() -> None:
-    """Each channel left out alone, and all others solved for."""
-    rng = np.random.default_rng(0)
-    patches = rng.normal(size=(12, 300)) + rng.normal(size=300)
-    consumer = Consumer(rng.normal(size=(12, 5)), patches @ patches.T, 4)
-    prices = removal_prices([consumer], damping=1e-9)
-    for channel in range(4):
-        kept = np.arange(4) != channel
-        weight = reconstruct_kept(consumer, kept, damping=1e-9)
-        lost = layer_error(weight - consumer.weight, consumer.second) / consumer.energy
-        assert lost == pytest.approx(prices[channel], rel=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8])
