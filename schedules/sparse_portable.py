@@ -58,6 +58,9 @@ class _SparseKernel(StagedKernel[DspEpilogue]):
     def _code(self) -> str:
         return ""
 
+    def _stay_rolled(self) -> None:
+        """That is the compiler's affair."""
+
     def _sum(self, block: Any, source: tirx.Buffer, at: Any, first: Any, count: Any) -> None:
         e, spec, group = self.e, self.spec, self.spec.group
         zero = tirx.const(0, "int32")

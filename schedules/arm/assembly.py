@@ -24,13 +24,32 @@ def as_llvm(name: str, assembly: str, pointers: int, integers: int = 0) -> str:
     )
 
 
+ROLLED = "tvmc_rolled"
+"""A call that is no instruction, but keeps LLVM from unrolling the loop around it."""
+ROLLED_IN_LLVM = f"""
+define internal void @{ROLLED}() alwaysinline nounwind {{
+  call void asm sideeffect "", ""()
+  ret void
+}}
+"""
+
+
+def section(name: str) -> list[str]:
+    """The opening of a function that several kernels bring along: the linker keeps one."""
+    return [
+        f'.section .text.{name},"axG",%progbits,{name},comdat',
+        f".weak {name}",
+        f".hidden {name}",
+        ".balign 4",
+    ]
+
+
 def function(name: str, body: list[str]) -> str:
     """A function in a section of its own."""
     head = [
         ".syntax unified",
         ".thumb",
-        f'.section .text.{name},"ax",%progbits',
-        ".balign 4",
+        *section(name),
         ".thumb_func",
         f".type {name}, %function",
         f"{name}:",

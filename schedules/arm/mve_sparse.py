@@ -52,6 +52,7 @@ class _SparseKernel(StagedKernel[Epilogue]):
         if total % of_a_block:
             count = e.bind("count", tirx.min(count, total - block * of_a_block))
         with e.loop("quad", count) as quad:
+            self._stay_rolled()
             number = e.bind("number", block * of_a_block + quad)
 
             def write(parts: list[tuple[int, int]]) -> None:

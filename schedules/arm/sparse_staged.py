@@ -26,7 +26,7 @@ from ..sparse import SparseOperands
 from ..sparse_form import SparseForm
 from ..spec import Conv2dSpec, MatmulSpec, SparseConv2dSpec, ceil_div
 from ..window import window_of
-from .assembly import as_llvm
+from .assembly import ROLLED, ROLLED_IN_LLVM, as_llvm
 from .epilogue import DspEpilogue
 
 # Where several tiles are summed before what follows: bytes of the sums, and instructions of a
@@ -216,7 +216,12 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
             self.initial = opaque(e, spec.block, "int32", "initial")
 
     def _code(self) -> str:
-        return as_llvm(self.loops.name, self.loops.assembly(), 6, 2 + self.form.several)
+        loops = as_llvm(self.loops.name, self.loops.assembly(), 6, 2 + self.form.several)
+        return loops + ROLLED_IN_LLVM
+
+    def _stay_rolled(self) -> None:
+        """In a loop: it is long enough, and flash is short."""
+        self.e.evaluate(tirx.call_extern("void", ROLLED))
 
     # Positions
 
@@ -357,6 +362,7 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
         if spec.out_channels % spec.block:
             count = e.bind("count", tirx.min(count, spec.out_channels - block * spec.block))
         with e.loop("c", count) as c:
+            self._stay_rolled()
             channel = e.bind("channel", block * spec.block + c)
             assert isinstance(self.epilogue, DspEpilogue)
             self.epilogue.start_channel(e)

@@ -6,6 +6,7 @@ multiplies two outputs at once, as in `riscv.py`: 48 for eight positions by four
 
 from __future__ import annotations
 
+from ..arm.assembly import section
 from .thumb_sparse import WordLoops
 
 _SUMS = [*(f"s{i}" for i in range(12)), "t3", "t4", "t5", "t6"]
@@ -54,9 +55,8 @@ class Rv32SparseLoops(WordLoops):
         out += self._multiply(store, load, slots)
         out += [f"{load} {register}, {i * size}(sp)" for i, register in enumerate(saved)]
         out += [f"addi sp, sp, {frame}", "ret"]
-        head = [f'.section .text.{self.name},"ax",%progbits', ".balign 4"]
         label = [f".type {self.name}, %function", f"{self.name}:"]
-        return "\n".join([*head, *label, *out, f".size {self.name}, . - {self.name}"])
+        return "\n".join([*section(self.name), *label, *out, f".size {self.name}, . - {self.name}"])
 
     def _gather(self, store: str, slots: list[int]) -> list[str]:
         """Then t3 is the stage's end."""
