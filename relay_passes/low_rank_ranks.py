@@ -209,13 +209,14 @@ def decide(
     schemes: Mapping[str, LowRankConfig],
     statistics: Statistics,
     loss: Callable[[tvm.IRModule], float] | None = None,
+    costs: LayerCosts | None = None,
 ) -> dict[str, LowRankConfig]:
     """`schemes` with a rank for each layer under a total; those that it leaves whole are gone.
     `statistics` holds what `low_rank.observe` lists for them; energies count, not the `loss`."""
     left = undecided(schemes)
-    found = candidates(weight_layers(Graph(module["main"]), left), statistics, None)
+    found = candidates(weight_layers(Graph(module["main"]), left), statistics, costs)
     decided = {name: item for name, item in schemes.items() if name not in left}
-    for candidate, rank in zip(found, choose_ranks(found), strict=True):
+    for candidate, rank in zip(found, _wanted_ranks(found), strict=True):
         config = candidate.layer.config
         if isinstance(rank, int):
             # Where bytes are asked for, time decides nothing.
@@ -228,6 +229,14 @@ def decide(
 def choose_ranks(found: Sequence[Candidate]) -> list[int | str]:
     """For each layer its rank, or why it stays whole. Raises `RecipeError` where a total for the
     network cannot be reached."""
+    return [
+        (candidate.loss(rank) or rank) if isinstance(rank, int) else rank
+        for candidate, rank in zip(found, _wanted_ranks(found), strict=True)
+    ]
+
+
+def _wanted_ranks(found: Sequence[Candidate]) -> list[int | str]:
+    """What is asked for, whether it is a loss or not."""
     results: list[int | str] = []
     network: dict[Network, list[int]] = defaultdict(list)
     for index, candidate in enumerate(found):
@@ -241,10 +250,7 @@ def choose_ranks(found: Sequence[Candidate]) -> list[int | str]:
         chosen = _network_ranks(total, [found[index] for index in members])
         for index, value in zip(members, chosen, strict=True):
             results[index] = value
-    return [
-        (candidate.loss(value) or value) if isinstance(value, int) else value
-        for candidate, value in zip(found, results, strict=True)
-    ]
+    return results
 
 
 def _own_rank(
