@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .targets import Target
     from .tuning.database import Database, TunedChoices
 
-LOSS_SAMPLES = 128  # on which a network's outputs are compared, layer by layer
+LOSS_SAMPLES = 64  # on which a network's outputs are compared, layer by layer
 PROBES = 8  # inputs kept in the artefact, so that it can be verified without data
 BENCHMARK_SECONDS = 2.0  # of each side, for the report; `benchmark` measures longer
 SIMD = frozenset({"dsp", "mve", "neon", "rvv"})  # which kernels in portable C do without

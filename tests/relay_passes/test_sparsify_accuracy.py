@@ -115,6 +115,17 @@ def test_compensation_behind_compressed_layers_helps() -> None:
     assert outputs_lost(config) < 0.7 * at_once
 
 
+def test_measured_sparsities_through_the_flow() -> None:
+    config = SparsifyConfig(0.7, Block(16), scope="sensitivity", insist=True)
+    job = load_job(module(), Recipe((Step("sparsify", config),)), "host", data()[:8])
+    result = compress_job(job, Progress())
+    layers = weight_layers(Graph(result["main"]), all_layers(module(), config))
+    zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
+    size = sum(layer.weight.size for layer in layers)
+    assert zeros == pytest.approx(0.7 * size, abs=64)
+    assert held_out()(result) < 0.5
+
+
 def test_measured_sparsities_keep_the_total() -> None:
     pattern = Block(16)
     config = SparsifyConfig(0.6, pattern, scope="sensitivity")
