@@ -3,8 +3,8 @@
 A group is sixteen entries: values [group][output][16], and of each position sixteen bytes, gathered
 by their 16-bit offsets, eight a load. Two positions by four outputs take 15 instructions a group
 for 128 multiply-adds, one position by eight 18; gathering 11 for two positions and all outputs of
-the block. Sums start from zero. A gathering load takes a cycle or more for each byte on a real
-core, so that this is nearer to a third of the time than to the tenth of the instructions.
+the block. Sums start from zero. A load that gathers is one instruction and eight
+accesses, so that a real core gains less than instructions say.
 """
 
 from __future__ import annotations
