@@ -233,5 +233,8 @@ def predicted_cycles(spec: Any, target: Target) -> float:
     bits = 32 if spec.data_dtype == "float32" else 8 * np.dtype(spec.data_dtype).itemsize
     lanes = max(1, target.lanes(bits))
     outputs = int(np.prod(spec.output_shape)) // (spec.columns * spec.groups_of_channels)
-    vectors = -(-spec.columns // lanes) * spec.groups_of_channels
+    groups, columns = spec.groups_of_channels, spec.columns
+    if columns == 1:  # depthwise: lanes are groups
+        groups, columns = 1, groups
+    vectors = -(-columns // lanes) * groups
     return float(outputs * vectors * (spec.reduction_size + 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from tests.tuning.tuning_tasks import TARGET, small_task
 from tvm_compress.artefact import Artefact
 from tvm_compress.board_file import find_target
 from tvm_compress.errors import TargetError
+from tvm_compress.kernel_bench import Kernel, RemoteBench, bench_of
 from tvm_compress.runners import rpc
 from tvm_compress.runners.rpc import Rpc
+from tvm_compress.schedules import MatmulSpec
 from tvm_compress.targets import get_target
 from tvm_compress.tuning.database import Database
 from tvm_compress.tuning.driver import tune_tasks
@@ -74,6 +77,23 @@ def test_tunes_on_a_server(tmp_path: Path, tracker: Rpc) -> None:
     unknown = Rpc(tracker.tracker, "other")
     with pytest.raises(TargetError, match="no device 'other', it has board"):
         tune_tasks([task], TARGET, database, Budget(), cpu="rpc other", rpc=unknown)
+
+
+def test_kernels_are_compared_on_a_server(tmp_path: Path, tracker: Rpc) -> None:
+    lines = (f"tracker: {tracker.tracker}", f"key: {tracker.key}")
+    target = find_target(str(board_file(tmp_path, "x86-64-v2", *lines)))
+    bench = bench_of(target)
+    assert isinstance(bench, RemoteBench)
+    small, large = (
+        Kernel(spec, (np.ones(spec.weight_shape, "float32"),))
+        for spec in (MatmulSpec(rows=rows, in_features=64, out_features=48) for rows in (1, 256))
+    )
+    few, many = bench.costs([small, large])
+    assert 0 < few < many < 1e6
+
+    nobody = RemoteBench(replace(target, rpc_key="other"))
+    with pytest.raises(TargetError, match="no device 'other'"):
+        nobody.costs([small])
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
