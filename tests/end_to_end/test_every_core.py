@@ -76,8 +76,8 @@ def ragged_onnx(path: Path) -> Path:
 class Network:
     """Compressed once, by one recipe; samples, and what x86 makes of them."""
 
-    def __init__(self, model: Path, data: Path, recipe: str) -> None:
-        self.job = load_job(model, recipe, "host", data)
+    def __init__(self, model: Path, data: Path, recipe: str, target: str = "host") -> None:
+        self.job = load_job(model, recipe, target, data)
         self.module = compress_job(self.job, Progress())
         inputs, outputs = self.job.model.inputs, self.job.model.outputs
         self.sources = [spec.name for spec in inputs], [spec.name for spec in outputs]
