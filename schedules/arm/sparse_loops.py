@@ -25,7 +25,7 @@ class SmladLoops(StagedLoops):
     """Of up to three positions; blocks of an even number of outputs."""
 
     prefix = "sparse_smlad"
-    call_cost, part_cost, output_cost = 38, 25, 8.5
+    call_cost, part_cost, output_cost = 38, 25, 9.5
     group = 4
     stage_bytes = 2
     widest = 3

@@ -43,7 +43,7 @@ class MlaLoops(WordLoops):
     since the stage's words come by one `ldm`; two by four, one by eight."""
 
     prefix = "sparse_mla"
-    call_cost, part_cost, channel_cost, output_cost = 60, 22, 38, 18
+    call_cost, part_cost, channel_cost, output_cost = 60, 22, 40, 18
     widest = 3
 
     def _outputs(self) -> tuple[int, ...]:
