@@ -50,7 +50,10 @@ def sparse_kernel_as(
     choice: Choice | None,
 ) -> SparseKernel | None:
     """The anchor as a kernel of an instruction set; None: no form for it."""
-    takes = partial(select_dot, target=target)
+
+    def takes(spec: SparseConv2dSpec) -> Dot | None:
+        return select_dot(spec, target)
+
     layer = read_layer(
         fused, target, choice, (SparseConv2dSpec,), takes, sparse_operands, kernel.epilogue_type
     )
