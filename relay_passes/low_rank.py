@@ -30,14 +30,14 @@ from .graph import Graph, rebuild
 from .ir import immediate, op_name
 from .low_rank_config import LowRankConfig, Network
 from .low_rank_parts import Layer, Part, call_of, fit, product_of
-from .low_rank_ranks import Aim, Candidate, candidates, choose_ranks
+from .low_rank_ranks import Aim, Candidate, candidates, choose_ranks, splittable
 from .numerics.low_rank_residual import split_with_residual
 from .numerics.low_rank_responses import split_for_responses
 from .numerics.statistics import Statistics
 from .observations import Observations
 from .patches import weight_of_matrix
 from .placement import bias_vector
-from .weight_layers import in_stages, weight_layers
+from .weight_layers import in_stages
 
 LOW_RANK_ATTR = "tvm_compress.low_rank"
 
@@ -81,7 +81,7 @@ class LowRank:
         biases = BiasWriter(graph, module)
         splits: dict[relax.Var, Split] = {}
         notes = read_low_rank(module)
-        found = candidates(weight_layers(graph, self.schemes), self.statistics, self.costs)
+        found = candidates(splittable(graph, self.schemes), self.statistics, self.costs)
         for candidate, rank in zip(found, choose_ranks(found), strict=True):
             note = f"whole: {rank}" if isinstance(rank, str) else _words(candidate, rank)
             variables = candidate.layer.variables
@@ -115,7 +115,7 @@ def stages(
 ) -> list[dict[str, LowRankConfig]]:
     """`schemes` in parts, in the order of the graph, each to be applied behind those before. Layers
     whose ranks under a total nobody has decided (`low_rank_ranks.decide`) are not parted."""
-    layers = weight_layers(Graph(module["main"]), schemes)
+    layers = splittable(Graph(module["main"]), schemes)
     return in_stages(
         [n for n in layers if n.config.data_aware and not isinstance(n.config.rank, Network)],
         schemes,
@@ -126,7 +126,7 @@ def observe(module: tvm.IRModule, schemes: Mapping[str, LowRankConfig]) -> Obser
     """X·Xᵀ of the layers that are split for the data, and some patches of those that an activation
     follows which counts."""
     graph = Graph(module["main"])
-    layers = [layer for layer in weight_layers(graph, schemes) if layer.config.data_aware]
+    layers = [layer for layer in splittable(graph, schemes) if layer.config.data_aware]
     if not layers:
         return None
     return Observations(

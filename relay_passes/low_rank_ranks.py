@@ -183,14 +183,20 @@ def _counts_bytes(config: LowRankConfig) -> bool:
     return isinstance(rank, Bytes) or (isinstance(rank, Network) and rank.of == "bytes")
 
 
+def splittable(graph: Graph, schemes: Mapping[str, LowRankConfig]) -> list[Layer]:
+    """All but depthwise layers, which are as small as can be."""
+    layers = weight_layers(graph, schemes)
+    return [layer for layer in layers if layer.patches.groups == 1 or layer.outputs > 1]
+
+
 def candidates(
     layers: Sequence[Layer], statistics: Statistics, costs: LayerCosts | None
 ) -> list[Candidate]:
-    """The layers whose kernel is known, depthwise ones apart: they are as small as can be."""
+    """The layers whose kernel is known."""
     found = []
     for layer in layers:
         spec = layer_spec(layer.call)
-        if spec is None or (layer.patches.groups > 1 and layer.outputs == 1):
+        if spec is None:
             continue
         asked = layer.config.multiple
         auto = _MULTIPLE if costs is None else max(_LEAST_MULTIPLE, costs.lanes)
@@ -214,7 +220,7 @@ def decide(
     """`schemes` with a rank for each layer under a total; those that it leaves whole are gone.
     `statistics` holds what `low_rank.observe` lists for them; energies count, not the `loss`."""
     left = undecided(schemes)
-    found = candidates(weight_layers(Graph(module["main"]), left), statistics, costs)
+    found = candidates(splittable(Graph(module["main"]), left), statistics, costs)
     decided = {name: item for name, item in schemes.items() if name not in left}
     for candidate, rank in zip(found, _wanted_ranks(found), strict=True):
         config = candidate.layer.config
