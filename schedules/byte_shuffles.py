@@ -48,14 +48,15 @@ def interleave_by_unpacking(run: int) -> str:
     for name, first in (("p", 0), ("q", 2)):
         for high in (0, 1):
             both = f"{bytes_} %v{first}, {bytes_} %v{first + 1}"
+            mask = _mask(unpacking_order(run, LANE, high))
             lines += [
-                f"  %{name}{high} = shufflevector {both}, {_mask(_unpack(run, LANE, high))}",
+                f"  %{name}{high} = shufflevector {both}, {mask}",
                 f"  %{name}{high}w = bitcast {bytes_} %{name}{high} to {words}",
             ]
     for half in (0, 1):
         for high in (0, 1):
             number = 2 * half + high
-            mask = _mask(_unpack(run // 2, LANE // 2, high))
+            mask = _mask(unpacking_order(run // 2, LANE // 2, high))
             lines += [
                 f"  %r{number} = shufflevector {words} %p{half}w, {words} %q{half}w, {mask}",
                 f"  %o{number} = getelementptr i8, ptr %o, i64 {number * run}",
@@ -82,7 +83,7 @@ def transpose(rows: int) -> str:
             f"  %x0_{row} = load {kind}, ptr %p{row}, align 1",
         ]
     # Rounds: row r with row r + rows / 2, elements in turn, is a step on the way to columns.
-    low, high = (_mask(_unpack(LANE, LANE, half)) for half in (0, 1))
+    low, high = (_mask(unpacking_order(LANE, LANE, half)) for half in (0, 1))
     half, rounds = rows // 2, rows.bit_length() - 1
     for step in range(rounds):
         for row in range(half):
@@ -118,7 +119,7 @@ def _mask(indices: list[int]) -> str:
     return f"<{len(indices)} x i32> <" + ", ".join(f"i32 {i}" for i in indices) + ">"
 
 
-def _unpack(count: int, of_a_lane: int, high: int) -> list[int]:
+def unpacking_order(count: int, of_a_lane: int, high: int) -> list[int]:
     """The shuffle of an unpacking instruction on two vectors of `count` elements: elements of both
     in turn, from the low or the high half of every 16 bytes."""
     half = of_a_lane // 2

@@ -7,6 +7,7 @@ from .depthwise import depthwise_kernel
 from .matrix import matrix_kernel
 from .nibbles import NAME as NIBBLES
 from .nibbles import nibble_kernel
+from .sparse_byte_planes import sparse_byte_planes_kernel
 from .sparse_bytes import sparse_bytes_kernel
 from .sparse_planes import sparse_planes_kernel
 from .winograd import winograd_kernel
@@ -18,6 +19,7 @@ TEMPLATES = (
     Template("x86.matrix", matrix_kernel),
     Template("x86.batch_matmul", batch_matmul_kernel),
     Template("x86.sparse_planes", sparse_planes_kernel),
+    Template("x86.sparse_byte_planes", sparse_byte_planes_kernel),
     Template("sparse", sparse_kernel),
     Template("x86.sparse_bytes", sparse_bytes_kernel),
 )

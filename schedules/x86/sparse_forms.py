@@ -13,6 +13,7 @@ from ..sparse_form import SparseForm
 from ..spec import Conv2dSpec, MatmulSpec, ceil_div
 from . import winograd
 from .dot import widest_byte_dot
+from .sparse_byte_planes import fits_byte_planes
 from .sparse_bytes import PAIRS, QUADS
 from .sparse_planes import fits_planes
 
@@ -21,8 +22,10 @@ from .sparse_planes import fits_planes
 _COST = {16: 1.15, 8: 1.4, 4: 2.0}
 # The same of vectors of positions: every multiply-add loads data, most from the second-level cache.
 _PLANES = {1: 2.5, 2: 1.5, 4: 1.4}
+# The same of bytes, against `vpdpbusd`: most of it is interleaving.
+_BYTE_PLANES = {1: 4.5, 2: 3.0, 4: 2.2}
 # Multiply-adds that turning over one number of the input or the output takes as long as.
-_TURNED = 8
+_TURNED, _TURNED_BYTES = 8, 28
 # Bytes in blocks of 16, in times of a dense multiply-add: by `vpdpbusd`, and without it.
 _BYTES = (
     DenseCost(1, 20),
@@ -44,34 +47,50 @@ def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> list[SparseFo
     if dtypes == ("float32",) * 3:
         dense = _dense_cost(spec)
         forms = [SparseForm(block, cost / dense) for block, cost in _COST.items()]
-        return forms + _planes(spec, target, dense)
-    has_rows = isinstance(spec, MatmulSpec) or neighbours_read_neighbours(spec)
-    if dtypes != BYTES or not has_rows or not target.has("avx2"):
+        costs = {n: c for n, c in _PLANES.items() if fits_planes(_outputs(spec), n, target)}
+        return forms + _planes(spec, costs, dense, 8, _TURNED)
+    if dtypes != BYTES or not target.has("avx2"):
         return []
+    has_rows = isinstance(spec, MatmulSpec) or neighbours_read_neighbours(spec)
     if widest_byte_dot(target) is not None:
-        dense, gathered = _BYTES
-        return [gathered.form(spec, 16, QUADS, dense.of(spec))]
-    dense, gathered = _BYTES_IN_PAIRS
-    pairs = gathered.form(spec, 16, PAIRS, dense.of(spec))
+        cost, gathered = _BYTES
+        costs = {
+            n: c for n, c in _BYTE_PLANES.items() if fits_byte_planes(_outputs(spec), n, target)
+        }
+        forms = _planes(spec, costs, cost.of(spec), 64, _TURNED_BYTES, QUADS)
+        return forms + [gathered.form(spec, 16, QUADS, cost.of(spec))] * has_rows
+    if not has_rows:
+        return []
+    cost, gathered = _BYTES_IN_PAIRS
+    pairs = gathered.form(spec, 16, PAIRS, cost.of(spec))
     # Weights that prove this make the dense kernel as much faster (0.20 to 0.41 at 80 %, pairs 0.25
     # to 0.50 where nothing is proven).
     chained = replace(pairs, cost=0.99 * pairs.cost, group=QUADS, sums=_CHAINS)
     return [chained, pairs]
 
 
-def _planes(spec: Conv2dSpec | MatmulSpec, target: Target, dense: float) -> list[SparseForm]:
-    """Forms on vectors of positions."""
-    batch, rows, columns, outputs = (1, 1, *spec.output_shape)[-4:]
-    if isinstance(spec, MatmulSpec) or spec.kernel == (1, 1):
-        rows, columns = 1, rows * columns * batch
-    # Columns are filled up to a vector.
-    waste = ceil_div(columns, 8) * 8 / columns
-    turned = math.prod(spec.data_shape) + math.prod(spec.output_shape)
-    constant = _TURNED * turned / spec.macs / dense
+def _outputs(spec: Conv2dSpec | MatmulSpec) -> int:
+    return spec.output_shape[-1]
+
+
+def _planes(
+    spec: Conv2dSpec | MatmulSpec, costs: dict[int, float], dense: float, run: int, turned: float,
+    group: int = 1,
+) -> list[SparseForm]:  # fmt: skip
+    """Forms on vectors of positions, `run` at a time."""
+    batch, rows, columns, _ = (1, 1, *spec.output_shape)[-4:]
+    positions = slots = rows * columns
+    if isinstance(spec, Conv2dSpec) and spec.kernel != (1, 1):
+        # Bytes run on through the borders; floats fill up every row.
+        slots = rows * spec.padded_width if group > 1 else rows * ceil_div(columns, run) * run
+    else:
+        positions = slots = batch * positions
+    waste = ceil_div(slots, run) * run / positions
+    numbers = math.prod(spec.data_shape) + math.prod(spec.output_shape)
+    constant = turned * numbers / spec.macs / dense
     return [
-        SparseForm(block, cost * waste / dense, constant=constant, by_channel=True)
-        for block, cost in _PLANES.items()
-        if fits_planes(outputs, block, target)
+        SparseForm(block, cost * waste / dense, group, constant, by_channel=True)
+        for block, cost in costs.items()
     ]
 
 

@@ -19,6 +19,9 @@ from tvm import ir, tirx
 
 from ...targets import Target
 from ..band import even_rows
+from ..byte_shuffles import LANE as BYTE_CHANNELS
+from ..byte_shuffles import transpose as transpose_bytes
+from ..byte_shuffles import transpose_name
 from ..choice import Choice, SearchSpace
 from ..dot import FloatDot
 from ..emit import Emitter, splat, vector, vector_parts
@@ -194,10 +197,11 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
 
     def helpers(self) -> str:
         """Functions of LLVM's that the kernel calls."""
-        sides = {(side, self.element_bytes * 8) for side in self._copied_sides() if side}
-        if self.lanes > 1:
-            sides.add((self.lanes, 32))
-        return "".join(transpose(_turn(*side), *side) for side in sorted(sides))
+        copied = {side for side in self._copied_sides() if side}
+        if self.element_bytes == 1:
+            turns = [transpose_bytes(side) for side in sorted(copied)]
+            return "".join([*turns, transpose(_turn(self.lanes), self.lanes)])
+        return "".join(transpose(_turn(side), side) for side in sorted(copied | {self.lanes}))
 
     def _declare_taps(self) -> None:
         e, taps = self.e, self.taps()
@@ -279,7 +283,7 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
                 e.store_vector(planes, value, start + c * self.plane + begin + offset, width)
 
     def _copied_sides(self) -> set[int]:
-        """Sides of the square blocks that the copy turns over; 0: it goes number by number."""
+        """Positions of the blocks that the copy turns over; 0: it goes number by number."""
         window = self.window
         if self.is_pointwise:
             return {self._side(self.band if self.is_line else window.columns)}
@@ -289,9 +293,12 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
         }
 
     def _side(self, count: int) -> int:
-        """Of the blocks for `count` columns."""
-        most = 16 if self.element_bytes == 1 else self.outputs
-        return next((n for n in (16, 8, 4) if n <= min(most, count, self.channels)), 0)
+        """Of the blocks for `count` columns; they have as many channels, of bytes always 16."""
+        if self.element_bytes == 1:
+            most = count if self.channels >= BYTE_CHANNELS else 0
+        else:
+            most = min(self.outputs, count, self.channels)
+        return next((n for n in (16, 8, 4) if n <= most), 0)
 
     def _copy_run(self, planes: tirx.Buffer, at: Any, origin: Any, count: int, step: int) -> None:
         """`count` positions, `step` apart in the data, side by side from `at` on in every plane."""
@@ -303,25 +310,24 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
                         planes, self.data[origin + x * (step * channels) + c], c * plane + at + x
                     )
             return
+        is_bytes = self.element_bytes == 1
+        name = transpose_name(side) if is_bytes else _turn(side)
+        deep = BYTE_CHANNELS if is_bytes else side
         with e.loop("xs", ceil_div(count, side)) as outer:
             x = e.bind("x", tirx.min(outer * side, count - side))
-            with e.loop("cs", ceil_div(channels, side)) as inner:
-                c = e.bind("c", tirx.min(inner * side, channels - side))
-                self._turn(
-                    side, self.element_bytes * 8,
-                    (self.data, origin + x * (step * channels) + c, step * channels),
-                    (planes, c * plane + at + x, plane),
-                )  # fmt: skip
+            with e.loop("cs", ceil_div(channels, deep)) as inner:
+                c = e.bind("c", tirx.min(inner * deep, channels - deep))
+                source = self.data, origin + x * (step * channels) + c, step * channels
+                self._turn(name, source, (planes, c * plane + at + x, plane))
 
     def _turn(
-        self, side: int, bits: int, source: tuple[tirx.Buffer, Any, int],
-        target: tuple[tirx.Buffer, Any, int],
-    ) -> None:  # fmt: skip
-        """A square block turned over; source and target with their rows' distance."""
+        self, name: str, source: tuple[tirx.Buffer, Any, int], target: tuple[tirx.Buffer, Any, int]
+    ) -> None:
+        """A block turned over; source and target with their rows' distance."""
         arguments: list[Any] = []
         for buffer, place, pitch in (source, target):
             arguments += [tirx.address_of(buffer[place]), tirx.const(pitch, "int64")]
-        self.e.evaluate(tirx.call_extern("void", _turn(side, bits), *arguments))
+        self.e.evaluate(tirx.call_extern("void", name, *arguments))
 
     # The products and what follows them
 
@@ -340,16 +346,10 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
             first = e.bind("first", self.operands.starts[block])
             entries = first, e.bind("count", self.operands.starts[block + 1] - first)
             self.multiply(planes, sums, at, i * spec.block, entries)
-        if self.lanes == 1:
-            turned = sums
-        else:
-            with e.loop("turn", run // self.lanes) as i:
-                for start in range(0, self.outputs, self.lanes):
-                    self._turn(
-                        self.lanes, 32,
-                        (sums, start * run + i * self.lanes, run),
-                        (turned, i * (self.lanes * self.outputs) + start, self.outputs),
-                    )  # fmt: skip
+        with e.loop("turn", run // self.lanes) as i:
+            for start in range(0, self.outputs, self.lanes):
+                target = turned, i * (self.lanes * self.outputs) + start, self.outputs
+                self._turn(_turn(self.lanes), (sums, start * run + i * self.lanes, run), target)
         self._finish(turned, group, *where)
 
     def _finish(self, turned: tirx.Buffer, group: Any, b: Any, y: Any, dy: Any, x: Any) -> None:
@@ -527,8 +527,8 @@ class FloatPlanesKernel(SparsePlanesKernel):
                 e.store_vector(sums, value, (output + j) * self.run + v * lanes, lanes)
 
 
-def _turn(side: int, bits: int) -> str:
-    return f"tvmc_turn{side}x{bits}"
+def _turn(side: int) -> str:
+    return f"tvmc_turn_{side}"
 
 
 def _element(buffer: tirx.Buffer, start: Any, lane: Any) -> ir.Expr:

@@ -1,7 +1,7 @@
-"""Square blocks turned over in registers, in LLVM's words: rows become columns.
+"""Square blocks of 32-bit numbers turned over in registers, in LLVM's words: rows become columns.
 
-Elements of 32 bits change places inside lanes of 16 bytes first, then lanes do: every shuffle is
-one instruction of AVX2 or AVX-512. Bytes are interleaved, row r with row r + n / 2, log2(n) times.
+Numbers change places inside lanes of 16 bytes first, then lanes do: every shuffle is one
+instruction of AVX2 or AVX-512.
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def transpose(name: str, count: int, bits: int) -> str:
+def transpose(name: str, count: int) -> str:
     """A function `name`(in, n, out, m): `count` rows of as many elements, `n` elements apart, to
     rows `m` elements apart."""
-    kind = f"<{count} x i{bits}>"
+    kind = f"<{count} x i32>"
     arguments = "ptr %in, i64 %n, ptr %out, i64 %m"
     lines = [f"define internal void @{name}({arguments}) alwaysinline nounwind {{"]
     for row in range(count):
         lines += [
             f"  %i{row} = mul i64 %n, {row}",
-            f"  %p{row} = getelementptr i{bits}, ptr %in, i64 %i{row}",
-            f"  %x{row} = load {kind}, ptr %p{row}, align {bits // 8}",
+            f"  %p{row} = getelementptr i32, ptr %in, i64 %i{row}",
+            f"  %x{row} = load {kind}, ptr %p{row}, align 4",
         ]
     block = _Block(kind, count, lines)
     rows = [f"%x{row}" for row in range(count)]
-    columns = _by_lanes(block, rows) if bits == 32 else _by_interleaving(block, rows)
+    columns = _columns(block, rows)
     for row, value in enumerate(columns):
         lines += [
             f"  %j{row} = mul i64 %m, {row}",
-            f"  %q{row} = getelementptr i{bits}, ptr %out, i64 %j{row}",
-            f"  store {kind} {value}, ptr %q{row}, align {bits // 8}",
+            f"  %q{row} = getelementptr i32, ptr %out, i64 %j{row}",
+            f"  store {kind} {value}, ptr %q{row}, align 4",
         ]
     return "\n".join([*lines, "  ret void", "}\n"])
 
@@ -51,22 +51,7 @@ class _Block:
         return name
 
 
-def _by_interleaving(block: _Block, rows: list[str]) -> list[str]:
-    half = block.count // 2
-    picks = [
-        [start + element + which * block.count for element in range(half) for which in (0, 1)]
-        for start in (0, half)
-    ]
-    for _ in range(block.count.bit_length() - 1):
-        rows = [
-            block.shuffle(rows[row], rows[row + half], picks[part])
-            for row in range(half)
-            for part in (0, 1)
-        ]
-    return rows
-
-
-def _by_lanes(block: _Block, rows: list[str]) -> list[str]:
+def _columns(block: _Block, rows: list[str]) -> list[str]:
     count, lanes = block.count, block.count // 4
 
     def in_lanes(first: str, second: str, elements: Sequence[int]) -> str:

@@ -20,8 +20,16 @@ from tvm_compress.schedules import (
     search_space,
     sparse_parts,
 )
-from tvm_compress.schedules.sparse_conv2d import encode, offsets_of, positions_of
-from tvm_compress.targets import get_target
+from tvm_compress.schedules.choice import Choice
+from tvm_compress.schedules.sparse_conv2d import (
+    GROUP,
+    decode,
+    encode,
+    group_entries,
+    offsets_of,
+    positions_of,
+)
+from tvm_compress.targets import Target, get_target
 
 from .kernels import assert_same, random_array, run
 
@@ -66,10 +74,11 @@ def problem(
 
 
 def check(
-    spec: SparseConv2dSpec, inputs: list[np.ndarray], target: Any, choice: Any = None
-) -> None:
+    spec: SparseConv2dSpec, inputs: list[np.ndarray], target: Target, choice: Choice | None = None,
+    form: str = "x86.sparse_planes",
+) -> None:  # fmt: skip
     func = schedule(prim_func(spec), target, choice)
-    assert func.attrs[SCHEDULE_ATTR] == "x86.sparse_planes"
+    assert func.attrs[SCHEDULE_ATTR] == form
     result = run(func, target, inputs, (spec.output_shape, spec.acc_dtype))[0]
     if target.runs_here():
         assert_same(result, reference(spec, *inputs))
@@ -82,6 +91,44 @@ def check(
 def test_floats(fields: dict[str, Any], level: str) -> None:
     block = 1 + fields["in_channels"] % 2
     check(*problem(block, 0.7, **fields), get_target(level))
+
+
+def byte_problem(
+    block: int, sparsity: float, **fields: Any
+) -> tuple[SparseConv2dSpec, list[np.ndarray]]:
+    """The same with bytes, in groups of four."""
+    spec, inputs = problem(block, sparsity, **fields)
+    rng = np.random.default_rng(1)
+    shape = (spec.dense.reduction_size, spec.out_channels)
+    kept = decode(inputs[1], positions_of(spec, inputs[2]), inputs[3], shape) != 0
+    codes = np.where(kept, rng.choice([-128, -127, 127, 5], shape), 0).astype(np.int8)
+    encoded = encode(codes, block, kept, taps=spec.kernel[0] * spec.kernel[1])
+    values, positions, starts = group_entries(*encoded, GROUP)
+    spec = spec.replace(
+        data_dtype="uint8", weight_dtype="int8", acc_dtype="int32", group=GROUP,
+        entries=len(positions), longest=int(np.diff(starts).max()),
+        pad_value=7 * any(spec.padding),
+    )  # fmt: skip
+    data = rng.integers(0, 256, spec.data_shape).astype(np.uint8)
+    return spec, [data, values, offsets_of(spec, positions), starts]
+
+
+@pytest.mark.parametrize("fields", SHAPES)
+def test_bytes(fields: dict[str, Any]) -> None:
+    block = {33: 1, 20: 4}.get(fields["in_channels"], 2)
+    spec, inputs = byte_problem(block, 0.7, **fields)
+    check(spec, inputs, get_target("x86-64-v4-vnni"), form="x86.sparse_byte_planes")
+
+
+def test_every_choice_of_bytes_is_exact() -> None:
+    target = replace(get_target("x86-64-v4-vnni"), threads=2)
+    spec, inputs = byte_problem(1, 0.5, **SHAPES[3])
+    space = search_space(prim_func(spec), target)
+    assert space is not None
+    choices = list(space)
+    assert len(choices) > 5
+    for choice in choices[:: len(choices) // 3]:
+        check(spec, inputs, target, choice, "x86.sparse_byte_planes")
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.98])
