@@ -63,7 +63,7 @@ def sparse_kernel_as(
 
 def float_dot(spec: SparseConv2dSpec, target: Target) -> Dot | None:
     """Registers of the block's channels, or a part of them; None: not floats, or no such part."""
-    if spec.is_integer or spec.weight_dtype != "float32":
+    if spec.is_integer or spec.by_channel or spec.weight_dtype != "float32":
         return None
     widest = min(16, target.lanes(32))
     lanes = next((n for n in (16, 8, 4) if n <= widest and spec.block % n == 0), None)

@@ -28,7 +28,7 @@ def sparse_bytes_kernel(
 
 def select_dot(spec: SparseConv2dSpec, target: Target) -> Dot | None:
     """What multiplies groups of the spec's size, in the widest registers; None: nothing does."""
-    if (spec.data_dtype, spec.weight_dtype, spec.acc_dtype) != BYTES:
+    if spec.by_channel or (spec.data_dtype, spec.weight_dtype, spec.acc_dtype) != BYTES:
         return None
     for lanes in (n for n in (16, 8, 4) if n <= target.lanes(32) and spec.block % n == 0):
         if spec.group == PAIRS:
