@@ -148,7 +148,7 @@ class BytePlanesKernel(SparsePlanesKernel):
             for first in (0, 2)
         ]
         return [
-            self._unpacked(*pairs[2 * half : 2 * half + 2], "uint8", high)
+            self._unpacked(pairs[2 * half], pairs[2 * half + 1], "uint8", high)
             for half in (0, 1)
             for high in (False, True)
         ]

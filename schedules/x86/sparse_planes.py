@@ -155,6 +155,10 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
     # Writing
 
     @abstractmethod
+    def space(self) -> SearchSpace:
+        """What the form leaves open."""
+
+    @abstractmethod
     def multiply(
         self, planes: tirx.Buffer, sums: tirx.Buffer, at: Any, output: Any, entries: tuple[Any, Any]
     ) -> None:

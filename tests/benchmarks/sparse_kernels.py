@@ -38,6 +38,8 @@ LAYERS: list[tuple[str, int, int, int, int, int]] = [
     ("3x3 7x7 512-512", 7, 7, 512, 512, 3),
 ]
 REPETITIONS, LEAST_SECONDS = 20, 0.5
+# Stands for two weights of every four inputs instead of a sparsity.
+_N_OF_M = -1.0
 
 
 def main() -> None:
@@ -48,6 +50,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=16, help="outputs that share a pattern")
     parser.add_argument("--int8", action="store_true", help="bytes instead of float32")
     parser.add_argument("--sparsity", default="0.5,0.7,0.8,0.9,0.95")
+    parser.add_argument("--n-of-m", action="store_true", help="also 2:4, as the last column")
     parser.add_argument("--only", default="", help="layers whose name contains this")
     arguments = parser.parse_args()
     os.environ["TVM_NUM_THREADS"] = str(arguments.threads)
@@ -58,7 +61,8 @@ def main() -> None:
     target = dataclasses.replace(get_target(arguments.target), threads=arguments.threads)
     target.require_runs_here()
     sparsities = [float(part) for part in arguments.sparsity.split(",")]
-    titles = ["layer", "ORT us", "OV us", "dense", *(f"{100 * s:g} %" for s in sparsities)]
+    sparsities += [_N_OF_M] * arguments.n_of_m
+    titles = ["layer", "ORT us", "OV us", "dense", *map(title, sparsities)]
     print(f"blocks of {arguments.block} outputs, {arguments.target}, {arguments.threads} threads")
     print("| " + " | ".join(titles) + " |")
     print("|" + "---|" * len(titles))
@@ -92,6 +96,11 @@ def main() -> None:
     print("| geometric mean | | | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
 
 
+def title(sparsity: float) -> str:
+    """Of a column."""
+    return "2:4" if sparsity == _N_OF_M else f"{100 * sparsity:g} %"
+
+
 def contest(contestants: list[Callable[[], float]]) -> list[float]:
     """The best of many runs of each, in turns."""
     best = [float("inf")] * len(contestants)
@@ -104,28 +113,26 @@ def contest(contestants: list[Callable[[], float]]) -> list[float]:
 
 
 def sparse(dense: Any, block: int, sparsity: float, target: Any) -> Callable[[], float]:
-    """The layer without `sparsity` of its weights, in the same number for every block."""
-    from tvm_compress.schedules import SparseConv2dSpec
-    from tvm_compress.schedules.sparse_conv2d import GROUP, encode, group_entries, offsets_of
+    """The layer without `sparsity` of its weights, in the same number for every block, in the form
+    that is expected to be best."""
+    from tvm_compress.schedules.sparse_weight import encoded, sparse_candidates
 
     rng = np.random.default_rng(0)
     reduction, outputs = dense.reduction_size, dense.out_channels
-    entries = round(reduction * (1 - sparsity))
-    kept = rng.random((reduction, outputs // block)).argsort(axis=0) < entries
+    if sparsity == _N_OF_M:
+        kept = rng.random((reduction // 4, 4, outputs // block)).argsort(axis=1).argsort(axis=1) < 2
+        kept = kept.reshape(reduction, -1)
+    else:
+        entries = round(reduction * (1 - sparsity))
+        kept = rng.random((reduction, outputs // block)).argsort(axis=0) < entries
     weight: np.ndarray = rng.standard_normal((reduction, outputs), dtype="float32")
     if dense.is_integer:
-        weight = rng.integers(-127, 128, weight.shape, dtype="int8")
-    values, positions, starts = encode(weight, block, kept.repeat(block, axis=1))
-    group = GROUP if dense.is_integer else 1
-    if group > 1:
-        values, positions, starts = group_entries(values, positions, starts, group)
-    spec = SparseConv2dSpec(
-        batch=1, height=dense.height, width=dense.width, in_channels=dense.in_channels,
-        out_channels=outputs, kernel=dense.kernel, padding=dense.padding, block=block,
-        entries=len(positions), longest=int(np.diff(starts).max()), group=group,
-        data_dtype=dense.data_dtype, weight_dtype=dense.weight_dtype, acc_dtype=dense.acc_dtype,
-    )  # fmt: skip
-    return timed(spec, [values, offsets_of(spec, positions), starts], target)
+        weight = rng.integers(1, 128, weight.shape, dtype="int8")
+    weight *= kept.repeat(block, axis=1)
+    codes = weight[None]
+    _, form = sparse_candidates(dense, codes != 0, target)[0]
+    spec, parts = encoded(dense, codes, form)
+    return timed(spec, parts, target)
 
 
 if __name__ == "__main__":
