@@ -45,11 +45,13 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
         for s in SHARES
     },
     **{
-        f"shrink {x:g}x": [{"shrink": {"keep": {"operations": {"share": round(1 / x, 3)}}}}]
+        f"shrink {x:g}x": [
+            {"shrink": {"keep": {"operations": {"share": round(1 / x, 3)}}, "multiple": 8}}
+        ]
         for x in (1.5, 2)
     },
     **{
-        f"low rank {x:g}x": [{"lowrank": {"rank": {"operations": {"share": round(1 / x, 3)}}}}]
+        f"low rank {x:g}x": [{"lowrank": {"rank": {"network": {"share": round(1 / x, 3)}}}}]
         for x in (1.5, 2)
     },
 }
