@@ -69,7 +69,7 @@ class _Packing(relax.PyExprMutator):
         self.decoded: list[str] = []
         self.sparse: dict[str, float] = {}
         self.layer = ""
-        self.choices = read_choices(module["main"])
+        self.choices = read_choices(module["main"], target.name)
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         self.layer = binding.var.name

@@ -1,8 +1,9 @@
 """Which layers ship without their zeros, decided by cost before anything is lowered.
 
-The choice is noted in `tvm_compress.sparse_choices` of `main` (JSON: layer => `SparseChoice`), so
-that everything behind it, tuning and building, sees the same kernels: `PackWeights` follows it.
-Layers that nobody decided on get the form that is expected to be best.
+The choice is noted in `tvm_compress.sparse_choices` of `main` (JSON: target => layer =>
+`SparseChoice`), so that everything behind it, tuning and building, sees the same kernels:
+`PackWeights` follows it. Layers that nobody decided on for a target get the form that is expected
+to be best there.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .quantize_weights import weight_layout
 from .sparsify import read_sparsified
 
 CHOICES_ATTR = "tvm_compress.sparse_choices"
+_ANY_TARGET = "*"
 _MOVES = {"relax.reshape", "relax.permute_dims", "relax.flatten"}
 # Codes of few bits are zero as often as this by chance.
 _BY_CHANCE = 0.25
@@ -47,10 +49,12 @@ class SparseChoice:
 class ChooseSparse:
     """Decide for every layer of `main` that has zeros in its weight, behind the recipe's last step.
 
-    Layers named in `insisted` are sparse wherever the target has a kernel for that.
+    `target` names what `costs` are of. Layers named in `insisted` are sparse wherever it has a
+    kernel for that.
     """
 
-    def __init__(self, costs: LayerCosts, insisted: Collection[str] = ()) -> None:
+    def __init__(self, target: str, costs: LayerCosts, insisted: Collection[str] = ()) -> None:
+        self.target = target
         self.costs = costs
         self.insisted = frozenset(insisted)
 
@@ -74,7 +78,8 @@ class ChooseSparse:
         if not choices:
             return module
         module = module.clone()
-        noted = json.dumps({name: asdict(choice) for name, choice in choices.items()})
+        by_layer = {name: asdict(choice) for name, choice in choices.items()}
+        noted = json.dumps({self.target: by_layer})
         module["main"] = module["main"].with_attr(CHOICES_ATTR, noted)
         return module
 
@@ -88,13 +93,12 @@ def _choice(compared: Comparison, is_insisted: bool) -> SparseChoice:
     return SparseChoice(form, reason, compared.cost, compared.dense_cost, compared.unit)
 
 
-def read_choices(function: relax.Function) -> dict[str, SparseChoice]:
-    """What `ChooseSparse` noted; layers that it did not look at are missing."""
-    attributes = function.attrs or {}
-    if CHOICES_ATTR not in attributes:
-        return {}
-    noted = json.loads(str(attributes[CHOICES_ATTR]))
-    return {name: SparseChoice(**fields) for name, fields in noted.items()}
+def read_choices(function: relax.Function, target: str) -> dict[str, SparseChoice]:
+    """What `ChooseSparse` noted for a target, by its name; layers that it did not look at are
+    missing."""
+    noted = json.loads(str((function.attrs or {}).get(CHOICES_ATTR, "{}")))
+    by_layer = noted.get(target, noted.get(_ANY_TARGET, {}))
+    return {name: SparseChoice(**fields) for name, fields in by_layer.items()}
 
 
 def all_dense(function: relax.Function) -> relax.Function:
@@ -103,7 +107,7 @@ def all_dense(function: relax.Function) -> relax.Function:
     graph = Graph(function)
     dense = asdict(SparseChoice("", "not shipped", 0.0, 0.0, ""))
     layers = [item.name for item in graph.values if graph.op(item) in ANCHORS]
-    return function.with_attr(CHOICES_ATTR, json.dumps(dict.fromkeys(layers, dense)))
+    return function.with_attr(CHOICES_ATTR, json.dumps({_ANY_TARGET: dict.fromkeys(layers, dense)}))
 
 
 def _as_stored(graph: Graph, call: relax.Call, spec: LayerSpec) -> LayerSpec:

@@ -197,7 +197,7 @@ def choices(module: tvm.IRModule, chosen: Recipe, monkeypatch: Any, bench: Any) 
     monkeypatch.setattr("tvm_compress.kernel_bench.bench_of", lambda _target: bench)
     job = load_job(module, chosen, "x86-64-v3", None)
     compressed = compress_job(job, Progress())
-    return read_choices(compressed["main"]), job.costs.used
+    return read_choices(compressed["main"], job.target.name), job.costs.used
 
 
 def test_a_recipe_decides_again_as_it_did(monkeypatch: pytest.MonkeyPatch) -> None:

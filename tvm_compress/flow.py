@@ -344,7 +344,7 @@ def apply_recipe(job: Job, workspace: Workspace, clock: _Clock) -> tvm.IRModule:
             statistics = None
     with clock.step("compare kernels"):
         job.costs.schemes = {}  # the graph itself has the integers now
-        return choosing_pipeline(job.costs, insisted)(module)
+        return choosing_pipeline(job.target, job.costs, insisted)(module)
 
 
 def _shipped_as(module: tvm.IRModule, plan: Iterable[tuple[Step, ...]]) -> dict[str, Any]:

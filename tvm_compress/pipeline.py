@@ -35,9 +35,11 @@ if TYPE_CHECKING:
     from .targets import Target
 
 
-def choosing_pipeline(costs: LayerCosts, insisted: Collection[str]) -> tvm.transform.Pass:
+def choosing_pipeline(
+    target: Target, costs: LayerCosts, insisted: Collection[str]
+) -> tvm.transform.Pass:
     """Graph form, behind a recipe's last step => the same with what costs decided noted."""
-    return tvm.transform.Sequential([ChooseSparse(costs, insisted)], name="choosing")
+    return tvm.transform.Sequential([ChooseSparse(target.name, costs, insisted)], name="choosing")
 
 
 def edges_pipeline() -> tvm.transform.Pass:

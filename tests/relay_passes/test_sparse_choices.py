@@ -70,7 +70,7 @@ def pruned() -> tvm.IRModule:
 
 
 def chosen(module: tvm.IRModule, costs: FakeCosts, insisted: Sequence[str] = ()) -> tvm.IRModule:
-    return tvm.transform.Sequential([ChooseSparse(costs, insisted)])(module)
+    return tvm.transform.Sequential([ChooseSparse(X86.name, costs, insisted)])(module)
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,15 @@ def test_kernels_follow_the_choice(
     cost: float, stored: int, insisted: tuple[str, ...], sparse: bool, reason: str
 ) -> None:
     module = chosen(pruned(), FakeCosts(cost, bytes_=stored), insisted)
-    choices = read_choices(module["main"])
+    choices = read_choices(module["main"], X86.name)
     assert set(choices) == {"a", "b"}
     for choice in choices.values():
         assert (choice.form == "16x1") == sparse and (choice.form == "") != sparse
         assert reason in choice.reason and bool(choice.reason) == bool(reason)
         assert (choice.cost, choice.dense_cost, choice.unit) == (cost, 1.0, MEASURED)
     assert set(lower(module, X86).sparse_kernels) == ({"a", "b"} if sparse else set())
+    # Nobody decided for other targets.
+    assert set(lower(module, get_target("x86-64-v4")).sparse_kernels) == {"a", "b"}
 
 
 def test_nobody_is_asked_about_layers_without_zeros() -> None:

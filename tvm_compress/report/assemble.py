@@ -56,7 +56,8 @@ def assemble(
         schemes[name] = f"{schemes.get(name, FLOAT)}, generic kernel"
     changes = describe_changes(compressed)
     layers, others = _rows(profile, before, after, benchmark, tensors, schemes, list(changes))
-    layers = _changed(layers, compressed, changes, artefact.kernels.get("sparse_kernels", {}))
+    stored = artefact.kernels.get("sparse_kernels", {})
+    layers = _changed(layers, compressed, job.target.name, changes, stored)
     if evidence.board is not None:
         layers = _counted(layers, evidence.board, list(changes))
     left_float = [FloatRow(**_float_fields(entry)) for entry in artefact.kernels["left_float"]]
@@ -171,6 +172,7 @@ def _rows(
 def _changed(
     layers: tuple[LayerRow, ...],
     compressed: tvm.IRModule,
+    target: str,
     words: Mapping[str, str],
     stored: Mapping[str, float],
 ) -> tuple[LayerRow, ...]:
@@ -183,7 +185,7 @@ def _changed(
         owner = name if name in names else owner_of(name, sorted(names))
         part = name.removeprefix(owner).removeprefix("_")
         changes.setdefault(owner, []).append(f"{part}: {change}" if part else change)
-    choices = read_choices(compressed["main"])
+    choices = read_choices(compressed["main"], target)
     rows = []
     for row in layers:
         choice = choices.get(row.name)
