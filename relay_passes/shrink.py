@@ -166,7 +166,7 @@ def mask(
     merged: dict[LayerChannels, NDArray] = {}
     for config in dict.fromkeys(config for _, config in problem.groups):
         groups = [group for group, own in problem.groups if own == config]
-        counts = _counts(problem, config, groups, keep, config.multiple_for(lanes))
+        counts = _counts(problem, config, groups, keep, config.multiples_for(lanes))
         for group, count in zip(groups, counts.tolist(), strict=True):
             if count < len(group.labels):
                 _choose(problem, config, group, count, keep, merged)
@@ -338,17 +338,23 @@ def _counts(
     config: ShrinkConfig,
     groups: Sequence[ChannelGroup],
     keep: Keep,
-    multiple: int,
+    multiples: Sequence[int],
 ) -> NDArray[np.int64]:
-    """Labels of each group that stay."""
+    """Labels of each group that stay: of the first of the `multiples` with which as few operations
+    are left as were asked for, else of the last."""
     sizes = np.array([len(group.labels) for group in groups])
-    multiples = np.array([multiple // math.gcd(multiple, group.unit) for group in groups])
     wanted_at = _wanted_at(problem, config, groups, sizes)
-    if isinstance(config.keep, ChannelShare):
-        return snap(wanted_at(config.keep.share), sizes, multiples)
-    operations = _operations(problem, config, groups, sizes, keep)
-    limit = config.keep.share * _operations_of(problem, config)
-    return counts_within(operations, limit, multiples, wanted_at)
+    counts = sizes
+    for multiple in multiples:
+        units = np.array([multiple // math.gcd(multiple, group.unit) for group in groups])
+        if isinstance(config.keep, ChannelShare):
+            return snap(wanted_at(config.keep.share), sizes, units)
+        operations = _operations(problem, config, groups, sizes, keep)
+        limit = config.keep.share * _operations_of(problem, config)
+        counts = counts_within(operations, limit, units, wanted_at)
+        if operations.total(counts) <= limit:
+            break
+    return counts
 
 
 def _wanted_at(

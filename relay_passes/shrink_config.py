@@ -86,7 +86,8 @@ class ShrinkConfig:
         metadata={
             "help": "channels that stay are a multiple of this, groups with no more stay whole; "
             "auto: of the sums that a register of the target holds, since a kernel takes as long "
-            "for a part of a register as for all of it"
+            "for a part of a register as for all of it, or of half, a quarter .. where the "
+            "operations asked for need it"
         },
     )
 
@@ -100,11 +101,12 @@ class ShrinkConfig:
                 f"groups by {', '.join(ranked)}"
             )
 
-    def multiple_for(self, lanes: int | None) -> int:
-        """Of a target with so many sums to a register; `None`: of most of them."""
+    def multiples_for(self, lanes: int | None) -> list[int]:
+        """To be tried in turn, on a target with so many sums to a register; `None`: on most."""
         if self.multiple != "auto":
-            return self.multiple
-        return max(WORD, DEFAULT_MULTIPLE if lanes is None else lanes)
+            return [self.multiple]
+        largest = max(WORD, DEFAULT_MULTIPLE if lanes is None else lanes)
+        return [largest >> shift for shift in range(largest.bit_length())]
 
     @property
     def reads_consumers(self) -> bool:
