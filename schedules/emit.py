@@ -126,6 +126,13 @@ class Emitter:
         self._add(AllocBuffer(buffer))
         return buffer
 
+    def opaque(self, size: int, dtype: str, name: str) -> tirx.Buffer:
+        """A workspace that functions read or write through its address. TVM would cut it down to
+        what loops access, so its end is named."""
+        buffer = self.alloc(size, dtype, name)
+        self.evaluate(tirx.address_of(buffer[size - 1]))
+        return buffer
+
     def flat(self, buffer: tirx.Buffer) -> tirx.Buffer:
         """A one-dimensional view of a compact buffer."""
         size = 1

@@ -186,10 +186,10 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
         with e.loop("task", window.batch * bands, kind) as task:
             b = task // bands
             y = e.bind("y", tirx.min(task % bands * self.rows, window.rows - self.rows))
-            planes = e.alloc(window.channels * plane, spec.data_dtype, "planes")
+            planes = e.opaque(window.channels * plane, spec.data_dtype, "planes")
             self._copy(planes, plane, b, y)
             where = e.alloc(groups * group, "int32", "where")
-            woven = e.alloc(groups * run * group, self.dot.data_dtype, "woven")
+            woven = e.opaque(groups * run * group, self.dot.data_dtype, "woven")
             with e.loop("block", spec.blocks) as block:
                 first = e.bind("first", self.operands.starts[block])
                 count = e.bind("count", self.operands.starts[block + 1] - first)

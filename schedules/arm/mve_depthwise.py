@@ -23,7 +23,6 @@ from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, ceil_div
 from ..window import window_of
 from .assembly import as_llvm
-from .mve_rows import opaque
 from .mve_taps import GROUP, WINDOW, Columns, Taps
 from .mve_vector import LANES, VectorEmitter, picked
 from .rounding import finisher
@@ -130,10 +129,10 @@ class _DepthwiseKernel(LayerKernel[Conv2dSpec, Operands, Epilogue]):
         self.weight = e.flat(self.operands.weight)
         self.data = e.flat(self.operands.data)
         self.epilogue.declare(e)
-        self.turned = opaque(e, self.bands * self.read_columns * _COLUMN_BYTES, "int8", "turned")
+        self.turned = e.opaque(self.bands * self.read_columns * _COLUMN_BYTES, "int8", "turned")
         self.windows = self._windows(self.columns)
         places = self.outputs[0] * self.outputs[1]
-        self.sums = opaque(e, self.bands * self.windows * places * self.width, "int32", "sums")
+        self.sums = e.opaque(self.bands * self.windows * places * self.width, "int32", "sums")
         self.segments = ceil_div(window.columns, self.columns)
         self.code: dict[str, str] = {}
         groups = ceil_div(spec.in_channels, GROUP)

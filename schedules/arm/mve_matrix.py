@@ -29,7 +29,7 @@ from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..window import window_of
 from .assembly import as_llvm
 from .mve_microkernel import CHANNELS, MOST_OUTPUTS, VECTOR_BYTES, MicroKernel
-from .mve_rows import Rows, lanes_of, opaque
+from .mve_rows import Rows, lanes_of
 from .mve_vector import VectorEmitter
 from .rounding import finisher
 
@@ -168,7 +168,7 @@ class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, Epilogue]):
         e, window, spec = self.e, self.window, self.spec
         self.weight = e.flat(self.operands.weight)
         self.epilogue.declare(e)
-        self.sums = opaque(e, self.pixels * self.blocks * CHANNELS, "int32", "sums")
+        self.sums = e.opaque(self.pixels * self.blocks * CHANNELS, "int32", "sums")
         if self.is_copied:
             pad_value = 0 if isinstance(spec, MatmulSpec) else spec.pad_value
             count = self.pixels if self.flat else (window.kernel[0] - 1) * window.dilation[0] + 1
@@ -181,7 +181,7 @@ class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, Epilogue]):
             self.source = e.flat(self.operands.data)
         if self.is_together:
             size = self._loops(1).run
-            self.gathered = opaque(e, MOST_OUTPUTS * size + self.lanes, spec.data_dtype, "gathered")
+            self.gathered = e.opaque(MOST_OUTPUTS * size + self.lanes, spec.data_dtype, "gathered")
         self.used = set[int]()
         if self.flat:
             self._flat()

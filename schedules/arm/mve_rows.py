@@ -43,7 +43,7 @@ class Rows:
         self.is_inside = not window.padding[0] and asked <= window.in_rows
         self.dtype = str(operands.data.dtype)
         self.lanes = lanes_of(self.dtype)
-        self.buffer = opaque(e, count * self.row_pitch + self.lanes, self.dtype, "rows")
+        self.buffer = e.opaque(count * self.row_pitch + self.lanes, self.dtype, "rows")
 
     def fill_border(self) -> None:
         """The columns left and right of the input: written once, no row changes them."""
@@ -112,14 +112,6 @@ class Rows:
 def lanes_of(dtype: str) -> int:
     """Integers of a vector."""
     return VECTOR_BYTES * 8 // int(dtype.removeprefix("int"))
-
-
-def opaque(e: Emitter, size: int, dtype: str, name: str) -> tirx.Buffer:
-    """A workspace that assembly reads or writes. TVM would cut it down to what loops access, so its
-    end is named."""
-    buffer = e.alloc(size, dtype, name)
-    e.evaluate(tirx.address_of(buffer[size - 1]))
-    return buffer
 
 
 def copy_run(

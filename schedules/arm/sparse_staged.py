@@ -201,8 +201,8 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
         """What the loops read and write."""
         spec, e = self.spec, self.e
         size = spec.longest * self.columns * self.form.stage_bytes
-        self.stage = opaque(e, max(1, ceil_div(size, 4)), "int32", "stage")
-        self.sums = opaque(e, spec.block * self.positions, "int32", "sums")
+        self.stage = e.opaque(max(1, ceil_div(size, 4)), "int32", "stage")
+        self.sums = e.opaque(spec.block * self.positions, "int32", "sums")
         self._declare_initial()
 
     def _declare_initial(self) -> None:
@@ -213,7 +213,7 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
         is_whole = bias is not None and spec.out_channels % spec.block == 0
         self.biases = e.flat(bias) if is_whole else None
         if self.biases is None:
-            self.initial = opaque(e, spec.block, "int32", "initial")
+            self.initial = e.opaque(spec.block, "int32", "initial")
 
     def _code(self) -> str:
         loops = as_llvm(self.loops.name, self.loops.assembly(), 6, 2 + self.form.several)
@@ -385,14 +385,6 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
 
 def _element(buffer: tirx.Buffer, place: Any, lane: Any) -> ir.Expr:
     return buffer[place + lane]
-
-
-def opaque(e: Emitter, size: int, dtype: str, name: str) -> tirx.Buffer:
-    """A workspace that assembly reads or writes. TVM would cut it down to what loops access, so its
-    end is named."""
-    buffer = e.alloc(size, dtype, name)
-    e.evaluate(tirx.address_of(buffer[size - 1]))
-    return buffer
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ A stride takes the planes apart: positions that are neighbours read neighbours o
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -54,8 +55,7 @@ def sparse_planes_kernel(
 
 
 def fits_planes(out_channels: int, block: int, target: Target) -> bool:
-    """Whether there is a whole group of outputs to turn over. (Of layers with fewer, which gain
-    nothing, LLVM 22 at its highest level loses the last position when it unrolls them.)"""
+    """Whether there is a whole group of outputs to turn over: layers with fewer gain nothing."""
     together = _outputs(target)
     return out_channels >= together and together % block == 0
 
@@ -169,7 +169,6 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
         self.values = e.flat(self.operands.weight)
         self.data = e.flat(self.operands.data)
         self.epilogue.declare(e)
-        rows, columns = self.extent
         bands = ceil_div(window.rows, self.band)
         groups = ceil_div(spec.out_channels, self.outputs)
         of_a_part = ceil_div(groups, self.parts)
@@ -181,23 +180,31 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
             planes = self._planes(b, y)
             self._declare_taps()
             size = self.outputs * self.run
-            sums = e.alloc(size, spec.acc_dtype, "sums")
-            turned = e.alloc(size, spec.acc_dtype, "turned")
+            sums = e.opaque(size, spec.acc_dtype, "sums")
+            turned = e.opaque(size, spec.acc_dtype, "turned")
             begin = e.bind("begin", task % self.parts * of_a_part)
-            with e.loop("tile_row", ceil_div(rows, self.rows)) as ty:
-                dy = e.bind("dy", tirx.min(ty * self.rows, rows - self.rows))
-                with e.loop("tile_column", ceil_div(columns, self.columns)) as tx:
-                    x = e.bind("x", tx * self.columns)
-                    at = e.bind("at", dy * self.pitch + x)
-                    with e.loop("group", of_a_part) as i:
-                        group = e.bind("group", begin + i)
-                        if groups % self.parts:
-                            with e.when(group < groups):
-                                self._group(planes, sums, turned, group, at, (b, y, dy, x))
-                        else:
-                            self._group(planes, sums, turned, group, at, (b, y, dy, x))
+            for dy, x, group in self._nest(begin, of_a_part):
+                at = e.bind("at", dy * self.pitch + x)
+                if groups % self.parts:
+                    with e.when(group < groups):
+                        self._group(planes, sums, turned, group, at, (b, y, dy, x))
+                else:
+                    self._group(planes, sums, turned, group, at, (b, y, dy, x))
         self.epilogue.emit_rest(e, self.outputs)
         return e.function(list(self.fused.func.params), {}, self.helpers())
+
+    def _nest(self, begin: Any, count: int) -> Iterator[tuple[Any, Any, Any]]:
+        """Loops over a task: row and column of a tile, and `count` groups of outputs for it."""
+        for dy, x in self._each_tile():
+            with self.e.loop("group", count) as i:
+                yield dy, x, self.e.bind("group", begin + i)
+
+    def _each_tile(self) -> Iterator[tuple[Any, Any]]:
+        e, (rows, columns) = self.e, self.extent
+        with e.loop("tile_row", ceil_div(rows, self.rows)) as ty:
+            dy = e.bind("dy", tirx.min(ty * self.rows, rows - self.rows))
+            with e.loop("tile_column", ceil_div(columns, self.columns)) as tx:
+                yield dy, e.bind("x", tx * self.columns)
 
     def helpers(self) -> str:
         """Functions of LLVM's that the kernel calls."""
@@ -229,7 +236,7 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
         """A task's input, channels first."""
         e, window, channels = self.e, self.window, self.channels
         behind = self.run + self.pitch  # what the last tile reads too far
-        planes = e.alloc(channels * self.plane + behind, self.spec.data_dtype, "planes")
+        planes = e.opaque(channels * self.plane + behind, self.spec.data_dtype, "planes")
         row_elements = window.in_columns * channels
         if self.is_pointwise:
             step_y, step_x = window.strides
@@ -340,7 +347,17 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
         where: tuple[Any, Any, Any, Any],
     ) -> None:  # fmt: skip
         """All outputs that are turned over together, in one tile."""
-        e, spec, run = self.e, self.spec, self.run
+        e, run = self.e, self.run
+        self._products(planes, sums, group, at)
+        with e.loop("turn", run // self.lanes) as i:
+            for start in range(0, self.outputs, self.lanes):
+                target = turned, i * (self.lanes * self.outputs) + start, self.outputs
+                self._turn(_turn(self.lanes), (sums, start * run + i * self.lanes, run), target)
+        self._finish(turned, group, *where)
+
+    def _products(self, planes: tirx.Buffer, sums: tirx.Buffer, group: Any, at: Any) -> None:
+        """The sums of a group of outputs for the tile at `at`."""
+        e, spec = self.e, self.spec
         of_a_group = self.outputs // spec.block
         count: Any = of_a_group
         if spec.blocks % of_a_group:
@@ -350,11 +367,6 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
             first = e.bind("first", self.operands.starts[block])
             entries = first, e.bind("count", self.operands.starts[block + 1] - first)
             self.multiply(planes, sums, at, i * spec.block, entries)
-        with e.loop("turn", run // self.lanes) as i:
-            for start in range(0, self.outputs, self.lanes):
-                target = turned, i * (self.lanes * self.outputs) + start, self.outputs
-                self._turn(_turn(self.lanes), (sums, start * run + i * self.lanes, run), target)
-        self._finish(turned, group, *where)
 
     def _finish(self, turned: tirx.Buffer, group: Any, b: Any, y: Any, dy: Any, x: Any) -> None:
         """The positions of a tile that exist through the epilogue."""
