@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 from .saturation import NarrowSums
 
+# Weights of a layer whose pattern is written into its kernel, at most: by then the code leaves the
+# first-level cache.
+MOST_COMPILED = 2048
+# Code of one of them.
+CODE_BYTES = 10
+
 
 @dataclass(frozen=True)
 class SparseForm:
@@ -23,6 +29,8 @@ class SparseForm:
     """What the kernel takes beside its weights, in times of the whole dense kernel."""
     by_channel: bool = False
     """Whether offsets name channels and taps, entries in this order."""
+    compiled: bool = False
+    """Whether the pattern is part of the kernel's code."""
     sums: NarrowSums | None = None
     """How the kernel adds in 16 bits; it serves weights that prove this exact."""
 
@@ -30,7 +38,8 @@ class SparseForm:
     def words(self) -> str:
         """Tells the forms of a layer apart, in reports and where a choice is noted."""
         words = f"{self.block}x1" + (f" in groups of {self.group}" if self.group > 1 else "")
-        return words + (" by channel" if self.by_channel else "")
+        words += " by channel" if self.by_channel else ""
+        return words + (" in code" if self.compiled else "")
 
     def share(self, stored: int, size: int) -> float:
         """Expected time in times of the dense kernel's, for `stored` of `size` weights."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..targets import Target
 from .sparse_conv2d import encode, group_entries, offsets_of
-from .sparse_form import SparseForm
+from .sparse_form import MOST_COMPILED, SparseForm
 from .spec import Conv2dSpec, MatmulSpec, SparseConv2dSpec, WeightedSpec
 from .weights import weight_codes
 
@@ -32,10 +32,11 @@ def sparse_candidates(
         return []
     assert isinstance(spec, (Conv2dSpec, MatmulSpec))
     together = _ungrouped(spec, kept)
-    shares = [
-        (form.share(_entries(together, form.block) * form.block, kept.size), form)
-        for form in sparse_forms(spec, target)
-    ]
+    shares = []
+    for form in sparse_forms(spec, target):
+        entries = _entries(together, form.block)
+        if not form.compiled or entries <= MOST_COMPILED:
+            shares.append((form.share(entries * form.block, kept.size), form))
     return sorted(shares, key=lambda pair: pair[0])
 
 
@@ -107,7 +108,10 @@ def encoded(
             out_channels=spec.out_channels, kernel=spec.kernel, strides=spec.strides,
             padding=spec.padding, dilation=spec.dilation, pad_value=spec.pad_value, **common,
         )  # fmt: skip
-    return sparse, [values, offsets_of(sparse, positions), starts]
+    offsets = offsets_of(sparse, positions)
+    if form.compiled:
+        sparse = sparse.replace(pattern=(*offsets.tolist(), *starts.tolist()))
+    return sparse, [values, offsets, starts]
 
 
 def _ungrouped(spec: WeightedSpec, codes: np.ndarray) -> np.ndarray:

@@ -430,6 +430,9 @@ class SparseConv2dSpec(KernelSpec):
     """A linear layer: data [width, in_channels], result [width, out_channels]."""
     by_channel: bool = False
     """Whether offsets name a channel and a tap instead of a place in the padded data."""
+    pattern: tuple[int, ...] = ()
+    """The contents of offsets and then of starts, for kernels that are written for them; empty: not
+    known before the kernel runs."""
 
     def __post_init__(self) -> None:
         _require(
@@ -448,6 +451,11 @@ class SparseConv2dSpec(KernelSpec):
         _require(
             not self.is_flat or (self.batch, self.height, self.kernel) == (1, 1, (1, 1)),
             f"a linear layer with a window: {self}",
+        )
+        known = self.entries + self.blocks + 1
+        _require(
+            len(self.pattern) in (0, known),
+            f"a pattern of {len(self.pattern)} numbers, not {known}",
         )
         assert self.dense  # checks the sizes
 

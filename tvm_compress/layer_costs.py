@@ -96,6 +96,7 @@ class TargetCosts:
 
     def sparse(self, layer: str, spec: LayerSpec, kept: np.ndarray) -> Comparison:
         """See `LayerCosts`."""
+        from .schedules.sparse_form import CODE_BYTES
         from .schedules.sparse_weight import encoded, sparse_candidates
 
         shipped = self._shipped(layer, spec)
@@ -120,8 +121,10 @@ class TargetCosts:
         if figures is None:
             figures = [cycles, *(share * cycles for share, *_ in found)]
         best = int(np.argmin(figures[1:]))
-        _, form, _, kernel = found[best]
+        _, form, entries, kernel = found[best]
         stored = sum(array.nbytes for array in kernel.weights)
+        if form.compiled:
+            stored += entries * CODE_BYTES
         return Comparison(form, figures[1 + best], figures[0], stored, dense_bytes, unit)
 
     def blocks(self, layer: str, spec: LayerSpec) -> tuple[int, ...]:
@@ -129,7 +132,10 @@ class TargetCosts:
         from .schedules.dispatch import sparse_forms
 
         forms = sparse_forms(self._shipped(layer, spec), self.target)
-        ordered = sorted(forms, key=lambda form: (form.cost, -form.block))
+        # Patterns in code serve few weights, and another form has the same block.
+        ordered = sorted(
+            (form for form in forms if not form.compiled), key=lambda form: (form.cost, -form.block)
+        )
         return tuple(dict.fromkeys(form.block for form in ordered))
 
     # --- figures --------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from .nibbles import NAME as NIBBLES
 from .nibbles import nibble_kernel
 from .sparse_byte_planes import sparse_byte_planes_kernel
 from .sparse_bytes import sparse_bytes_kernel
+from .sparse_compiled import sparse_compiled_kernel
 from .sparse_planes import sparse_planes_kernel
 from .winograd import winograd_kernel
 
@@ -18,6 +19,7 @@ TEMPLATES = (
     Template("x86.winograd", winograd_kernel),
     Template("x86.matrix", matrix_kernel),
     Template("x86.batch_matmul", batch_matmul_kernel),
+    Template("x86.sparse_compiled", sparse_compiled_kernel),
     Template("x86.sparse_planes", sparse_planes_kernel),
     Template("x86.sparse_byte_planes", sparse_byte_planes_kernel),
     Template("sparse", sparse_kernel),

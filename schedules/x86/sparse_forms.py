@@ -15,6 +15,7 @@ from . import winograd
 from .dot import widest_byte_dot
 from .sparse_byte_planes import fits_byte_planes
 from .sparse_bytes import PAIRS, QUADS
+from .sparse_compiled import fits_compiled
 from .sparse_planes import fits_planes
 
 # Outputs that share their inputs => cycles of a sparse multiply-add against a dense one: indices,
@@ -22,6 +23,8 @@ from .sparse_planes import fits_planes
 _COST = {16: 1.15, 8: 1.4, 4: 2.0}
 # The same of vectors of positions: every multiply-add loads data, most from the second-level cache.
 _PLANES = {1: 2.5, 2: 1.5, 4: 1.4}
+# The same with the pattern in the code.
+_COMPILED = 1.2
 # The same of bytes, against `vpdpbusd`: most of it is interleaving.
 _BYTE_PLANES = {1: 4.5, 2: 3.0, 4: 2.2}
 # Multiply-adds that turning over one number of the input or the output takes as long as.
@@ -48,7 +51,11 @@ def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> list[SparseFo
         dense = _dense_cost(spec)
         forms = [SparseForm(block, cost / dense) for block, cost in _COST.items()]
         costs = {n: c for n, c in _PLANES.items() if fits_planes(_outputs(spec), n, target)}
-        return forms + _planes(spec, costs, dense, 8, _TURNED)
+        forms += _planes(spec, costs, dense, 8, _TURNED)
+        if fits_compiled(_outputs(spec), target):
+            [form] = _planes(spec, {1: _COMPILED}, dense, 8, _TURNED)
+            forms.append(replace(form, compiled=True))
+        return forms
     if dtypes != BYTES or not target.has("avx2"):
         return []
     has_rows = isinstance(spec, MatmulSpec) or neighbours_read_neighbours(spec)

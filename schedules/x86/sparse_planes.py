@@ -155,7 +155,7 @@ class SparsePlanesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue]
     # Writing
 
     @abstractmethod
-    def space(self) -> SearchSpace:
+    def space(self) -> SearchSpace | None:
         """What the form leaves open."""
 
     @abstractmethod
@@ -462,7 +462,7 @@ class FloatPlanesKernel(SparsePlanesKernel):
 
         return min(self._tiles(), key=cost)
 
-    def space(self) -> SearchSpace:
+    def space(self) -> SearchSpace | None:
         """Tiles, rows of a task, parts of the outputs, unrolling."""
         window, tiles, most = self.window, self._tiles(), self._most_vectors()
         default = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import tvm
 from tvm import te
 
 from tvm_compress.schedules import (
@@ -21,6 +23,7 @@ from tvm_compress.schedules import (
     sparse_parts,
 )
 from tvm_compress.schedules.choice import Choice
+from tvm_compress.schedules.matrix import PARALLEL_MACS
 from tvm_compress.schedules.sparse_conv2d import (
     GROUP,
     decode,
@@ -29,6 +32,8 @@ from tvm_compress.schedules.sparse_conv2d import (
     offsets_of,
     positions_of,
 )
+from tvm_compress.schedules.sparse_weight import encoded, sparse_candidates
+from tvm_compress.schedules.spec import SpecError, spec_from_json
 from tvm_compress.targets import Target, get_target
 
 from .kernels import assert_same, random_array, run
@@ -91,6 +96,61 @@ def check(
 def test_floats(fields: dict[str, Any], level: str) -> None:
     block = 1 + fields["in_channels"] % 2
     check(*problem(block, 0.7, **fields), get_target(level))
+
+
+def in_code(sparsity: float, **fields: Any) -> tuple[SparseConv2dSpec, list[np.ndarray]]:
+    """A layer whose spec has the pattern."""
+    spec, inputs = problem(1, sparsity, **fields)
+    spec = spec.replace(pattern=(*inputs[2].tolist(), *inputs[3].tolist()))
+    assert spec_from_json(spec.to_json()) == spec
+    return spec, inputs
+
+
+@pytest.mark.parametrize(("fields", "level"), [
+    *((fields, "x86-64-v4") for fields in SHAPES),
+    *((fields, "x86-64-v3") for fields in SHAPES[2:7:2]),
+])  # fmt: skip
+def test_patterns_in_code(fields: dict[str, Any], level: str) -> None:
+    sparsity = 0.98 if fields["in_channels"] == 4 else 0.7
+    check(*in_code(sparsity, **fields), get_target(level), form="x86.sparse_compiled")
+
+
+def test_patterns_in_code_on_two_threads() -> None:
+    """Groups are shared out: a thread's part has one that does not exist."""
+    target = replace(get_target("x86-64-v4"), threads=2)
+    fields = {**SHAPES[3], "height": 5, "width": 64, "in_channels": 16, "out_channels": 37}
+    spec, inputs = in_code(0.7, **fields)
+    assert spec.macs >= PARALLEL_MACS
+    check(spec, inputs, target, form="x86.sparse_compiled")
+
+
+def test_code_reads_no_offsets() -> None:
+    """An entry is one instruction, its weight an operand in memory or one broadcast before it."""
+    target = get_target("x86-64-v4")
+    spec, _ = in_code(0.7, **SHAPES[0])
+    func = schedule(prim_func(spec), target).with_attr("global_symbol", "main")
+    text = tvm.compile(func, target.tvm_target()).mod.inspect_source("asm")
+    products = re.findall(r"vfmadd\w+\s.*", text)
+    assert len(products) == spec.entries
+    assert not re.search(r"zmm.*\(%rsp|\(%rsp.*zmm", text)  # nothing is spilled
+
+
+def test_pattern_of_another_length_is_refused() -> None:
+    spec, _ = in_code(0.7, **SHAPES[0])
+    with pytest.raises(SpecError, match="a pattern of"):
+        spec.replace(pattern=spec.pattern[1:])
+
+
+@pytest.mark.parametrize(("share", "is_in_code"), [(0.1, True), (0.3, False)])
+def test_few_weights_go_into_code(share: float, is_in_code: bool) -> None:
+    spec = Conv2dSpec(batch=1, height=16, width=16, in_channels=32, out_channels=32, kernel=(3, 3),
+                      padding=(1, 1, 1, 1))  # fmt: skip
+    rng = np.random.default_rng(3)
+    kept = rng.random((1, spec.reduction_size, 32)) < share
+    forms = [form for _, form in sparse_candidates(spec, kept, get_target("x86-64-v3"))]
+    assert forms[0].compiled == is_in_code == any(form.compiled for form in forms)
+    stored = encoded(spec, np.where(kept, np.float32(1), np.float32(0)), forms[0])[0]
+    assert bool(stored.pattern) == is_in_code
 
 
 def byte_problem(
