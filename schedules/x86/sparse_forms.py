@@ -23,8 +23,8 @@ from .sparse_planes import fits_planes
 _COST = {16: 1.15, 8: 1.4, 4: 2.0}
 # The same of vectors of positions: every multiply-add loads data, most from the second-level cache.
 _PLANES = {1: 2.5, 2: 1.5, 4: 1.4}
-# The same with the pattern in the code.
-_COMPILED = 1.2
+# The same with the pattern in the code, by the lanes of a vector.
+_COMPILED = {16: 1.2, 8: 1.6}
 # The same of bytes, against `vpdpbusd`: most of it is interleaving.
 _BYTE_PLANES = {1: 4.5, 2: 3.0, 4: 2.2}
 # Multiply-adds that turning over one number of the input or the output takes as long as.
@@ -53,7 +53,7 @@ def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> list[SparseFo
         costs = {n: c for n, c in _PLANES.items() if fits_planes(_outputs(spec), n, target)}
         forms += _planes(spec, costs, dense, 8, _TURNED)
         if fits_compiled(_outputs(spec), target):
-            [form] = _planes(spec, {1: _COMPILED}, dense, 8, _TURNED)
+            [form] = _planes(spec, {1: _COMPILED[min(16, target.lanes(32))]}, dense, 8, _TURNED)
             forms.append(replace(form, compiled=True))
         return forms
     if dtypes != BYTES or not target.has("avx2"):
