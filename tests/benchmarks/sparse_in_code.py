@@ -1,0 +1,84 @@
+"""Small sparse layers of float32 with the pattern as data and in the kernel's code, on x86.
+
+    python tests/benchmarks/sparse_in_code.py [--target x86-64-v3] [--sparsity 0.8,0.9,0.95]
+
+Zeros lie at random; bias and ReLU; one thread. The contestants take turns; figures are the best of
+many runs, in microseconds: our dense kernel, then for every sparsity both forms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from kernels_x86 import ours, timed
+from sparse_kernels import contest, title
+
+# (name, height, width, in, out, kernel)
+LAYERS: list[tuple[str, int, int, int, int, int]] = [
+    ("3x3 32x32 16-16", 32, 32, 16, 16, 3),
+    ("3x3 16x16 32-32", 16, 16, 32, 32, 3),
+    ("3x3 8x8 64-64", 8, 8, 64, 64, 3),
+    ("3x3 56x56 16-16", 56, 56, 16, 16, 3),
+    ("1x1 25x5 64-64", 25, 5, 64, 64, 1),
+]
+
+
+def main() -> None:
+    """Print one line a layer."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--target", default="host")
+    parser.add_argument("--sparsity", default="0.8,0.9,0.95")
+    arguments = parser.parse_args()
+    os.environ["TVM_NUM_THREADS"] = "1"
+
+    from tvm_compress.schedules import Conv2dSpec
+    from tvm_compress.targets import get_target
+
+    target = dataclasses.replace(get_target(arguments.target), threads=1)
+    target.require_runs_here()
+    sparsities = [float(part) for part in arguments.sparsity.split(",")]
+    pairs = [f"{title(s)} {form}" for s in sparsities for form in ("as data", "in code")]
+    print("| " + " | ".join(["layer", "dense", *pairs]) + " |")
+    print("|" + "---|" * (2 + len(pairs)))
+    for name, height, width, channels, outputs, kernel in LAYERS:
+        side = kernel // 2
+        spec: Any = Conv2dSpec(
+            batch=1, height=height, width=width, in_channels=channels, out_channels=outputs,
+            kernel=(kernel, kernel), padding=(side, side, side, side),
+        )  # fmt: skip
+        contestants: list[Callable[[], float] | None] = [ours(spec, target)]
+        for sparsity in sparsities:
+            contestants += both_forms(spec, sparsity, target)
+        times = iter(contest([run for run in contestants if run is not None]))
+        figures = ["-" if run is None else f"{1e6 * next(times):.1f}" for run in contestants]
+        print("| " + " | ".join([name, *figures]) + " |", flush=True)
+
+
+def both_forms(spec: Any, sparsity: float, target: Any) -> list[Callable[[], float] | None]:
+    """The layer with so many zeros, its pattern as data and in code (None: too many weights)."""
+    from tvm_compress.schedules.sparse_weight import encoded, sparse_candidates
+
+    rng = np.random.default_rng(0)
+    shape = (1, spec.reduction_size, spec.out_channels)
+    order = rng.random(shape).ravel().argsort().argsort().reshape(shape)
+    codes = rng.standard_normal(shape, dtype="float32") * (order >= sparsity * order.size)
+    found: list[Callable[[], float] | None] = [None, None]
+    for _, form in sparse_candidates(spec, codes != 0, target):
+        if form.block == 1:
+            sparse, parts = encoded(spec, codes, form)
+            found[form.compiled] = timed(sparse, parts, target)
+    return found
+
+
+if __name__ == "__main__":
+    main()
