@@ -15,7 +15,7 @@ and its layers make up for what those lost (`numerics/least_squares.py`), biases
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ from .costs import LayerCosts
 from .graph import Graph, rebuild
 from .ir import immediate, op_name
 from .low_rank_config import LowRankConfig, Network
-from .low_rank_parts import Layer, Part, call_of, fit, product_of
+from .low_rank_parts import Layer, Part, call_of, fit, product_of, weight_of
 from .low_rank_ranks import Aim, Candidate, candidates, choose_ranks, splittable
 from .numerics.low_rank_residual import split_with_residual
 from .numerics.low_rank_responses import split_for_responses
@@ -103,8 +103,14 @@ def _written(graph: Graph, splits: Mapping[relax.Var, Split]) -> relax.Function:
     builder = relax.BlockBuilder()
     before: dict[relax.Var, list[relax.VarBinding]] = {}
     replace: dict[relax.Var, tvm.ir.Expr] = {}
+    shared: dict[int, list[relax.Constant]] = {}  # one for all steps of a loop
     for variable, split in splits.items():
-        bindings = _bindings(graph.values[variable], split, variable, builder)
+        call = graph.values[variable]
+        if id(split) not in shared:
+            shared[id(split)] = [weight_of(call, kernel) for kernel in split.kernels]
+            if split.residual is not None:
+                shared[id(split)].append(relax.const(split.residual))
+        bindings = _bindings(call, split, shared[id(split)], variable, builder)
         before[variable] = bindings[:-1]
         replace[variable] = bindings[-1].value
     return rebuild(graph.function, replace=replace, before=before)
@@ -276,9 +282,14 @@ def _split_for_responses(
 
 
 def _bindings(
-    call: relax.Call, split: Split, variable: relax.Var, builder: relax.BlockBuilder
+    call: relax.Call,
+    split: Split,
+    weights: Sequence[relax.Constant],
+    variable: relax.Var,
+    builder: relax.BlockBuilder,
 ) -> list[relax.VarBinding]:
-    """The parts as bindings, the last one of `variable` itself."""
+    """The parts as bindings, the last one of `variable` itself. `weights`: the parts', then the
+    residual's."""
     kind = relax.DataflowVar if isinstance(variable, relax.DataflowVar) else relax.Var
     bindings: list[relax.VarBinding] = []
 
@@ -288,10 +299,10 @@ def _bindings(
         return bindings[-1].var
 
     source = call.args[0]
-    for number, (part, kernel) in enumerate(zip(split.parts, split.kernels, strict=True), 1):
-        source = bind(call_of(call, part, kernel, source), f"{variable.name}_part{number}")
+    for number, (part, weight) in enumerate(zip(split.parts, weights, strict=False), 1):
+        source = bind(call_of(call, part, weight, source), f"{variable.name}_part{number}")
     if split.residual is not None:
-        arguments = [call.args[0], relax.const(split.residual)]
+        arguments = [call.args[0], weights[-1]]
         sparse = relax.Call(call.op, arguments, call.attrs, call.ty_args)
         bind(relax.op.add(source, bind(sparse, f"{variable.name}_residual")), variable.name)
     last = bindings.pop()

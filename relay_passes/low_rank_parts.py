@@ -160,14 +160,20 @@ def specs_of(whole: LayerSpec, parts: Sequence[Part]) -> list[LayerSpec]:
     return specs
 
 
-def call_of(call: relax.Call, part: Part, kernel: Array, source: tvm.ir.Expr) -> relax.Call:
-    """A part as a layer of the same operator and layouts."""
+def weight_of(call: relax.Call, kernel: Array) -> relax.Constant:
+    """A part's kernel [H, W, I, O] in the layout of the layer `call`."""
     layout = weight_layout(call)
     order = kernel_order(layout)
     kernel = kernel.reshape(kernel.shape[4 - len(order) :])
-    weight = relax.const(
-        np.ascontiguousarray(kernel.transpose([order.index(x) for x in layout])).astype(np.float32)
-    )
+    turned = kernel.transpose([order.index(x) for x in layout])
+    return relax.const(np.ascontiguousarray(turned).astype(np.float32))
+
+
+def call_of(
+    call: relax.Call, part: Part, weight: relax.Constant, source: tvm.ir.Expr
+) -> relax.Call:
+    """A part as a layer of the same operator and layouts."""
+    layout = weight_layout(call)
     if op_name(call) == "relax.matmul":
         return relax.op.matmul(source, weight)
     attrs = call.attrs

@@ -29,14 +29,17 @@ class SparsifyConfig:
         metadata={
             "help": "which weights go together; left out: blocks of as many outputs as the "
             "target's kernels for the layer like best; layers with one output a group (depthwise) "
-            "are left alone by patterns of several outputs"
+            "are left alone by patterns of several outputs. Vector-wise: block with inputs: 1, or "
+            "semi_structured with outputs: 16"
         },
     )
     criterion: Literal[
         "magnitude", "diagonal_hessian", "activation_aware", "output_correlation", "second_order"
     ] = field(
         default="second_order",
-        metadata={"help": "what a weight is worth; all but magnitude need calibration data"},
+        metadata={
+            "help": "what a weight is worth; magnitude with reconstruct: false needs no data"
+        },
     )
     scope: Literal["layer", "network", "sensitivity"] = field(
         default="layer",

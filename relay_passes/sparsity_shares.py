@@ -67,8 +67,8 @@ def decide(
         if config.scope == "sensitivity":
             if loss is None:
                 raise DataError(
-                    "scope: sensitivity needs losses measured on calibration data; find the "
-                    "layers' sparsities with `sparsity_shares.decide` before"
+                    "sparsify with scope: sensitivity measures losses on calibration data; give "
+                    "some (--calib)"
                 )
             prices = [_measured(module, layer, statistics, loss) for layer in layers]
         else:

@@ -224,10 +224,10 @@ def _load(
     if calibration is not None:
         dataset = load_data(calibration, model, chosen.preprocessing)
         dataset = dataset.take(chosen.calibration.samples)
-    elif _needs_data(model.module, plan):
+    elif (needing := _step_that_needs_data(model.module, plan)) is not None:
         raise DataError(
-            "this recipe looks at the layers' inputs and needs calibration data: give --calib "
-            "(an .npz or a folder of images)"
+            f"the recipe's step {needing} looks at the layers' inputs and needs calibration data: "
+            "give --calib (an .npz or a folder of images)"
         )
     labelled = None
     if evaluate is not None:
@@ -296,10 +296,18 @@ def quantised_layers(module: tvm.IRModule) -> frozenset[str]:
     return frozenset(layer.name for layer in list_layers(module) if layer.is_quantized)
 
 
-def _needs_data(module: tvm.IRModule, plan: tuple[tuple[Step, ...], ...]) -> bool:
+def _step_that_needs_data(module: tvm.IRModule, plan: tuple[tuple[Step, ...], ...]) -> str | None:
+    """The first one."""
     from .relay_passes.passes import PASSES
 
-    return any(PASSES[group[0].name].observe(module, schemes_of(module, group)) for group in plan)
+    for group in plan:
+        name, schemes = group[0].name, schemes_of(module, group)
+        by_losses = any(
+            getattr(config, "scope", "") == "sensitivity" for config in schemes.values()
+        )
+        if by_losses or PASSES[name].observe(module, schemes):
+            return name
+    return None
 
 
 def module_key(module: tvm.IRModule) -> str:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # So many of the forms that are expected to be cheapest are looked at.
 _FORMS = 2
 # What is expected to take so many times as long as the dense kernel is not run to find out.
-_HOPELESS = 2.0
+_HOPELESS = 4.0
 _KEY_DIGITS = 16
 _PART = re.compile(r"_(part\d+|residual)$")
 

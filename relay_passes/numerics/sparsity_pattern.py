@@ -53,6 +53,10 @@ def keep_largest(units: Scores, sparsity: float) -> Mask:
     return kept.reshape(units.shape)
 
 
+# Inputs that choose together: more of them than a layer has would empty it.
+LONGEST_GROUP = 64
+
+
 @dataclass(frozen=True)
 class Block(SparsityPattern):
     """Blocks of `outputs` x `inputs` weights. The last ones may be smaller."""
@@ -103,10 +107,10 @@ class SemiStructured(SparsityPattern):
     outputs: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.kept < self.of or self.outputs < 1:
+        if not 1 <= self.kept < self.of <= LONGEST_GROUP or self.outputs < 1:
             raise ValueError(
                 f"{self.kept} of {self.of} inputs for {self.outputs} outputs; "
-                "kept is from 1 to of - 1, outputs from 1 on"
+                f"kept is from 1 to of - 1, of at most {LONGEST_GROUP}, outputs from 1 on"
             )
 
     @property

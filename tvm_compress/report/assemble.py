@@ -19,7 +19,7 @@ from .rows import (
     Side,
     StepTime,
 )
-from .schemes import FLOAT, describe_changes, describe_schemes
+from .schemes import FLOAT, describe_changes, describe_schemes, steps_left_alone
 
 if TYPE_CHECKING:
     import tvm
@@ -88,7 +88,7 @@ def assemble(
         arena=None if arena is None else Arena.from_json(arena),
         board=evidence.board,
         is_project=artefact.is_project,
-        notes=job.notes,
+        notes=(*job.notes, *steps_left_alone(compressed, [s.name for s in job.recipe.steps])),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,6 +53,34 @@ def describe_changes(module: tvm.IRModule) -> dict[str, str]:
         for name, words in read(module).items():
             changes[name] = "; ".join(filter(None, [changes.get(name), words]))
     return changes
+
+
+def steps_left_alone(module: tvm.IRModule, steps: Collection[str]) -> list[str]:
+    """A line for each of the `steps` that left layers as they were, with one of the reasons."""
+    from ..relay_passes.low_rank import read_low_rank
+    from ..relay_passes.shrink import read_shrunk
+    from ..relay_passes.sparsify import read_sparsified
+    from ..relay_passes.structured import read_structured
+
+    readers = {
+        "shrink": read_shrunk, "lowrank": read_low_rank, "structured": read_structured,
+        "sparsify": read_sparsified,
+    }  # fmt: skip
+    lines = []
+    for step, read in readers.items():
+        if step not in steps:
+            continue
+        words = read(module)
+        left = {n: text for n, text in words.items() if text.startswith(("dense: ", "whole: "))}
+        if not words:
+            lines.append(f"{step} changed nothing: no layer that it is for has what it asks for")
+        elif left:
+            name, reason = next(iter(left.items()))
+            lines.append(
+                f"{step}: {len(left)} of {len(words)} layers stay as they were, such as {name}, "
+                f"{reason}"
+            )
+    return lines
 
 
 def _behind_moves(graph: Any, expr: Any) -> Any:
