@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 
 from tvm_compress.report.arena import Arena, ArenaBuffer
+from tvm_compress.report.assemble import owner_of
 from tvm_compress.report.html import render_html
 from tvm_compress.report.rows import (
     Accuracy,
@@ -306,3 +307,11 @@ def test_terminal_without_measurements(capsys: pytest.CaptureFixture[str]) -> No
 )
 def test_numbers_as_people_read_them(found: str, expected: str) -> None:
     assert found == expected
+
+
+def test_parts_count_for_the_layer() -> None:
+    """Also where a layer's name begins like another's."""
+    layers = ["conv1", "conv1_2", "fc"]
+    found = {name: owner_of(name, layers) for name in ("conv1_part1", "conv1_2", "conv1_2_part1")}
+    assert found == {"conv1_part1": "conv1", "conv1_2": "conv1_2", "conv1_2_part1": "conv1_2"}
+    assert owner_of("other", layers) == "other"

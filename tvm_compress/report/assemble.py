@@ -55,11 +55,11 @@ def assemble(
     for name in artefact.kernels.get("generic_layers", []):
         schemes[name] = f"{schemes.get(name, FLOAT)}, generic kernel"
     changes = describe_changes(compressed)
-    layers, others = _rows(profile, before, after, benchmark, tensors, schemes, list(changes))
+    layers, others = _rows(profile, before, after, benchmark, tensors, schemes)
     stored = artefact.kernels.get("sparse_kernels", {})
     layers = _changed(layers, compressed, job.target.name, changes, stored)
     if evidence.board is not None:
-        layers = _counted(layers, evidence.board, list(changes))
+        layers = _counted(layers, evidence.board)
     left_float = [FloatRow(**_float_fields(entry)) for entry in artefact.kernels["left_float"]]
     return Report(
         model=job.model.name,
@@ -118,19 +118,19 @@ def _rows(
     benchmark: Benchmark | None,
     tensors: tuple[TensorError, ...],
     schemes: Mapping[str, str],
-    changed: Sequence[str],
 ) -> tuple[tuple[LayerRow, ...], tuple[OtherKernelRow, ...]]:
     kernels_before = benchmark.kernels["original"] if benchmark else ()
     kernels_after = benchmark.kernels["compressed"] if benchmark else ()
     time_before, time_after = _layer_times(kernels_before), _layer_times(kernels_after)
     total = sum(kernel.time_us for kernel in kernels_after)
+    names = [layer.name for layer in profile.layers]
     errors = {name: error for error in tensors for name in error.layers}
     symbols: dict[str, list[str]] = {}
     for call in after.calls:
         for name in call.layers:
-            symbols.setdefault(owner_of(name, changed), []).append(call.symbol)
-    time_after = _of_owners(time_after, changed)
-    bytes_after = _of_owners(after.layer_bytes, changed)
+            symbols.setdefault(owner_of(name, names), []).append(call.symbol)
+    time_after = _of_owners(time_after, names)
+    bytes_after = _of_owners(after.layer_bytes, names)
     layers = []
     for layer in profile.layers:
         error = errors.get(layer.name)
@@ -179,10 +179,10 @@ def _changed(
     """With what steps did to them, and which kernels were chosen for it."""
     from ..relay_passes.sparse_choices import read_choices
 
-    names = {row.name for row in layers}
+    names = [row.name for row in layers]
     changes: dict[str, list[str]] = {}
     for name, change in words.items():
-        owner = name if name in names else owner_of(name, sorted(names))
+        owner = owner_of(name, names)
         part = name.removeprefix(owner).removeprefix("_")
         changes.setdefault(owner, []).append(f"{part}: {change}" if part else change)
     choices = read_choices(compressed["main"], target)
@@ -200,35 +200,32 @@ def _changed(
     return tuple(rows)
 
 
-def owner_of(name: str, changed: Iterable[str]) -> str:
-    """The original's layer that a layer of the compressed model is a part of, one of those that
-    steps `changed`; other layers are themselves."""
-    owners = [layer for layer in changed if name == layer or name.startswith(f"{layer}_")]
+def owner_of(name: str, layers: Iterable[str]) -> str:
+    """Of the original's `layers` the one that a layer of the compressed model is, or a part of."""
+    owners = [layer for layer in layers if name == layer or name.startswith(f"{layer}_")]
     return max(owners, key=len, default=name)
 
 
 Figure = TypeVar("Figure", int, float)
 
 
-def _of_owners(figures: Mapping[str, Figure], changed: Sequence[str]) -> dict[str, Figure]:
+def _of_owners(figures: Mapping[str, Figure], layers: Sequence[str]) -> dict[str, Figure]:
     """Figures of the compressed model's layers, added up over the parts of the original's."""
     found: dict[str, Figure] = {}
     for name, figure in figures.items():
-        owner = owner_of(name, changed)
+        owner = owner_of(name, layers)
         found[owner] = found[owner] + figure if owner in found else figure
     return found
 
 
-def _counted(
-    layers: tuple[LayerRow, ...], cost: BoardCost, changed: Sequence[str]
-) -> tuple[LayerRow, ...]:
+def _counted(layers: tuple[LayerRow, ...], cost: BoardCost) -> tuple[LayerRow, ...]:
     """With the instructions of their kernels."""
     counts: dict[str, int] = {}
     for kernel in cost.kernels:
         for name in kernel.layers:
             share = kernel.instructions // len(kernel.layers)
             counts[name] = counts.get(name, 0) + share
-    counts = _of_owners(counts, changed)
+    counts = _of_owners(counts, [row.name for row in layers])
     return tuple(replace(row, instructions=counts.get(row.name)) for row in layers)
 
 
