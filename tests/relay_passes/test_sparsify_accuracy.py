@@ -134,7 +134,7 @@ def test_measured_sparsities_keep_the_total() -> None:
     wanted = observe(module(), undecided(schemes))
     assert wanted is not None
     statistics = calibrate(model, data()[:8], wanted, target=HOST)
-    with pytest.raises(DataError, match="sparsity_shares"):
+    with pytest.raises(DataError, match="give some"):
         Sparsify(schemes, statistics)(module())
     decided = decide(module(), schemes, statistics, OutputLoss(model, data()[:8], target=HOST))
     sizes = {
