@@ -72,19 +72,23 @@ def masked(
         stored = array_const(weight)
         shift = shifts.get(layer)
         bias = None
+        changed: dict[Expr, Expr] = {}  # biases: one constant for all steps of a loop
         for variable in layer.calls:
             replace[variable] = _with_argument(graph.values[variable], 1, stored)
             found = bias_at(graph, variable)
             if found is not None:
                 add, index = found
                 call = graph.values[add]
-                array = graph.constant(call.args[index])
-                assert array is not None
-                array = spread_bias(array, graph.values[variable], variable).copy()
-                vector = array.reshape(-1)
-                vector += 0 if shift is None else shift.astype(array.dtype)
-                vector[~keep[layer.outputs]] = 0
-                replace[add] = _with_argument(call, index, array_const(array))
+                original = call.args[index]
+                if original not in changed:
+                    array = graph.constant(original)
+                    assert array is not None
+                    array = spread_bias(array, graph.values[variable], variable).copy()
+                    vector = array.reshape(-1)
+                    vector += 0 if shift is None else shift.astype(array.dtype)
+                    vector[~keep[layer.outputs]] = 0
+                    changed[original] = array_const(array)
+                replace[add] = _with_argument(call, index, changed[original])
             elif shift is not None:
                 rank, place = len(shape_of(variable) or ()), channel_axis(layer.call)
                 shape = [-1 if i == place else 1 for i in range(rank)]

@@ -12,6 +12,7 @@ from tvm import relax
 from tvm.relax import op
 
 from tvm_compress.relay_passes.channel_groups import find_channels
+from tvm_compress.relay_passes.graph import Graph
 from tvm_compress.relay_passes.ir import shape_of
 from tvm_compress.relay_passes.remove_channels import masked, shrunk
 from tvm_compress.relay_passes.select import list_layers
@@ -256,6 +257,24 @@ def test_steps_of_a_loop_go_on_sharing_their_weight() -> None:
     assert [(len(layer.calls), layer.weight.shape) for layer in layers] == [
         (1, (40, 4)), (3, (8, 8)), (3, (4, 8)), (1, (4, 3)),
     ]  # fmt: skip
+
+
+def test_steps_of_a_loop_go_on_sharing_their_bias() -> None:
+    def body(net: Net, x: relax.Var) -> relax.Var:
+        weight, bias = net.array(8, 8), net.array(8)
+        state = net.linear("init", net("flat", op.reshape(x, (1, 40))), 8)
+        for step in range(3):
+            product = net(f"s{step}", op.matmul(state, weight))
+            state = net(f"h{step}", op.tanh(net(f"b{step}", op.add(product, bias))))
+        return net.linear("fc", state, 3)
+
+    channels = find_channels(build(body, TOKENS)["main"])
+    keep = np.ones(len(channels.atoms), bool)
+    keep[channels.groups()[0].labels[[1, 4]]] = False
+    result = shrunk(masked(channels, keep, {}, {})[1], keep)
+    calls = {item.name: value for item, value in Graph(result).values.items()}
+    biases = [calls[f"b{step}"].args[1] for step in range(3)]
+    assert all(item.same_as(biases[0]) for item in biases)
 
 
 def unknown(net: Net, x: relax.Var) -> relax.Var:
