@@ -113,3 +113,9 @@ def wide_inputs(function: relax.Function) -> frozenset[str]:
     attributes = function.attrs or {}
     text = str(attributes[WIDE_INPUTS_ATTR]) if WIDE_INPUTS_ATTR in attributes else "[]"
     return frozenset(json.loads(text))
+
+
+def noted_words(module: tvm.IRModule, attribute: str) -> dict[str, str]:
+    """Layer => words that a pass noted in an attribute of `main` (JSON); empty without it."""
+    text = (module["main"].attrs or {}).get(attribute, "{}")
+    return {str(name): str(words) for name, words in json.loads(str(text)).items()}

@@ -27,7 +27,7 @@ from ..errors import DataError
 from .biases import BiasWriter
 from .costs import LayerCosts
 from .graph import Graph, rebuild
-from .ir import immediate, op_name
+from .ir import immediate, noted_words, op_name
 from .low_rank_config import LowRankConfig, Network
 from .low_rank_parts import Layer, Part, call_of, fit, product_of, weight_of
 from .low_rank_ranks import Aim, Candidate, candidates, choose_ranks, splittable
@@ -191,10 +191,7 @@ def _reader(graph: Graph, variable: relax.Var) -> relax.Var | None:
 
 def read_low_rank(module: tvm.IRModule) -> dict[str, str]:
     """Layer => rank and form, or why it is whole, in words, of all steps `lowrank` so far."""
-    attributes = module["main"].attrs or {}
-    if LOW_RANK_ATTR not in attributes:
-        return {}
-    return {str(k): str(v) for k, v in json.loads(str(attributes[LOW_RANK_ATTR])).items()}
+    return noted_words(module, LOW_RANK_ATTR)
 
 
 def _words(candidate: Candidate, rank: int) -> str:

@@ -24,7 +24,7 @@ from ..errors import DataError
 from .channel_groups import ChannelGroup, Channels, Labels, LayerChannels, find_channels
 from .costs import LayerCosts
 from .graph import Graph
-from .ir import op_name, shape_of
+from .ir import noted_words, op_name, shape_of
 from .numerics.channel_budget import OperationCounts, counts_within, snap
 from .numerics.channel_consumer import Consumer, bias_change, centred, reconstruct_kept
 from .numerics.channel_norms import (
@@ -253,10 +253,7 @@ def observe(
 
 def read_shrunk(module: tvm.IRModule) -> dict[str, str]:
     """Layer => what it lost in words, of all steps `shrink` so far."""
-    attributes = module["main"].attrs or {}
-    if SHRUNK_ATTR not in attributes:
-        return {}
-    return {str(k): str(v) for k, v in json.loads(str(attributes[SHRUNK_ATTR])).items()}
+    return noted_words(module, SHRUNK_ATTR)
 
 
 @dataclass(eq=False)

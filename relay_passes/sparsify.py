@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from .costs import LayerCosts
 from .graph import Graph
+from .ir import noted_words
 from .layer_spec import layer_spec
 from .numerics.statistics import Statistics
 from .observations import Observations
@@ -106,7 +107,4 @@ def observe(module: tvm.IRModule, schemes: Mapping[str, SparsifyConfig]) -> Obse
 
 def read_sparsified(module: tvm.IRModule) -> dict[str, str]:
     """Layer => pattern and zeros in words, of all steps `sparsify` so far."""
-    attributes = module["main"].attrs or {}
-    if SPARSIFIED_ATTR not in attributes:
-        return {}
-    return {str(k): str(v) for k, v in json.loads(str(attributes[SPARSIFIED_ATTR])).items()}
+    return noted_words(module, SPARSIFIED_ATTR)

@@ -31,7 +31,7 @@ from tvm.relax import op
 from ..schedules import MatmulSpec
 from .costs import LayerCosts
 from .graph import Graph, rebuild
-from .ir import shape_of
+from .ir import noted_words, shape_of
 from .layer_spec import LayerSpec, layer_spec
 from .numerics.second_order import damped
 from .numerics.statistics import Statistics
@@ -115,10 +115,7 @@ def observe(module: tvm.IRModule, schemes: Mapping[str, StructuredConfig]) -> Ob
 
 def read_structured(module: tvm.IRModule) -> dict[str, str]:
     """Layer => what it became, in words, of all steps `structured` so far."""
-    attributes = module["main"].attrs or {}
-    if STRUCTURED_ATTR not in attributes:
-        return {}
-    return {str(k): str(v) for k, v in json.loads(str(attributes[STRUCTURED_ATTR])).items()}
+    return noted_words(module, STRUCTURED_ATTR)
 
 
 def _layers(graph: Graph, schemes: Mapping[str, StructuredConfig]) -> list[Layer]:

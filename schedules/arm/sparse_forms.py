@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ...targets import Target
+from ..sparse_cost import DenseCost
 from ..sparse_form import SparseForm
 from ..spec import Conv2dSpec, MatmulSpec
 from ..window import window_of
 from .mve_sparse_loops import VmlavaLoops
 from .sparse_loops import SmladLoops
-from .sparse_staged import DenseCost, StagedLoops, staged_form
+from .sparse_staged import StagedLoops, staged_form
 
 _BLOCKS: dict[type[StagedLoops], tuple[int, ...]] = {
     SmladLoops: (16, 8, 4, 2),

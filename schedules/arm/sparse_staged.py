@@ -23,6 +23,7 @@ from ..choice import SearchSpace
 from ..emit import Emitter
 from ..layer_kernel import EpilogueT, Layer, LayerKernel
 from ..sparse import SparseOperands
+from ..sparse_cost import DenseCost
 from ..sparse_form import SparseForm
 from ..spec import Conv2dSpec, MatmulSpec, SparseConv2dSpec, ceil_div
 from ..window import window_of
@@ -385,14 +386,6 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
 
 def _element(buffer: tirx.Buffer, place: Any, lane: Any) -> ir.Expr:
     return buffer[place + lane]
-
-
-@dataclass(frozen=True)
-class DenseCost:
-    """Instructions of a dense kernel: of a multiply-add, and of an output beside them."""
-
-    multiply_add: float
-    output: float
 
 
 def staged_form(

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from ...targets import Target
-from ..arm.sparse_staged import DenseCost, StagedLoops, staged_form
+from ..arm.sparse_staged import StagedLoops, staged_form
+from ..sparse_cost import DenseCost
 from ..sparse_form import SparseForm
 from ..spec import Conv2dSpec, MatmulSpec
 from ..window import window_of

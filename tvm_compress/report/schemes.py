@@ -43,34 +43,19 @@ def describe_schemes(module: tvm.IRModule) -> dict[str, str]:
 
 def describe_changes(module: tvm.IRModule) -> dict[str, str]:
     """Layer name => what steps did to its shape and weights, in words, in the steps' order."""
-    from ..relay_passes.low_rank import read_low_rank
-    from ..relay_passes.shrink import read_shrunk
-    from ..relay_passes.sparsify import read_sparsified
-    from ..relay_passes.structured import read_structured
-
     changes: dict[str, str] = {}
-    for read in (read_shrunk, read_low_rank, read_structured, read_sparsified):
-        for name, words in read(module).items():
+    for noted in _words_by_step(module).values():
+        for name, words in noted.items():
             changes[name] = "; ".join(filter(None, [changes.get(name), words]))
     return changes
 
 
 def steps_left_alone(module: tvm.IRModule, steps: Collection[str]) -> list[str]:
     """A line for each of the `steps` that left layers as they were, with one of the reasons."""
-    from ..relay_passes.low_rank import read_low_rank
-    from ..relay_passes.shrink import read_shrunk
-    from ..relay_passes.sparsify import read_sparsified
-    from ..relay_passes.structured import read_structured
-
-    readers = {
-        "shrink": read_shrunk, "lowrank": read_low_rank, "structured": read_structured,
-        "sparsify": read_sparsified,
-    }  # fmt: skip
     lines = []
-    for step, read in readers.items():
+    for step, words in _words_by_step(module).items():
         if step not in steps:
             continue
-        words = read(module)
         left = {n: text for n, text in words.items() if text.startswith(("dense: ", "whole: "))}
         if not words:
             lines.append(f"{step} changed nothing: no layer that it is for has what it asks for")
@@ -81,6 +66,21 @@ def steps_left_alone(module: tvm.IRModule, steps: Collection[str]) -> list[str]:
                 f"{reason}"
             )
     return lines
+
+
+def _words_by_step(module: tvm.IRModule) -> dict[str, dict[str, str]]:
+    """Step => layer => what it noted, in the order in which the steps make sense."""
+    from ..relay_passes.low_rank import read_low_rank
+    from ..relay_passes.shrink import read_shrunk
+    from ..relay_passes.sparsify import read_sparsified
+    from ..relay_passes.structured import read_structured
+
+    return {
+        "shrink": read_shrunk(module),
+        "lowrank": read_low_rank(module),
+        "structured": read_structured(module),
+        "sparsify": read_sparsified(module),
+    }
 
 
 def _behind_moves(graph: Any, expr: Any) -> Any:
