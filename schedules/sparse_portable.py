@@ -37,16 +37,12 @@ def _takes(spec: SparseConv2dSpec) -> bool:
 class _PlainLoops(StagedLoops):
     """One position; nothing of it is assembly."""
 
-    @property
-    def outputs(self) -> int:
-        return self.block
+    def _outputs(self) -> tuple[int, ...]:
+        return (self.block,)
 
     @property
     def entry_cost(self) -> float:
         return self.block
-
-    def place(self, channel: Any, column: int) -> Any:
-        return channel
 
 
 class _SparseKernel(StagedKernel[DspEpilogue]):

@@ -34,27 +34,65 @@ define internal void @{ROLLED}() alwaysinline nounwind {{
 """
 
 
-def section(name: str) -> list[str]:
-    """The opening of a function that several kernels bring along: the linker keeps one."""
+def function(name: str, body: list[str], thumb: bool = True) -> str:
+    """A function in a section of its own, of which the linker keeps one where several kernels bring
+    it along."""
+    return "\n".join(
+        [
+            *([".syntax unified", ".thumb"] if thumb else []),
+            f'.section .text.{name},"axG",%progbits,{name},comdat',
+            f".weak {name}",
+            f".hidden {name}",
+            ".balign 4",
+            *([".thumb_func"] if thumb else []),
+            f".type {name}, %function",
+            f"{name}:",
+            *body,
+            f".size {name}, . - {name}",
+        ]
+    )
+
+
+def arguments(frame: int, count: int) -> list[int]:
+    """Where the arguments on the stack are for a function that pushed nine registers and has a
+    frame of so many bytes."""
+    return [frame + 36 + 4 * i for i in range(count)]
+
+
+def constant(to: str, number: int) -> list[str]:
+    """to = number, of 32 bits."""
+    out = [f"movw {to}, #{number & 0xFFFF}"]
+    return [*out, f"movt {to}, #{number >> 16 & 0xFFFF}"] if number >> 16 else out
+
+
+def add_constant(to: str, value: str, number: int, scratch: str) -> list[str]:
+    """to = value + number"""
+    if number == 0 and to == value:
+        return []
+    if abs(number) <= 4095:
+        return [f"{'addw' if number >= 0 else 'subw'} {to}, {value}, #{abs(number)}"]
+    return [*constant(scratch, number), f"add {to}, {value}, {scratch}"]
+
+
+def next_row(distance: int, ring_bytes: int, end: int) -> list[str]:
+    """r0 += distance, in a ring of so many bytes (0: there is none), the end of which is at `end`
+    in the frame; r2 and r3 are free."""
+    out = add_constant("r0", "r0", distance, "r2")
+    if not ring_bytes:
+        return out
+    out += [f"ldr r2, [sp, #{end}]", *constant("r3", ring_bytes)]
+    return [*out, "cmp r0, r2", "it hs", "subhs r0, r0, r3"]
+
+
+def again(counter: int, label: str, register: str = "r2") -> list[str]:
+    """One less to do, by a counter in the frame."""
+    place = f"[sp, #{counter}]"
     return [
-        f'.section .text.{name},"axG",%progbits,{name},comdat',
-        f".weak {name}",
-        f".hidden {name}",
-        ".balign 4",
+        f"ldr {register}, {place}",
+        f"subs {register}, #1",
+        f"str {register}, {place}",
+        f"bne.w {label}",
     ]
-
-
-def function(name: str, body: list[str]) -> str:
-    """A function in a section of its own."""
-    head = [
-        ".syntax unified",
-        ".thumb",
-        *section(name),
-        ".thumb_func",
-        f".type {name}, %function",
-        f"{name}:",
-    ]
-    return "\n".join([*head, *body, f".size {name}, . - {name}"])
 
 
 def entry(count: str, bit: int, many: str, odd: str, none: str, to: str, scratch: str) -> list[str]:

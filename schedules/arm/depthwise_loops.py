@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .microkernel import add_constant
+from .assembly import add_constant, again, function
 
 _REGISTERS = 14
 _SUMS = ("r8", "r9", "r10", "r11")
@@ -103,8 +103,6 @@ class DepthwiseLoops:
         step = 4 * self.tile * self.stride * unrolled
         used = _WEIGHTS[: self.weights]
         out = [
-            ".syntax unified", f'.section .text.{self.name},"ax",%progbits', ".balign 4", ".thumb",
-            ".thumb_func", f".type {self.name}, %function", f"{self.name}:",
             "push {r4-r11, lr}", "sub sp, #12", f"movw r3, #{self.strips}", "str r3, [sp, #0]",
             "mov r12, r1", f"ldr lr, [r12, #{4 * self.weights}]", "str lr, [sp, #4]",
         ]  # fmt: skip
@@ -117,13 +115,12 @@ class DepthwiseLoops:
         for tile in range(unrolled):
             out += self._tile(self.tile, 4 * self.tile * self.stride * tile, step * (tile == 0))
         if turns > 1:
-            out += ["ldr r12, [sp, #8]", "subs r12, #1", "str r12, [sp, #8]", "bne.w 2b"]
+            out += again(8, "2b", "r12")
         if narrow:
             out += self._tile(narrow, step, 0)
         out += add_constant("r0", "r0", 4 * self.advance * self.pitch - step * turns, "r12")
-        out += ["ldr r12, [sp, #0]", "subs r12, #1", "str r12, [sp, #0]", "bne.w 1b"]
-        out += ["add sp, #12", "pop {r4-r11, pc}", f".size {self.name}, . - {self.name}"]
-        return "\n".join(out)
+        out += [*again(0, "1b", "r12"), "add sp, #12", "pop {r4-r11, pc}"]
+        return function(self.name, out)
 
     @property
     def _bias(self) -> str:

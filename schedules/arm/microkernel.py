@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .assembly import add_constant, again, function, next_row
+
 MOST_COLUMNS = 4
 _LDRD_REACH, _LDR_REACH = 1020, 4095
 
@@ -83,16 +85,7 @@ class MicroKernel:
             free = [f"r{i}" for i in range(4 + 2 * self.columns, 12)]
             opened, data = ["r2", "r3", *free[:2]], ["r12", "lr"]
         body = _Body(self, sums, opened, data)
-        head = [
-            ".syntax unified",
-            f'.section .text.{self.name},"ax",%progbits',
-            ".balign 4",
-            ".thumb",
-            ".thumb_func",
-            f".type {self.name}, %function",
-            f"{self.name}:",
-        ]
-        return "\n".join([*head, *body.lines(), f".size {self.name}, . - {self.name}"])
+        return function(self.name, body.lines())
 
 
 class _Body:
@@ -218,30 +211,5 @@ class _Body:
 
     def next_row(self) -> list[str]:
         kernel = self.kernel
-        out = add_constant("r0", "r0", kernel.row_bytes - kernel.run * 4, "r2")
-        if kernel.ring_bytes:
-            out += [
-                f"ldr r2, [sp, #{self.END}]",
-                f"movw r3, #{kernel.ring_bytes & 0xFFFF}",
-                *([f"movt r3, #{kernel.ring_bytes >> 16}"] if kernel.ring_bytes >> 16 else []),
-                "cmp r0, r2",
-                "it hs",
-                "subhs r0, r0, r3",
-            ]
-        return [
-            *out,
-            f"ldr r2, [sp, #{self.ROWS}]",
-            "subs r2, #1",
-            f"str r2, [sp, #{self.ROWS}]",
-            "bne.w 1b",
-        ]
-
-
-def add_constant(to: str, value: str, number: int, scratch: str) -> list[str]:
-    """to = value + number"""
-    if number == 0 and to == value:
-        return []
-    if abs(number) <= 4095:
-        return [f"{'addw' if number >= 0 else 'subw'} {to}, {value}, #{abs(number)}"]
-    low, high = number & 0xFFFF, number >> 16 & 0xFFFF
-    return [f"movw {scratch}, #{low}", f"movt {scratch}, #{high}", f"add {to}, {value}, {scratch}"]
+        distance = kernel.row_bytes - kernel.run * 4
+        return [*next_row(distance, kernel.ring_bytes, self.END), *again(self.ROWS, "1b")]

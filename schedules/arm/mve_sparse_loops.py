@@ -9,18 +9,16 @@ accesses, so that a real core gains less than instructions say.
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..spec import Conv2dSpec, MatmulSpec, SparseConv2dSpec
-from .assembly import entry, function
+from .assembly import arguments, entry, function
 from .mve_microkernel import VECTOR_BYTES
 from .sparse_staged import StagedLoops
 
 _REGISTERS = ("r0", "r2", "r4", "r6", "r8", "r10", "r12", "lr")
 # The frame: eight zeros that sums start from, then numbers, of which the first two are read
-# together; then what was pushed, and behind it the other arguments.
+# together.
 _DATA, _OFFSETS, _VALUES, _PART, _ENTRY, _FRAME = 32, 36, 40, 44, 48, 56
-_SUMS, _STAGE, _ENTRIES, _COLUMN, _TILES = (_FRAME + 36 + 4 * i for i in range(5))
+_SUMS, _STAGE, _ENTRIES, _COLUMN, _TILES = arguments(_FRAME, 5)
 
 
 class VmlavaLoops(StagedLoops):
@@ -30,26 +28,19 @@ class VmlavaLoops(StagedLoops):
     call_cost, part_cost, output_cost, copy_cost = 60, 29, 1.4, 0.4
     group = VECTOR_BYTES
     widest = 2
+    narrowest = 4
     several = True
 
     @classmethod
     def takes(cls, spec: SparseConv2dSpec) -> bool:
-        return super().takes(spec) and spec.offsets_dtype == "uint16" and spec.block % 4 == 0
+        return super().takes(spec) and spec.offsets_dtype == "uint16"
 
     @classmethod
     def takes_dtypes(cls, spec: SparseConv2dSpec | Conv2dSpec | MatmulSpec) -> bool:
         return super().takes_dtypes(spec) and spec.data_dtype == "int8"
 
-    @property
-    def outputs(self) -> int:
-        """Outputs at once."""
-        return 8 if self.columns == 1 and self.block % 8 == 0 else 4
-
-    def place(self, channel: Any, column: int) -> Any:
-        n = self.outputs
-        if self.columns == 1:
-            return channel
-        return channel // n * (n * self.columns) + column * n + channel % n
+    def _outputs(self) -> tuple[int, ...]:
+        return (8, 4) if self.columns == 1 else (4,)
 
     @property
     def entry_cost(self) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .assembly import function
+from .assembly import constant, function
 
 GROUP = 16  # channels
 WINDOW = 4  # rows and columns
@@ -50,19 +50,19 @@ class Columns:
         those outside, which read a constant."""
         rows, step = range(self.rows), self.pixel_bytes
         out = ["push {r4-r11, lr}", "ldr r12, [sp, #36]", "add r4, r1, r2"]
-        out += number("lr", self.row_bytes)
+        out += constant("lr", self.row_bytes)
         out += [f"add r{4 + row}, r{3 + row}, lr" for row in rows[1:]]
         out += [f"vmov.i32 q{row}, #0" for row in range(self.rows, WINDOW)]
         if self.width < GROUP:
             out += [f"movs r1, #{self.width}", "vctp.8 r1"]
         if step <= NEAR and self.rows <= self.in_rows:
             # All rows are inside: no negative number is that small without its sign.
-            out += [*number("lr", self.in_rows - self.rows), "cmp r3, lr", "bhi.w 2f"]
+            out += [*constant("lr", self.in_rows - self.rows), "cmp r3, lr", "bhi.w 2f"]
             out += ["dls lr, r12", "1:", *self.loads(f", #{step}")]
             out += [*self.stores(), "le lr, 1b", "pop {r4-r11, pc}", "2:"]
-        out += ["adr r2, 9f", *number("lr", self.in_rows)]
+        out += ["adr r2, 9f", *constant("lr", self.in_rows)]
         for row in rows:
-            out += number(f"r{8 + row}", step)
+            out += constant(f"r{8 + row}", step)
             out += [f"add r1, r3, #{row}", "cmp r1, lr", "itt hs"]
             out += [f"movhs r{4 + row}, r2", f"movhs r{8 + row}, #0"]
         out += ["dls lr, r12", "3:", *self.loads("")]
@@ -136,7 +136,7 @@ class Taps:
         many = self.bands > 1
         out.append("mov r9, r0")
         out += [f"movs r10, #{self.bands}", "2:"] if many else []
-        out += ["vadd.i32 q1, q7, r9", *number("r12", self.windows), "dls lr, r12", "3:"]
+        out += ["vadd.i32 q1, q7, r9", *constant("r12", self.windows), "dls lr, r12", "3:"]
         out.append(f"vldrw.u32 q0, [q1, #{step}]!")
         totals = ["r4", "r6", "r8", "r12"][: rows * columns]
         for (x, y), total in zip(self.places, totals, strict=True):
@@ -147,7 +147,7 @@ class Taps:
             out.append(f"stm r2!, {{{', '.join(totals)}}}")
         out.append("le lr, 3b")
         if many:
-            out += [*number("r12", self.columns * _COLUMN_BYTES), "add r9, r12"]
+            out += [*constant("r12", self.columns * _COLUMN_BYTES), "add r9, r12"]
             out += ["subs r10, #1", "bne.w 2b"]
         out += ["adds r0, #4", "subs r11, #1", "bne.w 1b"]
         out += ["vpop {d8-d15}", "pop {r4-r11, pc}", ".balign 4", "9:"]
@@ -158,9 +158,3 @@ class Taps:
         # Loads go forward before they read.
         out += [f".word {', '.join(str(x * _COLUMN_BYTES - step) for x in range(WINDOW))}"]
         return function(self.name, out)
-
-
-def number(register: str, value: int) -> list[str]:
-    """register = value, not negative."""
-    out = [f"movw {register}, #{value & 0xFFFF}"]
-    return out + ([f"movt {register}, #{value >> 16}"] if value >> 16 else [])

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .microkernel import MicroKernel, add_constant
+from .assembly import add_constant, again, function, next_row
+from .microkernel import MicroKernel
 
 MOST_COLUMNS = 3
 SUM_LIMIT = 1 << 19
@@ -54,16 +55,7 @@ class NibbleKernel(MicroKernel):
 
     def assembly(self) -> str:
         """The function."""
-        head = [
-            ".syntax unified",
-            f'.section .text.{self.name},"ax",%progbits',
-            ".balign 4",
-            ".thumb",
-            ".thumb_func",
-            f".type {self.name}, %function",
-            f"{self.name}:",
-        ]
-        return "\n".join([*head, *_Body(self).lines(), f".size {self.name}, . - {self.name}"])
+        return function(self.name, _Body(self).lines())
 
 
 class _Body:
@@ -99,9 +91,9 @@ class _Body:
         if kernel.groups:
             out += self.end_of_group()
         if kernel.groups > 1:
-            out += self.again(self.GROUPS, "3b")
+            out += again(self.GROUPS, "3b")
         if kernel.rows > 1:
-            out += [*self.next_row(), *self.again(self.ROWS, "1b")]
+            out += [*self.next_row(), *again(self.ROWS, "1b")]
         if kernel.groups:
             out += [
                 f"ldrd {a}, {b}, [sp, #{self._total(p)}]" for p, (a, b) in enumerate(self.pairs)
@@ -115,11 +107,6 @@ class _Body:
 
     def _total(self, p: int) -> int:
         return self.TOTALS + 8 * p
-
-    def again(self, counter: int, label: str) -> list[str]:
-        """One less to do."""
-        place = f"[sp, #{counter}]"
-        return [f"ldr r2, {place}", "subs r2, #1", f"str r2, {place}", f"bne.w {label}"]
 
     def run(self) -> list[str]:
         """The words of a kernel row or group: a loop, then what does not fill a turn of it."""
@@ -181,10 +168,5 @@ class _Body:
     def next_row(self) -> list[str]:
         """To the ring's next row."""
         kernel = self.kernel
-        read = kernel.run * max(1, kernel.groups) * 4
-        out = add_constant("r0", "r0", kernel.row_bytes - read, "r2")
-        if not kernel.ring_bytes:
-            return out
-        high = [f"movt r3, #{kernel.ring_bytes >> 16}"] if kernel.ring_bytes >> 16 else []
-        out += [f"ldr r2, [sp, #{self.END}]", f"movw r3, #{kernel.ring_bytes & 0xFFFF}", *high]
-        return [*out, "cmp r0, r2", "it hs", "subhs r0, r0, r3"]
+        distance = kernel.row_bytes - kernel.run * max(1, kernel.groups) * 4
+        return next_row(distance, kernel.ring_bytes, self.END)

@@ -61,6 +61,8 @@ class StagedLoops:
     """Of an entry's number."""
     widest: ClassVar[int] = 1
     """Positions at once at most."""
+    narrowest: ClassVar[int] = 1
+    """Outputs at once at least."""
     several: ClassVar[bool] = False
     # Instructions under QEMU, fitted to those of some fifty layers.
     call_cost: ClassVar[float] = 0
@@ -83,8 +85,12 @@ class StagedLoops:
         return max(1, min(_SUMS_BYTES // (4 * self.block), extent) // self.columns)
 
     def place(self, channel: Any, column: int) -> Any:
-        """Where the sum of one of the block's outputs is."""
-        raise NotImplementedError
+        """Where the sum of one of the block's outputs is: parts one behind the other, of each the
+        outputs of a position side by side."""
+        if self.columns == 1:
+            return channel
+        n = self.outputs
+        return channel // n * (n * self.columns) + column * n + channel % n
 
     @property
     def entry_cost(self) -> float:
@@ -94,6 +100,10 @@ class StagedLoops:
     @property
     def outputs(self) -> int:
         """Outputs at once: a part of the block."""
+        return next(n for n in self._outputs() if self.block % n == 0)
+
+    def _outputs(self) -> tuple[int, ...]:
+        """What `outputs` may be, the best first."""
         raise NotImplementedError
 
     def cost(self, entries: float, outputs: float, tiles: int = 1) -> float:
@@ -111,7 +121,8 @@ class StagedLoops:
     @classmethod
     def takes(cls, spec: SparseConv2dSpec) -> bool:
         """Whether the loops are right for the layer."""
-        return cls.takes_dtypes(spec) and spec.group == cls.group
+        is_whole = spec.block % cls.narrowest == 0
+        return cls.takes_dtypes(spec) and spec.group == cls.group and is_whole
 
     @classmethod
     def takes_dtypes(cls, spec: SparseConv2dSpec | Conv2dSpec | MatmulSpec) -> bool:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..arm.assembly import function
+
 
 @dataclass(frozen=True)
 class Loops:
@@ -34,8 +36,7 @@ class Loops:
     is_signed: bool
 
     prefix: ClassVar[str] = ""
-    preamble: ClassVar[tuple[str, ...]] = ()
-    before_label: ClassVar[tuple[str, ...]] = ()
+    is_thumb: ClassVar[bool] = False
     is_channel_major: ClassVar[bool] = False
     """Whether weights lie channel by channel; else those of a position side by side."""
 
@@ -55,10 +56,7 @@ class Loops:
 
     def assembly(self) -> str:
         """The function."""
-        head = [*self.preamble, f'.section .text.{self.name},"ax",%progbits', ".balign 4"]
-        label = [f".type {self.name}, %function", f"{self.name}:"]
-        end = [".balign 4", f".size {self.name}, . - {self.name}"]
-        return "\n".join([*head, *self.before_label, *label, *self.lines(), *end])
+        return function(self.name, self.lines(), self.is_thumb)
 
     @property
     def name(self) -> str:

@@ -1,13 +1,13 @@
 """The loops for RISC-V without vectors. See `loops.py`.
 
 A position: weights wait in registers, data pass through one. A 64-bit core multiplies two channels
-at once: x * (a + b * 2^32) = x*a + (x*b) * 2^32, and so do the sums, from which the lower half is
-taken as a signed number and off the whole.
+at once (`riscv_frame.py`).
 """
 
 from __future__ import annotations
 
 from .loops import Loops
+from .riscv_frame import Frame, load_pairs, store_pairs
 
 _REACH = 2047
 _SAVED = [f"s{i}" for i in range(12)]
@@ -46,32 +46,26 @@ class Rv32Loops(Loops):
         return self.columns + weights + 2 * products + 3 / self.unroll
 
     def lines(self) -> list[str]:
-        size = self.bytes_of_register
-        store, load = ("sw", "lw") if size == 4 else ("sd", "ld")
         count = self.columns * self.channels // self._together
         # a0, a1: addresses; a2: limit; a3: what passes; ra: product.
         registers = [*_FREE, *_SAVED]
-        self_sums, registers = registers[:count], registers[count:]
+        sums, registers = registers[:count], registers[count:]
         held = registers[: self._held]
-        saved = ["ra", *(r for r in _SAVED if r in self_sums or r in held)]
-        frame = -(-(len(saved) + 3) * size // 16) * 16
-        sums_at, end_at, rows_at = (frame - (i + 1) * size for i in range(3))
-        out = [f"addi sp, sp, -{frame}"]
-        out += [f"{store} {register}, {i * size}(sp)" for i, register in enumerate(saved)]
-        out += [f"{store} a2, {sums_at}(sp)", f"{store} a3, {end_at}(sp)"]
-        out += self._start(self_sums)
+        saved = ("ra", *(r for r in _SAVED if r in sums or r in held))
+        frame = Frame(saved, 3, self.bytes_of_register)
+        store, load = frame.store, frame.load
+        sums_at, end, rows = (frame.slot(i) for i in range(3))
+        out = [f"{store} a2, {sums_at}", f"{store} a3, {end}", *self._start(sums)]
         if self.rows > 1:
-            out += [f"li a2, {self.rows}", f"{store} a2, {rows_at}(sp)", "1:"]
-        out += self._row(self_sums, held)
+            out += [f"li a2, {self.rows}", f"{store} a2, {rows}", "1:"]
+        out += self._row(sums, held)
         if self.rows > 1:
             if self.ring_bytes:
-                out += [f"{load} a2, {end_at}(sp)", "bltu a0, a2, 3f"]
+                out += [f"{load} a2, {end}", "bltu a0, a2, 3f"]
                 out += [f"li a2, {self.ring_bytes}", "sub a0, a0, a2", "3:"]
-            out += [f"{load} a2, {rows_at}(sp)", "addi a2, a2, -1", f"{store} a2, {rows_at}(sp)"]
+            out += [f"{load} a2, {rows}", "addi a2, a2, -1", f"{store} a2, {rows}"]
             out += ["beqz a2, 4f", "j 1b", "4:"]
-        out += [f"{load} a2, {sums_at}(sp)", *self._finish(self_sums)]
-        out += [f"{load} {register}, {i * size}(sp)" for i, register in enumerate(saved)]
-        return [*out, f"addi sp, sp, {frame}", "ret"]
+        return frame.around([*out, f"{load} a2, {sums_at}", *self._finish(sums)])
 
     def _start(self, sums: list[str]) -> list[str]:
         out = [f"lw {sums[c]}, {4 * c}(a2)" for c in range(self.channels)]
@@ -129,29 +123,18 @@ class Rv64Loops(Rv32Loops):
         if self._together == 1:
             return super()._start(sums)
         pairs = self.channels // 2
-        out = []
-        for i in range(pairs):
-            out += [f"lw {sums[i]}, {8 * i}(a2)", f"lw ra, {8 * i + 4}(a2)"]
-            out += ["slli ra, ra, 32", f"add {sums[i]}, {sums[i]}, ra"]
+        out = load_pairs(sums[:pairs], "lw", 4, "a2")
         return out + [f"mv {sums[i]}, {sums[i % pairs]}" for i in range(pairs, len(sums))]
 
     def _finish(self, sums: list[str]) -> list[str]:
         if self._together == 1:
             return super()._finish(sums)
-        out = []
-        for i, both in enumerate(sums):
-            out += [f"sw {both}, {8 * i}(a2)", f"sext.w ra, {both}", f"sub {both}, {both}, ra"]
-            out += [f"srli {both}, {both}, 32", f"sw {both}, {8 * i + 4}(a2)"]
-        return out
+        return store_pairs(sums, "a2")
 
     def _weights(self, held: list[str], place: int) -> list[str]:
         if self._together == 1:
             return super()._weights(held, place)
-        out = []
-        for i, pair in enumerate(held):
-            out += [f"lb {pair}, {place + 2 * i}(a1)", f"lb ra, {place + 2 * i + 1}(a1)"]
-            out += ["slli ra, ra, 32", f"add {pair}, {pair}, ra"]
-        return out
+        return load_pairs(held, "lb", 1, "a1", place)
 
 
 def _add(to: str, value: str, number: int) -> list[str]:

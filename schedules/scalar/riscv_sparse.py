@@ -1,26 +1,28 @@
 """The loops of sparse layers for RISC-V without vectors (`../arm/sparse_staged.py`).
 
 An entry of four positions by four outputs takes 40 instructions on 32 bits. A 64-bit core
-multiplies two outputs at once, as in `riscv.py`: 48 for eight positions by four.
+multiplies two outputs at once (`riscv_frame.py`): 48 for eight positions by four.
 """
 
 from __future__ import annotations
 
-from ..arm.assembly import section
-from .thumb_sparse import WordLoops
+from ..arm.assembly import function
+from ..arm.sparse_staged import StagedLoops
+from .riscv_frame import Frame, load_pairs, store_pairs
 
-_SUMS = [*(f"s{i}" for i in range(12)), "t3", "t4", "t5", "t6"]
+_SAVED = tuple(f"s{i}" for i in range(12))
+_SUMS = [*_SAVED, "t3", "t4", "t5", "t6"]
 _DATA = ["t0", "t1", "t2", "a0"]
 
 
-class Rv32SparseLoops(WordLoops):
+class Rv32SparseLoops(StagedLoops):
     """`mul` and `add`. After gathering: a1 weights, a6 and a7 where weights and stage are read, ra
     a product; what else the parts need is in the frame."""
 
     prefix = "sparse_rv32"
     call_cost, part_cost, channel_cost, output_cost = 60, 45, 45, 20
-    stage_bytes = 1
     widest = 4
+    narrowest = 2
     bytes_of_register = 4
 
     def _outputs(self) -> tuple[int, ...]:
@@ -44,21 +46,12 @@ class Rv32SparseLoops(WordLoops):
         return 4 + 3 * self.columns + self.block // n * part
 
     def assembly(self) -> str:
-        size = self.bytes_of_register
-        store, load = ("sw", "lw") if size == 4 else ("sd", "ld")
-        saved = ["ra", *_SUMS[:12]]
-        frame = -(-(len(saved) + 4) * size // 16) * 16
-        slots = [frame - (i + 1) * size for i in range(4)]
-        out = [f"addi sp, sp, -{frame}"]
-        out += [f"{store} {register}, {i * size}(sp)" for i, register in enumerate(saved)]
-        out += self._gather(store, slots)
-        out += self._multiply(store, load, slots)
-        out += [f"{load} {register}, {i * size}(sp)" for i, register in enumerate(saved)]
-        out += [f"addi sp, sp, {frame}", "ret"]
-        label = [f".type {self.name}, %function", f"{self.name}:"]
-        return "\n".join([*section(self.name), *label, *out, f".size {self.name}, . - {self.name}"])
+        frame = Frame(("ra", *_SAVED), 4, self.bytes_of_register)
+        return function(
+            self.name, frame.around([*self._gather(), *self._multiply(frame)]), thumb=False
+        )
 
-    def _gather(self, store: str, slots: list[int]) -> list[str]:
+    def _gather(self) -> list[str]:
         """Then t3 is the stage's end."""
         load = self._load
         offset, shift = ("lhu", 1) if self.offset_bytes == 2 else ("lw", 2)
@@ -70,26 +63,26 @@ class Rv32SparseLoops(WordLoops):
         out += [f"addi a1, a1, {self.offset_bytes}", f"addi t3, t3, {self.columns}"]
         return [*out, "bne a1, t4, 1b", "2:"]
 
-    def _multiply(self, store: str, load: str, slots: list[int]) -> list[str]:
-        n = self.outputs
+    def _multiply(self, frame: Frame) -> list[str]:
+        n, store, load = self.outputs, frame.store, frame.load
         count = n * self.columns // self._together
         sums = _SUMS[:count]
-        last, parity, stage, parts = slots
+        last, parity, stage, parts = (frame.slot(i) for i in range(4))
         return [
-            f"{store} t3, {last}(sp)",
+            f"{store} t3, {last}",
             "andi a6, a6, 1",
-            f"{store} a6, {parity}(sp)",
-            f"{store} a5, {stage}(sp)",
+            f"{store} a6, {parity}",
+            f"{store} a5, {stage}",
             f"li a6, {self.block // n}",
-            f"{store} a6, {parts}(sp)",
+            f"{store} a6, {parts}",
             "3:",
             *self._start(sums),
             f"addi a3, a3, {4 * n}",
             "mv a6, a2",
             f"addi a2, a2, {n}",
-            f"{load} a7, {stage}(sp)",
-            f"{load} a5, {last}(sp)",
-            f"{load} ra, {parity}(sp)",
+            f"{load} a7, {stage}",
+            f"{load} a5, {last}",
+            f"{load} ra, {parity}",
             "beqz ra, 4f",
             *self._steps(sums, 1),
             "4:",
@@ -100,9 +93,9 @@ class Rv32SparseLoops(WordLoops):
             "6:",
             *self._finish(sums),
             f"addi a4, a4, {4 * n * self.columns}",
-            f"{load} a6, {parts}(sp)",
+            f"{load} a6, {parts}",
             "addi a6, a6, -1",
-            f"{store} a6, {parts}(sp)",
+            f"{store} a6, {parts}",
             "beqz a6, 7f",
             "j 3b",
             "7:",
@@ -155,30 +148,20 @@ class Rv64SparseLoops(Rv32SparseLoops):
         if self._together == 1:
             return super()._start(sums)
         pairs = self.outputs // 2
-        out = []
-        for i in range(pairs):
-            out += [f"lw {sums[i]}, {8 * i}(a3)", f"lw ra, {8 * i + 4}(a3)"]
-            out += ["slli ra, ra, 32", f"add {sums[i]}, {sums[i]}, ra"]
+        out = load_pairs(sums[:pairs], "lw", 4, "a3")
         return out + [f"mv {sums[i]}, {sums[i % pairs]}" for i in range(pairs, len(sums))]
 
     def _finish(self, sums: list[str]) -> list[str]:
         if self._together == 1:
             return super()._finish(sums)
-        out = []
-        for i, both in enumerate(sums):
-            out += [f"sw {both}, {8 * i}(a4)", f"sext.w ra, {both}", f"sub {both}, {both}, ra"]
-            out += [f"srli {both}, {both}, 32", f"sw {both}, {8 * i + 4}(a4)"]
-        return out
+        return store_pairs(sums, "a4")
 
     def _step(self, sums: list[str], weights: int, stage: int) -> list[str]:
         if self._together == 1:
             return super()._step(sums, weights, stage)
         pairs = self.outputs // 2
         held = ["t0", "t1"][:pairs]
-        out = []
-        for i, pair in enumerate(held):
-            out += [f"lb {pair}, {weights + 2 * i}(a6)", f"lb ra, {weights + 2 * i + 1}(a6)"]
-            out += ["slli ra, ra, 32", f"add {pair}, {pair}, ra"]
+        out = load_pairs(held, "lb", 1, "a6", weights)
         for p in range(self.columns):
             out.append(f"{self._load} a1, {stage + p}(a7)")
             for i, pair in enumerate(held):

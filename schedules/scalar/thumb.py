@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from ..arm.assembly import add_constant, again, next_row
 from .loops import Loops
 
 _LDRSB_REACH = 4095
 
 
 class _ThumbLoops(Loops):
-    preamble = (".syntax unified",)
-    before_label = (".thumb", ".thumb_func")
+    is_thumb = True
 
     @property
     def _load(self) -> str:
@@ -62,7 +62,7 @@ class Thumb2Loops(_ThumbLoops):
             turns, rest = 0, self.run
         out = []
         if turns:
-            out += _add("lr", "r1", turns * self.unroll * self.channels, "r2")
+            out += add_constant("lr", "r1", turns * self.unroll * self.channels, "r2")
             out += ["2:", *(line for _ in range(self.unroll) for line in self._step(sums))]
             out += ["cmp r1, lr", "bne.w 2b"]
         return out + [line for _ in range(rest) for line in self._step(sums)]
@@ -87,22 +87,8 @@ class Thumb2Loops(_ThumbLoops):
         return f"{self._load} {{}}, [r0, #{p * self.column_bytes - 1}]"
 
     def _next_row(self) -> list[str]:
-        out = _add("r0", "r0", self.row_bytes - self.run, "r2")
-        if self.ring_bytes:
-            out += [
-                f"ldr r2, [sp, #{self.END}]",
-                *_constant("r3", self.ring_bytes),
-                "cmp r0, r2",
-                "it hs",
-                "subhs r0, r0, r3",
-            ]
-        return [
-            *out,
-            f"ldr r2, [sp, #{self.ROWS}]",
-            "subs r2, #1",
-            f"str r2, [sp, #{self.ROWS}]",
-            "bne.w 1b",
-        ]
+        distance = self.row_bytes - self.run
+        return [*next_row(distance, self.ring_bytes, self.END), *again(self.ROWS, "1b")]
 
 
 class Thumb1Loops(_ThumbLoops):
@@ -218,21 +204,6 @@ class Thumb1Loops(_ThumbLoops):
         ]
 
 
-def _constant(to: str, number: int) -> list[str]:
-    """to = number"""
-    out = [f"movw {to}, #{number & 0xFFFF}"]
-    return [*out, f"movt {to}, #{number >> 16 & 0xFFFF}"] if number >> 16 else out
-
-
 def _small(to: str, number: int) -> list[str]:
     """to = number, in Thumb-1."""
     return [f"movs {to}, #{number}"] if number < 256 else [f"ldr {to}, ={number}"]
-
-
-def _add(to: str, value: str, number: int, scratch: str) -> list[str]:
-    """to = value + number"""
-    if number == 0 and to == value:
-        return []
-    if abs(number) <= 4095:
-        return [f"{'addw' if number >= 0 else 'subw'} {to}, {value}, #{abs(number)}"]
-    return [*_constant(scratch, number), f"add {to}, {value}, {scratch}"]
