@@ -48,6 +48,16 @@ class Window:
         return (rest, *reversed(parts), channel)
 
     @property
+    def is_flat(self) -> bool:
+        """Whether no position looks at its neighbours, and output row y reads input row y."""
+        return bool(self.shape)
+
+    @property
+    def extent(self) -> int:
+        """Output positions side by side: of a row, or all of them."""
+        return self.rows if self.is_flat else self.columns
+
+    @property
     def positions(self) -> int:
         """All output positions."""
         return self.batch * self.rows * self.columns

@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from tvm import ir, tirx
+from tvm import tirx
 
 from ...targets import Target
 from ..choice import Choice, SearchSpace
 from ..emit import Emitter
 from ..fused import FusedFunction
-from ..layer_kernel import Layer, LayerKernel, read_layer
+from ..layer_kernel import Layer, TiledKernel, read_layer
 from ..layout import PackedLayout
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
@@ -116,20 +116,17 @@ def matrix_kernel(
     return None if layer is None else _MatrixKernel(layer)
 
 
-class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, DspEpilogue]):
+class _MatrixKernel(TiledKernel[Conv2dSpec | MatmulSpec, Operands, DspEpilogue]):
     """One function being written."""
 
     def __init__(self, layer: _Layer) -> None:
-        super().__init__(layer)
         spec, choice = layer.spec, layer.choice
-        self.window = window_of(spec)
+        super().__init__(layer, window_of(spec))
         packed = spec.packed_layout
         assert packed is not None
         self.packed = packed
         self.steps = packed.steps(spec.reduction)
         self.blocks = ceil_div(self.window.out_channels, CHANNELS)
-        self.flat = self.window.columns == 1 and self.window.kernel == (1, 1)
-        self.extent = self.window.rows if self.flat else self.window.columns
         row, column = packed.pitches(spec.reduction)
         self.pitch = column
         self.run = row // 2
@@ -223,18 +220,11 @@ class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, DspEpilogue])
     def _tiles(self) -> int:
         return ceil_div(self.extent, self.columns)
 
-    def _first(self, tile: Any) -> Any:
-        """The last tile is moved back inside."""
-        first = tile * self.columns
-        if self.extent % self.columns:
-            first = tirx.min(first, self.extent - self.columns)
-        return self.e.bind("first", first)
-
     def _flat(self) -> None:
         """A layer without neighbours: its positions in tiles."""
         e = self.e
         with e.loop("tile", self._tiles()) as tile:
-            first = self._first(tile)
+            first = self._first(tile, self.columns)
             self.rows.fill_tile(first, self.columns)
             zero = tirx.const(0, "int32")
             self._channels(zero, zero, first, zero)
@@ -251,7 +241,7 @@ class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, DspEpilogue])
                     rows.fill_row(b, y * stride + row)
             oldest = e.bind("oldest", y * stride % rows.rows)
             with e.loop("tile", self._tiles()) as tile:
-                x = self._first(tile)
+                x = self._first(tile, self.columns)
                 origin = x * (window.strides[1] * self.pitch)
 
                 base = e.bind("base", oldest * rows.row_pitch + origin)
@@ -274,8 +264,9 @@ class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, DspEpilogue])
             channels = sum(width for _, width in parts)
             for c in range(channels):
                 self.epilogue.start_channel(e)
+                self.epilogue.sums = sums
                 for p in range(self.columns):
-                    self._finish(sums, b, y, x, block, c, p)
+                    self._write(b, y, x + p, block * CHANNELS + c, sums, p * CHANNELS + c)
 
         e.ragged(block, self.blocks, ragged, CHANNELS, write)
 
@@ -305,22 +296,3 @@ class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, DspEpilogue])
                 tirx.address_of(sums[0]), tirx.address_of(rows[end]), *further,
             )
         )  # fmt: skip
-
-    def _finish(self, acc: tirx.Buffer, b: Any, y: Any, x: Any, block: Any, c: int, p: int) -> None:
-        window = self.window
-        place = p * CHANNELS + c
-        row, column = (x + p, 0) if self.flat else (y, x + p)
-        self.epilogue.sums = acc
-        position = x + p if self.flat else (b * window.rows + y) * window.columns + x + p
-        self.epilogue.emit(
-            self.e,
-            partial(window.indices, b, row, column),
-            position,
-            block * CHANNELS + c,
-            1,
-            partial(_element, acc, place),
-        )
-
-
-def _element(buffer: tirx.Buffer, place: int, _lane: Any) -> ir.Expr:
-    return buffer[place]

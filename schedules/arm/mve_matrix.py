@@ -12,7 +12,6 @@ constants are loaded once a segment.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from tvm import tirx
@@ -22,7 +21,7 @@ from ..choice import Choice, SearchSpace
 from ..emit import vector
 from ..epilogue import Epilogue
 from ..fused import FusedFunction
-from ..layer_kernel import Layer, LayerKernel, read_layer
+from ..layer_kernel import Layer, TiledKernel, read_layer
 from ..layout import PackedLayout
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
@@ -89,17 +88,15 @@ def matrix_kernel(
     return kernel if kernel.is_possible else None
 
 
-class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, Epilogue]):
+class _MatrixKernel(TiledKernel[Conv2dSpec | MatmulSpec, Operands, Epilogue]):
     """One function being written."""
 
     def __init__(self, layer: _Layer) -> None:
-        super().__init__(layer)
         spec, choice = layer.spec, layer.choice
-        self.window = window = window_of(spec)
+        super().__init__(layer, window_of(spec))
+        window = self.window
         self.is_together = spec.packed_layout == _layouts(spec)[1]
         self.lanes = lanes_of(spec.data_dtype)
-        self.flat = window.columns == 1 and window.kernel == (1, 1)
-        self.extent = window.rows if self.flat else window.columns
         is_computed = self.operands.data in self.fused.producers
         self.is_copied = self.is_together or any(window.padding) or is_computed
         self.blocks = ceil_div(window.out_channels, CHANNELS)
@@ -193,18 +190,11 @@ class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, Epilogue]):
         code = "".join(as_llvm(each.name, each.assembly(), 3) for each in loops)
         return e.function(list(self.fused.func.params), {}, code)
 
-    def _first(self, segment: Any) -> Any:
-        """The last segment is moved back inside."""
-        first = segment * self.pixels
-        if self.extent % self.pixels:
-            first = tirx.min(first, self.extent - self.pixels)
-        return self.e.bind("first", first)
-
     def _flat(self) -> None:
         """A layer without neighbours."""
         zero = tirx.const(0, "int32")
         with self.e.loop("segment", ceil_div(self.extent, self.pixels)) as segment:
-            first = self._first(segment)
+            first = self._first(segment, self.pixels)
             start: Any = first * self.window.channels
             if self.is_copied:
                 self.rows.fill(zero, first)
@@ -223,7 +213,7 @@ class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, Epilogue]):
             else:
                 start = (b * window.in_rows + y * down) * (window.in_columns * channels)
             with e.loop("segment", ceil_div(self.extent, self.pixels)) as segment:
-                x = self._first(segment)
+                x = self._first(segment, self.pixels)
                 self._segment(b, y, x, start + x * (along * channels))
 
     def _segment(self, b: Any, y: Any, x: Any, start: Any) -> None:
@@ -297,19 +287,6 @@ class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, Epilogue]):
 
     def _finish(self, b: Any, y: Any, x: Any, block: Any, at: Any, count: int) -> None:
         """Results of a block of a pixel, the sums of which are from `at` on."""
-        window = self.window
-        row, column = (x, 0) if self.flat else (y, x)
-        position = x if self.flat else (b * window.rows + y) * window.columns + x
         parts = [(0, CHANNELS)] if count == CHANNELS else [(lane, 1) for lane in range(count)]
         for lane, width in parts:
-            self.epilogue.emit(
-                self.e,
-                partial(window.indices, b, row, column),
-                position,
-                block * CHANNELS + lane,
-                width,
-                partial(self._accumulator, at + lane),
-            )
-
-    def _accumulator(self, at: Any, lane: Any) -> Any:
-        return self.sums[at + lane]
+            self._write(b, y, x, block * CHANNELS + lane, self.sums, at + lane, width)

@@ -66,6 +66,6 @@ class _SparseKernel(StagedKernel[Epilogue]):
                             column = e.bind("column", x + tile * self.columns + p)
                             for lane in range(0, width, lanes):
                                 channel = number * LANES + lane
-                                self._finish(b, y, column, channel, at + lane, lanes)
+                                self._write(b, y, column, channel, self.sums, at + lane, lanes)
 
             e.ragged(number, total, spec.out_channels % LANES, LANES, write)

@@ -36,7 +36,7 @@ class Widened:
         self.e, self.window, self.fused, self.operands = e, window, fused, operands
         self.dtype, self.pad_value, self.pitch = dtype, pad_value, pitch
         self.data = None if operands.data in fused.producers else e.flat(operands.data)
-        self.flat = window.columns == 1 and window.kernel == (1, 1)
+        self.flat = window.is_flat
         self.rows = (window.kernel[0] - 1) * window.dilation[0] + 1
         self.row_pitch = window.padded_columns * pitch
         size = tile * pitch if self.flat else self.rows * self.row_pitch

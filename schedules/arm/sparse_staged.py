@@ -14,14 +14,13 @@ for the next output row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
-from tvm import ir, tirx
+from tvm import tirx
 
 from ..choice import SearchSpace
 from ..emit import Emitter
-from ..layer_kernel import EpilogueT, Layer, LayerKernel
+from ..layer_kernel import EpilogueT, Layer, TiledKernel
 from ..sparse import SparseOperands
 from ..sparse_cost import DenseCost
 from ..sparse_form import SparseForm
@@ -134,15 +133,12 @@ class StagedLoops:
 StagedLayer = Layer[SparseConv2dSpec, SparseOperands, EpilogueT]
 
 
-class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
+class StagedKernel(TiledKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
     """One function being written."""
 
     def __init__(self, layer: StagedLayer[EpilogueT], form: type[StagedLoops], name: str) -> None:
-        super().__init__(layer)
+        super().__init__(layer, window_of(layer.spec))
         self.name, self.form = name, form
-        self.window = window = window_of(self.spec)
-        self.flat = window.columns == 1 and window.kernel == (1, 1) and not any(window.padding)
-        self.extent = window.rows if self.flat else window.columns
         self.columns = self._columns() if layer.choice is None else layer.choice["columns"]
         self.loops = self._loops(self.columns)
         self.tiles = self._tiles_at_once()
@@ -240,18 +236,11 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
     def _runs(self) -> int:
         return ceil_div(self.extent, self.positions)
 
-    def _first(self, run: Any) -> Any:
-        """The last run is moved back inside."""
-        first = run * self.positions
-        if self.extent % self.positions:
-            first = tirx.min(first, self.extent - self.positions)
-        return self.e.bind("first", first)
-
     def _positions(self) -> None:
         """A layer without neighbours."""
         zero = tirx.const(0, "int32")
         with self.e.loop("run", self._runs()) as run:
-            first = self._first(run)
+            first = self._first(run, self.positions)
             self._blocks(zero, zero, first, self.data, first * self.window.channels)
 
     def _image(self, b: Any) -> None:
@@ -266,7 +255,7 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
                 self._fill(b, y)
                 source, top = self.rows, tirx.const(0, "int32")
             with e.loop("run", self._runs()) as run:
-                x = self._first(run)
+                x = self._first(run, self.positions)
                 self._blocks(b, y, x, source, top + x * (along * window.channels))
 
     # The copy of rows with their border
@@ -380,23 +369,7 @@ class StagedKernel(LayerKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
             self.epilogue.start_channel(e)
             self.epilogue.sums = self.sums
             for p in range(self.columns):
-                self._finish(b, y, x + p, channel, self.loops.place(c, p), 1)
-
-    def _finish(self, b: Any, y: Any, x: Any, channel: Any, place: Any, lanes: int) -> None:
-        window = self.window
-        row, column = (x, 0) if self.flat else (y, x)
-        self.epilogue.emit(
-            self.e,
-            partial(window.indices, b, row, column),
-            x if self.flat else (b * window.rows + y) * window.columns + x,
-            channel,
-            lanes,
-            partial(_element, self.sums, place),
-        )
-
-
-def _element(buffer: tirx.Buffer, place: Any, lane: Any) -> ir.Expr:
-    return buffer[place + lane]
+                self._write(b, y, x + p, channel, self.sums, self.loops.place(c, p))
 
 
 def staged_form(
@@ -405,7 +378,7 @@ def staged_form(
     """A form with these loops, with what they are expected to take. Blocks are on average filled up
     by half a group."""
     window = window_of(spec)
-    extent = window.rows if window.columns == 1 else window.columns
+    extent = window.extent
     lines = window.positions // extent
     outputs = spec.columns * spec.groups_of_channels
 

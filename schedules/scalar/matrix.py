@@ -6,24 +6,23 @@ The loops are assembly (`loops.py`): compilers spill a third of what such a tile
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-from tvm import ir, tirx
+from tvm import tirx
 
 from ...targets import Target
 from ..arm.assembly import as_llvm
 from ..choice import Choice, SearchSpace
 from ..emit import Emitter
 from ..fused import FusedFunction
-from ..layer_kernel import Layer, LayerKernel, read_layer
+from ..layer_kernel import Layer, TiledKernel, read_layer
 from ..operands import Operands, find_operands
 from ..spec import Conv2dSpec, MatmulSpec, WeightedSpec, ceil_div
 from ..window import window_of
 from .epilogue import ScalarEpilogue
 from .loops import Loops
 from .riscv import Rv32Loops, Rv64Loops
-from .rows import Rows, is_flat
+from .rows import Rows
 from .thumb import Thumb1Loops, Thumb2Loops
 
 _COLUMNS = (1, 2, 3, 4, 5, 6, 8, 10)
@@ -74,17 +73,14 @@ def loops_of(target: Target) -> type[Loops]:
     return Rv64Loops if target.has("rv64") else Rv32Loops
 
 
-class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, ScalarEpilogue]):
+class _MatrixKernel(TiledKernel[Conv2dSpec | MatmulSpec, Operands, ScalarEpilogue]):
     """One function being written."""
 
     def __init__(self, layer: _Layer) -> None:
-        super().__init__(layer)
         spec, choice = layer.spec, layer.choice
-        self.window = window_of(spec)
+        super().__init__(layer, window_of(spec))
         packed = spec.packed_layout
         assert packed is not None
-        self.flat = is_flat(self.window)
-        self.extent = self.window.rows if self.flat else self.window.columns
         self.run = self.window.kernel[1] * self.window.channels
         """Positions of the reduction that lie side by side."""
         self.form = loops_of(self.target)
@@ -162,18 +158,11 @@ class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, ScalarEpilogu
         code = as_llvm(self.loops.name, self.loops.assembly(), 4) + self.epilogue.helpers()
         return e.function(list(self.fused.func.params), {}, code)
 
-    def _first(self, tile: Any) -> Any:
-        """The last tile is moved back inside."""
-        first = tile * self.columns
-        if self.extent % self.columns:
-            first = tirx.min(first, self.extent - self.columns)
-        return self.e.bind("first", first)
-
     def _positions(self) -> None:
         """A layer without neighbours: its positions in tiles."""
         zero = tirx.const(0, "int32")
         with self.e.loop("tile", ceil_div(self.extent, self.columns)) as tile:
-            first = self._first(tile)
+            first = self._first(tile, self.columns)
             self._all_channels(zero, zero, first, self.rows.tile(first, self.columns))
 
     def _image(self, b: Any) -> None:
@@ -182,7 +171,7 @@ class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, ScalarEpilogu
         with e.loop("y", window.rows) as y:
             top = self.rows.next(b, y)
             with e.loop("tile", ceil_div(self.extent, self.columns)) as tile:
-                x = self._first(tile)
+                x = self._first(tile, self.columns)
                 column = x * (window.strides[1] * window.channels)
                 self._all_channels(b, y, x, e.bind("data", top + column))
 
@@ -206,8 +195,9 @@ class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, ScalarEpilogu
         def write(parts: list[tuple[int, int]]) -> None:
             for c in range(sum(width for _, width in parts)):
                 self.epilogue.start_channel(e)
+                self.epilogue.sums = sums
                 for p in range(self.columns):
-                    self._finish(sums, b, y, x + p, first + c, p * self.channels + c)
+                    self._write(b, y, x + p, first + c, sums, p * self.channels + c)
 
         e.ragged(block, self.blocks, ragged, self.channels, write)
 
@@ -229,21 +219,3 @@ class _MatrixKernel(LayerKernel[Conv2dSpec | MatmulSpec, Operands, ScalarEpilogu
                 tirx.address_of(rows[self.rows.ring]),
             )
         )  # fmt: skip
-
-    def _finish(self, sums: tirx.Buffer, b: Any, y: Any, x: Any, channel: Any, place: Any) -> None:
-        """One output behind its sum."""
-        window = self.window
-        row, column = (x, 0) if self.flat else (y, x)
-        self.epilogue.sums = sums
-        self.epilogue.emit(
-            self.e,
-            partial(window.indices, b, row, column),
-            x if self.flat else (b * window.rows + y) * window.columns + x,
-            channel,
-            1,
-            partial(_element, sums, place),
-        )
-
-
-def _element(buffer: tirx.Buffer, place: Any, _lane: Any) -> ir.Expr:
-    return buffer[place]

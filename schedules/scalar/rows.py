@@ -38,7 +38,7 @@ class Rows:
         self.dtype, self.pad_value = dtype, pad_value
         self.data = None if operands.data in fused.producers else e.flat(operands.data)
         self.is_direct = self.data is not None and not any(window.padding)
-        self.is_flat = is_flat(window)
+        self.is_flat = window.is_flat
         self.rows = (window.kernel[0] - 1) * window.dilation[0] + 1
         self.row_pitch = window.padded_columns * self.channels
         self.ring = 0
@@ -136,8 +136,3 @@ class Rows:
             indices = window.indices(b, row, x, c)
             value = self.fused.inline(buffer, indices, lambda _buffer, _indices: None)
             e.store(self.buffer, value, to + c)
-
-
-def is_flat(window: Window) -> bool:
-    """Whether no position looks at its neighbours."""
-    return window.columns == 1 and window.kernel == (1, 1) and not any(window.padding)

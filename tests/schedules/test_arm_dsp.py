@@ -243,6 +243,7 @@ MATRICES = {
     "one_channel": conv(13, 10, 1, 6, (10, 4), 2, strides=(2, 2)),
     "stride": conv(8, 8, 16, 6, strides=(2, 2), padding=(0, 0, 1, 1)),
     "skipping": conv(9, 9, 8, 4, (1, 1), 0, strides=(2, 2)),
+    "column": conv(5, 1, 8, 4, (1, 1), padding=(1, 0, 0, 0), strides=(2, 1), batch=2),
     "rows_apart": conv(5, 7, 5, 3, dilation=(2, 1)),
     "batch": conv(4, 4, 6, 7, (2, 3), strides=(3, 2), batch=2),
     "one_row": conv(6, 5, 8, 4, (1, 3)),

@@ -293,6 +293,7 @@ def all_cases() -> dict[str, Case]:
         "one channel": layer(conv(13, 10, 1, 6, (10, 4), 2, strides=(2, 2)), small),
         "stride": layer(conv(8, 8, 16, 6, strides=(2, 2), padding=(0, 0, 1, 1))),
         "skipping": layer(conv(9, 9, 24, 4, (1, 1), 0, strides=(2, 2))),
+        "column": layer(conv(5, 1, 8, 4, (1, 1), padding=(1, 0, 0, 0), strides=(2, 1), batch=2)),
         "rows apart": layer(conv(5, 7, 5, 3, dilation=(2, 1))),
         "batch": layer(conv(4, 4, 6, 7, (2, 3), strides=(3, 2), batch=2)),
         "no border": layer(conv(6, 5, 20, 4, (2, 3), 0)),

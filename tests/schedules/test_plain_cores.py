@@ -40,6 +40,7 @@ RAGGED: dict[str, WeightedSpec] = {
     "one_row": linear(1, 70, 11),
     "image": conv(6, 11, 3, 5, dilation=(2, 1)),
     "batch": conv(4, 5, 6, 7, (2, 3), strides=(3, 2), batch=2),
+    "column": conv(5, 1, 8, 6, (1, 1), 0, strides=(2, 2), batch=2),
     "unsigned": conv(3, 5, 8, 4, padding=(0, 1, 1, 0), **UINT8 | {"weight_dtype": "int8"}),
     "depthwise": depthwise(6, 5, 3, 3, 1, 2, strides=(2, 1), dilation=(2, 1)),
 }

@@ -45,6 +45,7 @@ RAGGED: dict[str, tuple[int, Conv2dSpec | MatmulSpec]] = {
     "image": (16, conv(6, 11, 3, 18, dilation=(2, 2), pad=2)),
     "batch": (4, conv(4, 5, 6, 20, (2, 3), strides=(3, 2), batch=2)),
     "apart": (2, conv(5, 6, 8, 16, (1, 1), 0, strides=(2, 2))),
+    "column": (16, conv(5, 1, 8, 16, (1, 1), 0, strides=(2, 2), batch=2)),
     "without_border": (16, conv(6, 7, 5, 33, pad=0, strides=(2, 1))),
 }
 UNSIGNED = conv(3, 5, 8, 24, padding=(0, 1, 1, 0), **UINT8 | {"weight_dtype": "int8"})
