@@ -3,7 +3,7 @@
 The inputs of a group lie anywhere, so their bytes are brought together first, for one block of
 outputs and a run of positions at a time:
 
-    planes[c][position]                    the data, channels first
+    planes[c][tap's phase][position]       the data, channels first; a stride takes them apart
     woven[group][position][i]              the planes of a group interleaved, a vector at once
     sums[position][output] += woven[group][position] . values[group][output]
 
@@ -29,7 +29,6 @@ from .fused import FusedFunction
 from .layer_kernel import LayerKernel, read_layer
 from .matrix import PARALLEL_MACS
 from .sparse import SparseLayer, SparseOperands, sparse_operands
-from .sparse_conv2d import neighbours_read_neighbours
 from .spec import SparseConv2dSpec, ceil_div
 from .window import window_of
 
@@ -46,7 +45,7 @@ def sparse_bytes_kernel_as(
     """The anchor as a kernel of an instruction set; None: no form for it."""
 
     def takes(spec: SparseConv2dSpec) -> Dot | None:
-        if spec.by_channel or not neighbours_read_neighbours(spec):
+        if spec.by_channel:
             return None
         dot = select_dot(spec, target)
         if dot is None or dot.group != spec.group or spec.block % dot.lanes:
@@ -74,6 +73,7 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
         spec, target, choice = layer.spec, layer.target, layer.choice
         self.dot, self.window = dot, window_of(spec)
         self.is_pointwise = spec.kernel == (1, 1) and not any(spec.padding)
+        self.step = (1, 1) if self.is_pointwise else self.window.strides
         self.run = self._run_of_a_block()
         """Positions that are interleaved at once."""
         self.vectors = spec.block // dot.lanes
@@ -120,22 +120,26 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
 
     @property
     def row_pitch(self) -> int:
-        """Positions from one row to the next."""
-        return self.window.columns if self.is_pointwise else self.window.padded_columns
+        """Positions from one row of a phase to the next."""
+        if self.is_pointwise:
+            return self.window.columns
+        return ceil_div(self.window.padded_columns, self.step[1])
 
-    def _plane_rows(self, rows: int) -> int:
-        return rows if self.is_pointwise else self.window.input_rows(rows)
+    def _phase_rows(self, rows: int) -> int:
+        """Rows of one phase of a channel."""
+        return rows if self.is_pointwise else ceil_div(self.window.input_rows(rows), self.step[0])
 
     def _plane(self, rows: int) -> int:
         """Bytes of one channel: its rows, and what the last vectors read behind them."""
         behind = self.run + (self.window.kernel[1] - 1) * self.window.dilation[1]
-        return ceil_div(self._plane_rows(rows) * self.row_pitch + behind, 64) * 64
+        phases = self.step[0] * self.step[1]
+        return ceil_div(phases * self._phase_rows(rows) * self.row_pitch + behind, 64) * 64
 
     def _columns_of_a_run(self, rows: int) -> int:
-        """Positions that are copied side by side."""
+        """Positions that are copied side by side, at least."""
         if self.is_pointwise:
-            return rows if self.window.columns == 1 else self.window.columns
-        return self.window.in_columns
+            return rows if self.window.is_flat else self.window.columns
+        return self.window.in_columns // self.step[1]
 
     def _rows_of_a_task(self, threads: int) -> int:
         rows = ceil_div(self.window.rows, threads)
@@ -210,15 +214,18 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
         offset = self.operands.offsets[entry].astype("int32")
         if self.is_pointwise:
             return offset * plane
-        row, column = self.spec.pitches
+        (row, column), (step_y, step_x) = self.spec.pitches, self.step
         rest = offset % row
-        return rest % column * plane + offset // row * self.row_pitch + rest // column
+        y, x = offset // row, rest // column
+        phase = y % step_y * step_x + x % step_x
+        first = (phase * self._phase_rows(self.rows) + y // step_y) * self.row_pitch
+        return rest % column * plane + first + x // step_x
 
     def _copy(self, planes: tirx.Buffer, plane: int, b: Any, y: Any) -> None:
         """The task's input, channels first."""
         e, window = self.e, self.window
         channels, pitch = window.channels, self.row_pitch
-        if self.is_pointwise and window.columns == 1:
+        if window.is_flat:
             # Rows are positions, one behind the other.
             self._copy_run(planes, plane, 0, (b * window.in_rows + y) * channels, self.rows, 1)
             return
@@ -228,16 +235,28 @@ class SparseBytesKernel(LayerKernel[SparseConv2dSpec, SparseOperands, Epilogue])
             border = splat(tirx.const(self.spec.pad_value, self.spec.data_dtype), lanes)
             with e.loop("i", channels * plane // lanes) as i:
                 e.store_vector(planes, border, i * lanes, lanes)
-        step_y, step_x = window.strides if self.is_pointwise else (1, 1)
-        columns = window.columns if self.is_pointwise else window.in_columns
-
-        with e.loop("row", self._plane_rows(self.rows)) as row:
-            iy = y * window.strides[0] - top + row * step_y
+        if self.is_pointwise:
+            step_y, step_x = window.strides
+            with e.loop("row", self.rows) as row:
+                iy = (y + row) * step_y
+                origin = (b * window.in_rows + iy) * window.in_columns * channels
+                self._copy_run(planes, plane, row * pitch, origin, window.columns, step_x)
+            return
+        step_y, step_x = self.step
+        phase_rows = self._phase_rows(self.rows)
+        with e.loop("row", window.input_rows(self.rows)) as row:
+            iy = y * step_y - top + row
             origin = (b * window.in_rows + iy) * window.in_columns * channels
 
             def copy(row: Any = row, origin: Any = origin) -> None:
-                at = e.bind("at", row * pitch + left)
-                self._copy_run(planes, plane, at, origin, columns, step_x)
+                for phase in range(step_x):
+                    ahead = (phase - left) % step_x
+                    count = ceil_div(window.in_columns - ahead, step_x)
+                    if count <= 0:
+                        continue
+                    first = (row % step_y * step_x + phase) * phase_rows + row // step_y
+                    at = e.bind("at", first * pitch + (ahead + left) // step_x)
+                    self._copy_run(planes, plane, at, origin + ahead * channels, count, step_x)
 
             if top or bottom:
                 with e.when(tirx.all(iy >= 0, iy < window.in_rows)):

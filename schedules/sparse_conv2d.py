@@ -14,7 +14,7 @@ import numpy as np
 
 from .conv2d import pad
 from .conv2d import reference as dense_reference
-from .spec import Conv2dSpec, SparseConv2dSpec
+from .spec import SparseConv2dSpec
 from .weights import kernel_attrs
 
 if TYPE_CHECKING:
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
 GROUP = 4
 # Data, weights and sums that it takes.
 BYTES = ("uint8", "int8", "int32")
-
-
-def neighbours_read_neighbours(spec: Conv2dSpec | SparseConv2dSpec) -> bool:
-    """Whether positions side by side read inputs side by side, or can be copied so."""
-    return spec.strides == (1, 1) or (spec.kernel == (1, 1) and not any(spec.padding))
 
 
 def describe(spec: SparseConv2dSpec) -> tuple[list[te.Tensor], te.Tensor]:

@@ -64,7 +64,8 @@ class GatheredCost:
         window = window_of(spec)
         slots = window.rows * window.columns
         if window.kernel != (1, 1) or any(window.padding):
-            slots += (window.rows - 1) * (window.padded_columns - window.columns)
+            pitch = ceil_div(window.padded_columns, window.strides[1])
+            slots += (window.rows - 1) * (pitch - window.columns)
         positions = window.rows * window.columns
         tiled = ceil_div(slots, self.tile) * self.tile / positions
         woven = ceil_div(slots, self.run) * self.run / positions

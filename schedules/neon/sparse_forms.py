@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ...targets import Target
 from ..saturation import NarrowSums
-from ..sparse_conv2d import neighbours_read_neighbours
 from ..sparse_cost import DenseCost, EntryCost, GatheredCost
 from ..sparse_form import SparseForm
 from ..spec import Conv2dSpec, MatmulSpec
@@ -32,14 +31,12 @@ _QUADS_I8MM = DenseCost(0.060, 3.0), _QUADS[1]
 
 
 def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> list[SparseForm]:
-    """Forms of float32 layers, and of bytes where neighbours read neighbours."""
+    """Forms of float32 layers, and of bytes."""
     is_64 = target.has("aarch64")
     dtypes = spec.data_dtype, spec.weight_dtype, spec.acc_dtype
     if dtypes == ("float32",) * 3:
         dense, entries = _FLOATS if is_64 else _FLOATS_32
         return [entries.form(spec, block, dense.of(spec)) for block in entries.weights]
-    if isinstance(spec, Conv2dSpec) and not neighbours_read_neighbours(spec):
-        return []
     signed, mixed = ("int8", "int8", "int32"), ("uint8", "int8", "int32")
     has_i8mm = target.has("i8mm")
     if target.has("dotprod") and (dtypes == signed or (dtypes == mixed and has_i8mm)):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ...targets import Target
 from ..saturation import NarrowSums
-from ..sparse_conv2d import BYTES, neighbours_read_neighbours
+from ..sparse_conv2d import BYTES
 from ..sparse_cost import DenseCost, GatheredCost
 from ..sparse_form import SparseForm
 from ..spec import Conv2dSpec, MatmulSpec, ceil_div
@@ -45,7 +45,7 @@ _WINOGRAD = 0.42
 
 
 def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> list[SparseForm]:
-    """Forms of float32 layers, and of bytes where neighbours read neighbours."""
+    """Forms of float32 layers, and of bytes."""
     dtypes = spec.data_dtype, spec.weight_dtype, spec.acc_dtype
     if dtypes == ("float32",) * 3:
         dense = _dense_cost(spec)
@@ -58,16 +58,13 @@ def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> list[SparseFo
         return forms
     if dtypes != BYTES or not target.has("avx2"):
         return []
-    has_rows = isinstance(spec, MatmulSpec) or neighbours_read_neighbours(spec)
     if widest_byte_dot(target) is not None:
         cost, gathered = _BYTES
         costs = {
             n: c for n, c in _BYTE_PLANES.items() if fits_byte_planes(_outputs(spec), n, target)
         }
         forms = _planes(spec, costs, cost.of(spec), 64, _TURNED_BYTES, QUADS)
-        return forms + [gathered.form(spec, 16, QUADS, cost.of(spec))] * has_rows
-    if not has_rows:
-        return []
+        return [*forms, gathered.form(spec, 16, QUADS, cost.of(spec))]
     cost, gathered = _BYTES_IN_PAIRS
     pairs = gathered.form(spec, 16, PAIRS, cost.of(spec))
     # Weights that prove this make the dense kernel as much faster (0.20 to 0.41 at 80 %, pairs 0.25
@@ -89,7 +86,8 @@ def _planes(
     positions = slots = rows * columns
     if isinstance(spec, Conv2dSpec) and spec.kernel != (1, 1):
         # Bytes run on through the borders; floats fill up every row.
-        slots = rows * spec.padded_width if group > 1 else rows * ceil_div(columns, run) * run
+        across = ceil_div(spec.padded_width, spec.strides[1])
+        slots = rows * (across if group > 1 else ceil_div(columns, run) * run)
     else:
         positions = slots = batch * positions
     waste = ceil_div(slots, run) * run / positions

@@ -149,13 +149,19 @@ def byte_problem(
 
 
 BYTE_SHAPES: list[dict[str, Any]] = [
-    *(fields for fields in SHAPES if fields["kernel"] == (1, 1) or "strides" not in fields),
+    *SHAPES,
     {"height": 7, "width": 7, "in_channels": 64, "out_channels": 32, "kernel": (3, 3),
      "padding": (1, 1, 1, 1), "batch": 2},
     {"height": 18, "width": 35, "in_channels": 19, "out_channels": 21, "kernel": (3, 3),
      "padding": (1, 1, 1, 1)},
+    {"height": 19, "width": 37, "in_channels": 20, "out_channels": 35, "kernel": (3, 3),
+     "strides": (2, 2), "padding": (0, 0, 1, 1)},
+    {"height": 11, "width": 16, "in_channels": 17, "out_channels": 16, "kernel": (5, 3),
+     "strides": (2, 3), "dilation": (1, 2), "padding": (2, 1, 2, 1)},
     {"height": 17, "width": 17, "in_channels": 48, "out_channels": 16, "kernel": (1, 1),
      "strides": (2, 2)},
+    {"height": 9, "width": 1, "in_channels": 8, "out_channels": 16, "kernel": (1, 1),
+     "strides": (2, 1), "batch": 2},
 ]  # fmt: skip
 
 

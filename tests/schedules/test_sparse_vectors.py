@@ -49,7 +49,9 @@ RAGGED: dict[str, Conv2dSpec | MatmulSpec] = {
     "batch": conv(5, 9, 16, 20, (2, 3), batch=2),
     "few": conv(5, 4, 24, 18),
     "channels": conv(6, 6, 3, 33),
+    "column": conv(9, 1, 8, 20, (1, 1), 0, strides=(2, 1)),
     "apart": conv(9, 6, 16, 16, (1, 1), 0, strides=(2, 1)),
+    "strided": conv(7, 35, 17, 20, strides=(2, 2)),
 }
 UNSIGNED = conv(4, 5, 16, 24, **UINT8 | {"weight_dtype": "int8"})
 LAYERS = {"3x3": conv(14, 14, 32, 32), "1x1": conv(14, 14, 64, 64, (1, 1), 0)}
