@@ -10,14 +10,12 @@ kernels NHWC.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from contest import chosen_target, contest, options
 
 # (name, height, width, in, out, kernel, stride, depthwise)
 LAYERS: list[tuple[str, int, int, int, int, tuple[int, int], int, bool]] = [
@@ -52,17 +50,9 @@ REPETITIONS, LEAST_SECONDS = 30, 0.3
 
 def main() -> None:
     """Print one line a layer."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--target", default="host")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", default="", help="layers whose name contains this")
+    parser = options(__doc__ or "")
     arguments = parser.parse_args()
-    os.environ["TVM_NUM_THREADS"] = str(arguments.threads)
-
-    from tvm_compress.targets import get_target
-
-    target = dataclasses.replace(get_target(arguments.target), threads=arguments.threads)
-    target.require_runs_here()
+    target = chosen_target(arguments)
     print(f"target {arguments.target}, {arguments.threads} threads; GOP/s, best of {REPETITIONS}+")
     print(
         f"{'layer':34s} {'MMAC':>7s} {'f32':>7s} {'int8':>7s} {'ort f32':>8s} {'ort int8':>8s}",
@@ -97,12 +87,7 @@ def compare(layer: tuple[Any, ...], target: Any, threads: int) -> None:
         onnxruntime(spec, threads, quantised=False),
         onnxruntime(spec, threads, quantised=True),
     ]
-    best = [float("inf")] * len(contestants)
-    started, repetitions = time.perf_counter(), 0
-    while repetitions < REPETITIONS or time.perf_counter() - started < LEAST_SECONDS:
-        repetitions += 1
-        for i, run in enumerate(contestants):
-            best[i] = min(best[i], run())
+    best = contest(contestants, REPETITIONS, LEAST_SECONDS)
     f32, quick, ort, ort_quick = (2 * spec.macs / seconds / 1e9 for seconds in best)
     print(
         f"{name:34s} {spec.macs / 1e6:7.2f} {f32:7.1f} {quick:7.1f} {ort:8.1f} {ort_quick:8.1f}"

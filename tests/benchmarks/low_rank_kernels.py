@@ -13,10 +13,7 @@ takes of the second-level cache.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import math
-import os
 import sys
 import time
 from collections import defaultdict
@@ -28,8 +25,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from contest import chosen_target, contest, options, same_convolutions
 from kernels_x86 import built, calls, onnxruntime, openvino, ours, packed
-from sparse_kernels import LAYERS, contest
+from sparse_kernels import LAYERS
 
 FORMS = ("channels", "rows_and_columns")
 FEWER, MULTIPLE = (2, 4), 16
@@ -37,37 +35,20 @@ FEWER, MULTIPLE = (2, 4), 16
 
 def main() -> None:
     """Print one line a layer, form and rank, and geometric means."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--target", default="host")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", default="", help="layers whose name contains this")
-    arguments = parser.parse_args()
-    os.environ["TVM_NUM_THREADS"] = str(arguments.threads)
-
-    from tvm_compress.schedules import Conv2dSpec
-    from tvm_compress.targets import get_target
-
-    target = dataclasses.replace(get_target(arguments.target), threads=arguments.threads)
-    target.require_runs_here()
+    arguments = options(__doc__ or "").parse_args()
+    target = chosen_target(arguments)
     print(f"{arguments.target}, {arguments.threads} threads")
     titles = ["layer", "ORT us", "OV us", "own us", "form", "rank", "fewer", "us"]
     titles += ["of own", "of library", "middle / L2"]
     print("| " + " | ".join(titles) + " |")
     print("|" + "---|" * len(titles))
     shares: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
-    for name, height, width, channels, outputs, kernel in LAYERS:
-        if arguments.only not in name:
-            continue
-        side = kernel // 2
-        spec = Conv2dSpec(
-            batch=1, height=height, width=width, in_channels=channels, out_channels=outputs,
-            kernel=(kernel, kernel), padding=(side, side, side, side),
-        )  # fmt: skip
+    for name, spec in same_convolutions(LAYERS, arguments.only):
         splits = [
             (form, times, split(spec, form, times))
             for form in FORMS
             for times in FEWER
-            if kernel > 1 or form == "channels"
+            if spec.kernel[0] > 1 or form == "channels"
         ]
         best = contest(
             [

@@ -2,15 +2,12 @@
 
     python tests/benchmarks/sparse_in_code.py [--target x86-64-v3] [--sparsity 0.8,0.9,0.95]
 
-Zeros lie at random; bias and ReLU; one thread. The contestants take turns; figures are the best of
+Zeros lie at random; bias and ReLU. The contestants take turns; figures are the best of
 many runs, in microseconds: our dense kernel, then for every sparsity both forms.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +17,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from contest import Convolution, chosen_target, contest, options, same_convolutions
 from kernels_x86 import ours, timed
-from sparse_kernels import contest, title
+from sparse_kernels import title
 
-# (name, height, width, in, out, kernel)
-LAYERS: list[tuple[str, int, int, int, int, int]] = [
+LAYERS: list[Convolution] = [
     ("3x3 32x32 16-16", 32, 32, 16, 16, 3),
     ("3x3 16x16 32-32", 16, 16, 32, 32, 3),
     ("3x3 8x8 64-64", 8, 8, 64, 64, 3),
@@ -35,27 +32,15 @@ LAYERS: list[tuple[str, int, int, int, int, int]] = [
 
 def main() -> None:
     """Print one line a layer."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--target", default="host")
+    parser = options(__doc__ or "")
     parser.add_argument("--sparsity", default="0.8,0.9,0.95")
     arguments = parser.parse_args()
-    os.environ["TVM_NUM_THREADS"] = "1"
-
-    from tvm_compress.schedules import Conv2dSpec
-    from tvm_compress.targets import get_target
-
-    target = dataclasses.replace(get_target(arguments.target), threads=1)
-    target.require_runs_here()
+    target = chosen_target(arguments)
     sparsities = [float(part) for part in arguments.sparsity.split(",")]
     pairs = [f"{title(s)} {form}" for s in sparsities for form in ("as data", "in code")]
     print("| " + " | ".join(["layer", "dense", *pairs]) + " |")
     print("|" + "---|" * (2 + len(pairs)))
-    for name, height, width, channels, outputs, kernel in LAYERS:
-        side = kernel // 2
-        spec: Any = Conv2dSpec(
-            batch=1, height=height, width=width, in_channels=channels, out_channels=outputs,
-            kernel=(kernel, kernel), padding=(side, side, side, side),
-        )  # fmt: skip
+    for name, spec in same_convolutions(LAYERS, arguments.only):
         contestants: list[Callable[[], float] | None] = [ours(spec, target)]
         for sparsity in sparsities:
             contestants += both_forms(spec, sparsity, target)

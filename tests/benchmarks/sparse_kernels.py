@@ -10,12 +10,8 @@ faster than the faster library each sparsity is (`dense`: our own dense kernel).
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import math
-import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +20,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from contest import Convolution, chosen_target, contest, options, same_convolutions
 from kernels_x86 import onnxruntime, openvino, ours, timed
 
-# (name, height, width, in, out, kernel)
-LAYERS: list[tuple[str, int, int, int, int, int]] = [
+LAYERS: list[Convolution] = [
     ("1x1 56x56 64-64", 56, 56, 64, 64, 1),
     ("1x1 28x28 512-128", 28, 28, 512, 128, 1),
     ("1x1 14x14 1024-256", 14, 14, 1024, 256, 1),
@@ -37,29 +33,19 @@ LAYERS: list[tuple[str, int, int, int, int, int]] = [
     ("3x3 14x14 256-256", 14, 14, 256, 256, 3),
     ("3x3 7x7 512-512", 7, 7, 512, 512, 3),
 ]
-REPETITIONS, LEAST_SECONDS = 20, 0.5
 # Stands for two weights of every four inputs instead of a sparsity.
 _N_OF_M = -1.0
 
 
 def main() -> None:
     """Print one line a layer, and geometric means."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--target", default="host")
-    parser.add_argument("--threads", type=int, default=1)
+    parser = options(__doc__ or "")
     parser.add_argument("--block", type=int, default=16, help="outputs that share a pattern")
     parser.add_argument("--int8", action="store_true", help="bytes instead of float32")
     parser.add_argument("--sparsity", default="0.5,0.7,0.8,0.9,0.95")
     parser.add_argument("--n-of-m", action="store_true", help="also 2:4, as the last column")
-    parser.add_argument("--only", default="", help="layers whose name contains this")
     arguments = parser.parse_args()
-    os.environ["TVM_NUM_THREADS"] = str(arguments.threads)
-
-    from tvm_compress.schedules import Conv2dSpec
-    from tvm_compress.targets import get_target
-
-    target = dataclasses.replace(get_target(arguments.target), threads=arguments.threads)
-    target.require_runs_here()
+    target = chosen_target(arguments)
     sparsities = [float(part) for part in arguments.sparsity.split(",")]
     sparsities += [_N_OF_M] * arguments.n_of_m
     titles = ["layer", "ORT us", "OV us", "dense", *map(title, sparsities)]
@@ -67,14 +53,7 @@ def main() -> None:
     print("| " + " | ".join(titles) + " |")
     print("|" + "---|" * len(titles))
     gains: list[list[float]] = []
-    for name, height, width, channels, outputs, kernel in LAYERS:
-        if arguments.only not in name:
-            continue
-        side = kernel // 2
-        spec: Any = Conv2dSpec(
-            batch=1, height=height, width=width, in_channels=channels, out_channels=outputs,
-            kernel=(kernel, kernel), padding=(side, side, side, side),
-        )  # fmt: skip
+    for name, spec in same_convolutions(LAYERS, arguments.only):
         if arguments.int8:
             spec = spec.replace(data_dtype="uint8", weight_dtype="int8", acc_dtype="int32")
         best = contest(
@@ -99,17 +78,6 @@ def main() -> None:
 def title(sparsity: float) -> str:
     """Of a column."""
     return "2:4" if sparsity == _N_OF_M else f"{100 * sparsity:g} %"
-
-
-def contest(contestants: list[Callable[[], float]]) -> list[float]:
-    """The best of many runs of each, in turns."""
-    best = [float("inf")] * len(contestants)
-    started, repetitions = time.perf_counter(), 0
-    while repetitions < REPETITIONS or time.perf_counter() - started < LEAST_SECONDS:
-        repetitions += 1
-        for index, run in enumerate(contestants):
-            best[index] = min(best[index], run())
-    return best
 
 
 def sparse(dense: Any, block: int, sparsity: float, target: Any) -> Callable[[], float]:
