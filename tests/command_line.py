@@ -13,8 +13,9 @@ from unittest.mock import patch
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
+from tests.onnx_files import save_onnx
 from tvm_compress.cli import main
 
 CLASSES = 4
@@ -85,16 +86,7 @@ def tiny_onnx(
         helper.make_node("Gemm", ["f", "fc_w", "fc_b"], ["scores"], "fc", transB=1),
         *extra,
     ]
-    graph = helper.make_graph(
-        nodes,
-        "tiny",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 1, side, side])],
-        [helper.make_tensor_value_info(last, TensorProto.FLOAT, [1, CLASSES])],
-        [numpy_helper.from_array(array.astype(np.float32), n) for n, array in arrays.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(model, path)
-    return path
+    return save_onnx(path, nodes, arrays, (1, 1, side, side), last, (1, CLASSES))
 
 
 def tiny_data(path: Path, count: int = 40, labels: np.ndarray | None = None) -> Path:

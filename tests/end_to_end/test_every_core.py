@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
+from tests.onnx_files import save_onnx, save_samples
 from tvm_compress.bare.emit import write_project
 from tvm_compress.bare.session import ProjectSession
 from tvm_compress.build import build, compile_project, lower
@@ -43,10 +43,10 @@ def ragged_onnx(path: Path) -> Path:
         "fc_w": (5, 13),
     }  # fmt: skip
     arrays = {
-        name: (random.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+        name: random.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
         for name, shape in shapes.items()
     }
-    arrays["d_b"] = random.standard_normal(13).astype(np.float32)
+    arrays["d_b"] = random.standard_normal(13)
     nodes = [
         helper.make_node("Conv", ["image", "a_w"], ["a"], "a", strides=[2, 1], pads=[2, 0, 1, 1]),
         helper.make_node("Relu", ["a"], ["ar"], "a_relu"),
@@ -59,18 +59,8 @@ def ragged_onnx(path: Path) -> Path:
         helper.make_node("Flatten", ["p"], ["f"], "flat"),
         helper.make_node("Gemm", ["f", "fc_w"], ["scores"], "fc", transB=1),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "ragged",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, 11, 9])],
-        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 5])],
-        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
-    )
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path
-    )
-    np.savez(path.with_suffix(".npz"), image=random.standard_normal((24, 3, 11, 9), np.float32))
-    return path
+    save_samples(path, random, 24, 3, 11, 9)
+    return save_onnx(path, nodes, arrays, (1, 3, 11, 9), "scores", (1, 5))
 
 
 class Network:

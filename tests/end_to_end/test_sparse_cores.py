@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
+from tests.onnx_files import save_onnx, save_samples
 from tvm_compress.bare.emit import write_project
 from tvm_compress.bare.session import ProjectSession
 from tvm_compress.build import build, compile_project, lower
@@ -22,7 +22,8 @@ from tvm_compress.progress import Progress
 from tvm_compress.runners import footprint
 from tvm_compress.runtime import Session
 from tvm_compress.targets import get_target
-from tvm_compress.targets.toolchains import missing_tools
+
+from .test_every_core import require
 
 RECIPE = "version: 1\nsteps:\n  - quantize: {layers: all, weights: int8, activations: int8}\n"
 FEEDS = 2
@@ -44,9 +45,8 @@ def network(sparsity: float, path: Path) -> Path:
     for name, shape in shapes.items():
         weight = random.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
         # All inputs of the last layer are read: channels that nobody reads would be left out.
-        kept = weight if name == "fc_w" else pruned(weight, sparsity, random)
-        arrays[name] = kept.astype(np.float32)
-    arrays["b_b"] = random.standard_normal(32).astype(np.float32)
+        arrays[name] = weight if name == "fc_w" else pruned(weight, sparsity, random)
+    arrays["b_b"] = random.standard_normal(32)
     nodes = [
         helper.make_node("Conv", ["image", "a_w"], ["a"], "a", strides=[2, 2], pads=[1, 1, 1, 1]),
         helper.make_node("Relu", ["a"], ["ar"], "a_relu"),
@@ -58,18 +58,8 @@ def network(sparsity: float, path: Path) -> Path:
         helper.make_node("Flatten", ["p"], ["f"], "flat"),
         helper.make_node("Gemm", ["f", "fc_w"], ["scores"], "fc", transB=1),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "network",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 8, 13, 11])],
-        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 16])],
-        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
-    )
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path
-    )
-    np.savez(path.with_suffix(".npz"), image=random.standard_normal((16, 8, 13, 11), np.float32))
-    return path
+    save_samples(path, random, 16, 8, 13, 11)
+    return save_onnx(path, nodes, arrays, (1, 8, 13, 11), "scores", (1, 16))
 
 
 @cache
@@ -114,9 +104,7 @@ def cost(
 def test_less_flash_and_fewer_instructions(
     core: str, form: str, flash: float, instructions: float, tmp_path: Path
 ) -> None:
-    missing = missing_tools(get_target(core))
-    if missing:
-        pytest.skip(f"{core}: {', '.join(missing)} not installed")
+    require(core)
     dense = cost(0, core, tmp_path / "dense", form)
     sparse = cost(0.8, core, tmp_path / "sparse", form)
     assert not dense[2]

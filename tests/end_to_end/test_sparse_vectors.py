@@ -6,10 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
+from tests.onnx_files import save_onnx, save_samples
 from tvm_compress.build import lower
 from tvm_compress.targets import get_target
 
@@ -27,7 +27,7 @@ def network(path: Path) -> Path:
     for name, shape in shapes.items():
         kept = random.random((shape[0] // 16, *shape[1:])) >= (0.8 if name != "a_w" else 0)
         weight = random.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
-        weights[name] = (weight * kept.repeat(16, axis=0)).astype(np.float32)
+        weights[name] = weight * kept.repeat(16, axis=0)
     nodes = [
         helper.make_node("Conv", ["image", "a_w"], ["a"], "a", pads=[1, 1, 1, 1]),
         helper.make_node("Relu", ["a"], ["ar"], "a_relu"),
@@ -36,17 +36,8 @@ def network(path: Path) -> Path:
         helper.make_node("Relu", ["s"], ["sr"], "sum_relu"),
         helper.make_node("Conv", ["sr", "c_w"], ["out"], "c"),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "sparse",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, 9, 7])],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [1, 48, 9, 7])],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    opsets = [helper.make_opsetid("", 17)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
-    np.savez(path.with_suffix(".npz"), image=random.standard_normal((16, 3, 9, 7), np.float32))
-    return path
+    save_samples(path, random, 16, 3, 9, 7)
+    return save_onnx(path, nodes, weights, (1, 3, 9, 7), "out", (1, 48, 9, 7))
 
 
 @pytest.mark.parametrize("core", CORES)
