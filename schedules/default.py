@@ -19,7 +19,7 @@ from ..targets import Target
 from .emit import Emitter, dtype_bits, vector
 from .emitters import emitter_for
 from .fast_math import vectorised
-from .fused import FusedFunction, Index, Stage, is_lookup, rewrite
+from .fused import FusedFunction, Index, Stage, is_lookup, operands_of, rewrite
 from .interleave import write_interleaved
 from .rows import schedule_rows
 from .spec import ceil_div
@@ -205,13 +205,8 @@ def _is_costly(stage: Stage) -> bool:
         if isinstance(e, ir.Call):
             name = str(getattr(e.op, "name", "")).rpartition(".")[2]
             costly |= name in _EXPENSIVE or name == "if_then_else"
-            for argument in e.args:
-                visit(argument)
-            return
-        for name in ("a", "b", "value", "condition", "true_value", "false_value"):
-            child = getattr(e, name, None)
-            if isinstance(child, ir.Expr):
-                visit(child)
+        for child in operands_of(e):
+            visit(child)
 
     visit(stage.value)
     return costly or count > 8

@@ -69,11 +69,19 @@ class FusedFunction:
         return [p for p in self.func.params if p in self.producers]
 
     def depends_on(self, buffer: tirx.Buffer, other: tirx.Buffer) -> bool:
-        """Whether `buffer` is computed from `other`, directly or not."""
-        if buffer.same_as(other):
-            return True
-        stage = self.producers.get(buffer)
-        return stage is not None and any(self.depends_on(read, other) for read in stage.reads)
+        """Whether `buffer` is computed from `other`, directly or not. A stage may read what it
+        writes."""
+        seen: set[tirx.Buffer] = set()
+        waiting = [buffer]
+        while waiting:
+            found = waiting.pop()
+            if found.same_as(other):
+                return True
+            stage = self.producers.get(found)
+            if found not in seen and stage is not None:
+                seen.add(found)
+                waiting += stage.reads
+        return False
 
     def inline(
         self,
@@ -96,6 +104,15 @@ class FusedFunction:
             raise NotImplementedError(f"stage {stage.name} is not elementwise")
         binding = dict(zip(stage.variables, indices, strict=True))
         return rewrite(stage.value, binding, lambda b, i: self.inline(b, i, leaf))
+
+
+def operands_of(expr: ir.Expr) -> list[ir.Expr]:
+    """The expressions that one is made of."""
+    if isinstance(expr, ir.Call):
+        return [a for a in expr.args if isinstance(a, ir.Expr)]
+    names = ("a", "b", "value", "condition", "true_value", "false_value")
+    children = (getattr(expr, name, None) for name in names)
+    return [child for child in children if isinstance(child, ir.Expr)]
 
 
 def analyse(func: tirx.PrimFunc) -> FusedFunction | None:

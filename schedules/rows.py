@@ -18,7 +18,7 @@ from tvm import ir, tirx
 from ..targets import Target
 from .emit import Emitter, dtype_bits, vector
 from .fast_math import vectorised
-from .fused import FusedFunction, Index, Stage, is_lookup, loads, rewrite
+from .fused import FusedFunction, Index, Stage, is_lookup, loads, operands_of, rewrite
 from .softmax import RECIPROCAL_BITS
 from .spec import KERNEL_ATTR, ceil_div
 
@@ -326,14 +326,8 @@ def _widest_cast(expr: ir.Expr) -> int:
         dtype = str(getattr(getattr(e, "ty", None), "dtype", ""))
         if dtype.startswith(("int", "uint", "float")):
             widest = max(widest, dtype_bits(dtype.partition("x")[0]))
-        if isinstance(e, ir.Call):
-            for argument in e.args:
-                visit(argument)
-            return
-        for name in ("a", "b", "value", "condition", "true_value", "false_value"):
-            child = getattr(e, name, None)
-            if isinstance(child, ir.Expr):
-                visit(child)
+        for child in operands_of(e):
+            visit(child)
 
     visit(expr)
     return widest

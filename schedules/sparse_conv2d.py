@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from tvm import te
 
 
-# Entries of bytes that one instruction multiplies and adds.
-GROUP = 4
-# Data, weights and sums that it takes.
+# Data, weights and sums of the byte instructions of x86.
 BYTES = ("uint8", "int8", "int32")
 
 

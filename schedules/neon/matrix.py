@@ -7,7 +7,7 @@ instructions.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from tvm import ir, tirx
 
@@ -54,6 +54,19 @@ def matrix_kernel(
 
 def _takes(spec: MatrixSpec, dot: Dot, target: Target) -> bool:
     return spec.weight_dtype != "int4" and takes_weight(spec, dot, target)
+
+
+class Turn(NamedTuple):
+    """A turn of the innermost loop."""
+
+    at: Any
+    """Where the first position's data are."""
+    block: Any
+    """The first vector's block of channels."""
+    step: Any
+    """The first step of the reduction."""
+    steps: int
+    zero_points: list[Any]
 
 
 class NeonKernel(MatrixKernel):
@@ -128,24 +141,16 @@ class NeonKernel(MatrixKernel):
         zero_points = self._zero_points(block, scale_group)
 
         def write(k: Any, steps: int) -> None:
-            self._turn(acc, source, first + k * group, block, step + k, steps, zero_points)
+            turn = Turn(first + k * group, block, step + k, steps, zero_points)
+            self._turn(acc, source, turn)
 
         full, rest = divmod(extent, self.turn)
         e.unrolled("k", full, self.unroll, lambda k: write(k * self.turn, self.turn))
         if rest:
             write(tirx.const(full * self.turn, "int32"), rest)
 
-    def _turn(
-        self,
-        acc: tirx.Buffer,
-        source: Source,
-        at: Any,
-        block: Any,
-        step: Any,
-        steps: int,
-        zero_points: list[Any],
-    ) -> None:
-        """`steps` steps for every position and vector of the tile, data from `at` on."""
+    def _turn(self, acc: tirx.Buffer, source: Source, turn: Turn) -> None:
+        """For every position and vector of the tile."""
         raise NotImplementedError
 
     def _places(self, source: Source) -> list[int]:
@@ -200,16 +205,8 @@ class LaneKernel(NeonKernel):
     def instructions(self, positions: int, vectors: int) -> float:
         return self.turn * vectors * (positions + _LOAD + self._extra) + positions
 
-    def _turn(
-        self,
-        acc: tirx.Buffer,
-        source: Source,
-        at: Any,
-        block: Any,
-        step: Any,
-        steps: int,
-        zero_points: list[Any],
-    ) -> None:
+    def _turn(self, acc: tirx.Buffer, source: Source, turn: Turn) -> None:
+        at, block, step, steps, zero_points = turn
         e, dot, group, vectors = self.e, self.dot, self.dot.group, self.tile.vectors
         places, size = self._places(source), LANES * self.dot.group
         whole = steps == self.turn
@@ -258,16 +255,8 @@ class TileKernel(NeonKernel):
     def _start(self, acc: tirx.Buffer, inside: tirx.Buffer | None, block: Any) -> None:
         self._clear(acc)
 
-    def _turn(
-        self,
-        acc: tirx.Buffer,
-        source: Source,
-        at: Any,
-        block: Any,
-        step: Any,
-        steps: int,
-        zero_points: list[Any],
-    ) -> None:
+    def _turn(self, acc: tirx.Buffer, source: Source, turn: Turn) -> None:
+        at, block, step, steps, _ = turn
         e, vectors, group = self.e, self.tile.vectors, self.dot.group
         places = self._places(source)
         places += places[-1:] * (len(places) % 2)  # the last of an odd number is its own partner
@@ -327,16 +316,8 @@ class PairsKernel(NeonKernel):
     def _start(self, acc: tirx.Buffer, inside: tirx.Buffer | None, block: Any) -> None:
         self._clear(acc)
 
-    def _turn(
-        self,
-        acc: tirx.Buffer,
-        source: Source,
-        at: Any,
-        block: Any,
-        step: Any,
-        steps: int,
-        zero_points: list[Any],
-    ) -> None:
+    def _turn(self, acc: tirx.Buffer, source: Source, turn: Turn) -> None:
+        at, block, step, steps, _ = turn
         e, vectors, group = self.e, self.tile.vectors, self.dot.group
         data = [
             [

@@ -3,6 +3,8 @@ kernel."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tvm
@@ -17,6 +19,7 @@ from tvm_compress.schedules import (
     pack_weight,
     schedule,
 )
+from tvm_compress.schedules.fused import FusedFunction, analyse
 from tvm_compress.schedules.weights import kernel_attrs, weight_value
 from tvm_compress.targets import Target
 
@@ -154,3 +157,19 @@ def test_producer_is_computed_in_the_copy(main_target: Target) -> None:
     after = schedule(build(packed[0]), main_target)
     assert after.attrs[SCHEDULE_ATTR] == "x86.matrix"
     np.testing.assert_array_equal(run(after, main_target, [x, packed[1]], result)[0], expected[0])
+
+
+def test_what_depends_on_what() -> None:
+    """Also where a stage reads what it writes."""
+    x, y = (te.placeholder((4,), "float32", name=name) for name in "xy")
+    double = te.compute((4,), lambda i: x[i] * 2.0, name="double")
+    total = te.compute((4,), lambda i: double[i] + 1.0, name="total")
+    other = te.compute((4,), lambda i: y[i] + 1.0, name="other")
+    found = analyse(naive([x, y], [total, other]))
+    assert found is not None
+    stages = tuple(replace(s, reads=(s.buffer, *s.reads)) for s in found.stages)
+    looping = FusedFunction(found.func, stages, {s.buffer: s for s in stages})
+    data, unread = found.func.params[:2]
+    result = next(s.buffer for s in stages if s.name == "total")
+    assert looping.depends_on(result, data)
+    assert not looping.depends_on(result, unread)

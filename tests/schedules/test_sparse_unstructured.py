@@ -25,7 +25,6 @@ from tvm_compress.schedules import (
 from tvm_compress.schedules.choice import Choice
 from tvm_compress.schedules.matrix import PARALLEL_MACS
 from tvm_compress.schedules.sparse_conv2d import (
-    GROUP,
     decode,
     encode,
     group_entries,
@@ -34,6 +33,7 @@ from tvm_compress.schedules.sparse_conv2d import (
 )
 from tvm_compress.schedules.sparse_weight import encoded, sparse_candidates
 from tvm_compress.schedules.spec import SpecError, spec_from_json
+from tvm_compress.schedules.x86.dot import ByteDot
 from tvm_compress.targets import Target, get_target
 
 from .kernels import assert_same, random_array, run
@@ -163,9 +163,9 @@ def byte_problem(
     kept = decode(inputs[1], positions_of(spec, inputs[2]), inputs[3], shape) != 0
     codes = np.where(kept, rng.choice([-128, -127, 127, 5], shape), 0).astype(np.int8)
     encoded = encode(codes, block, kept, taps=spec.kernel[0] * spec.kernel[1])
-    values, positions, starts = group_entries(*encoded, GROUP)
+    values, positions, starts = group_entries(*encoded, ByteDot.group)
     spec = spec.replace(
-        data_dtype="uint8", weight_dtype="int8", acc_dtype="int32", group=GROUP,
+        data_dtype="uint8", weight_dtype="int8", acc_dtype="int32", group=ByteDot.group,
         entries=len(positions), longest=int(np.diff(starts).max()),
         pad_value=7 * any(spec.padding),
     )  # fmt: skip
