@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import batch_matmul, conv2d, conv2d_transpose, depthwise, matmul, sparse_conv2d
+from . import batch_matmul, conv2d, conv2d_transpose, depthwise, matmul, sparse_conv2d, sparse_rows
 from .spec import (
     KERNEL_ATTR,
     BatchMatmulSpec,
@@ -16,6 +16,7 @@ from .spec import (
     KernelSpec,
     MatmulSpec,
     SparseConv2dSpec,
+    SparseRowsSpec,
     SpecError,
 )
 
@@ -37,6 +38,8 @@ def _kernel(spec: KernelSpec) -> ModuleType:
         return batch_matmul
     if isinstance(spec, SparseConv2dSpec):
         return sparse_conv2d
+    if isinstance(spec, SparseRowsSpec):
+        return sparse_rows
     raise SpecError(f"{type(spec).__name__} is not an anchor kernel")
 
 

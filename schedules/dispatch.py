@@ -16,6 +16,7 @@ from .spec import (
     KernelSpec,
     MatmulSpec,
     SparseConv2dSpec,
+    SparseRowsSpec,
     WeightedSpec,
 )
 
@@ -77,7 +78,7 @@ def pack_parts(
 
 def sparse_parts(
     spec: KernelSpec, parts: list[np.ndarray], target: Target, chosen: str | None = None
-) -> tuple[SparseConv2dSpec, list[np.ndarray]] | None:
+) -> tuple[SparseConv2dSpec | SparseRowsSpec, list[np.ndarray]] | None:
     """The layer without its zeros and what its kernel reads; None: there are too few, or no kernel
     of the target skips them. `chosen` as in `sparse_weight.sparse_form`."""
     if not isinstance(spec, WeightedSpec) or len(parts) != 1:

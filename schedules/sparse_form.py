@@ -31,6 +31,8 @@ class SparseForm:
     """Whether offsets name channels and taps, entries in this order."""
     compiled: bool = False
     """Whether the pattern is part of the kernel's code."""
+    bits: bool = False
+    """Whether a bit of each weight, or of each input of a block, says that it is stored."""
     sums: NarrowSums | None = None
     """How the kernel adds in 16 bits; it serves weights that prove this exact."""
 
@@ -38,7 +40,7 @@ class SparseForm:
     def words(self) -> str:
         """Tells the forms of a layer apart, in reports and where a choice is noted."""
         words = f"{self.block}x1" + (f" in groups of {self.group}" if self.group > 1 else "")
-        words += " by channel" if self.by_channel else ""
+        words += " by channel" if self.by_channel else " by bits" if self.bits else ""
         return words + (" in code" if self.compiled else "")
 
     def share(self, stored: int, size: int) -> float:

@@ -14,9 +14,11 @@ import numpy as np
 from ..targets import Target
 from .sparse_conv2d import encode, group_entries, offsets_of
 from .sparse_form import MOST_COMPILED, SparseForm
-from .spec import Conv2dSpec, MatmulSpec, SparseConv2dSpec, WeightedSpec
+from .sparse_rows import spec_of as spec_by_bits
+from .spec import Conv2dSpec, MatmulSpec, SparseConv2dSpec, SparseRowsSpec, WeightedSpec
 from .weights import weight_codes
 
+SparseSpec = SparseConv2dSpec | SparseRowsSpec
 # Beyond this share of weights that are not zero nobody looks further.
 _DENSE = 0.9
 
@@ -42,8 +44,8 @@ def sparse_candidates(
 
 def sparse_form(
     spec: WeightedSpec, weight: np.ndarray, target: Target, chosen: str | None = None
-) -> tuple[SparseConv2dSpec, list[np.ndarray]] | None:
-    """The layer by its nonzero weights alone, with the arrays values, offsets and starts; None:
+) -> tuple[SparseSpec, list[np.ndarray]] | None:
+    """The layer by its nonzero weights alone, with the arrays that `encoded` lists; None:
     dense is as fast, or no kernel of the target skips zeros.
 
     `chosen` names the form (`SparseForm.words`) that was found to be best, empty for dense; None:
@@ -56,9 +58,14 @@ def sparse_form(
     forms = [f for share, f in found if (share < 1 if chosen is None else f.words == chosen)]
     for form in forms:
         stored = encoded(spec, codes, form)
-        if form.sums is None or stored[0].chain:
+        if adds_exactly(stored[0], form):
             return stored
     return None
+
+
+def adds_exactly(spec: SparseSpec, form: SparseForm) -> bool:
+    """Whether the weights prove what the form's kernel relies on."""
+    return form.sums is None or (isinstance(spec, SparseConv2dSpec) and spec.chain > 0)
 
 
 def _is_plain(spec: WeightedSpec) -> bool:
@@ -80,8 +87,12 @@ def _entries(kept: np.ndarray, block: int) -> int:
 
 def encoded(
     spec: WeightedSpec, codes: np.ndarray, form: SparseForm
-) -> tuple[SparseConv2dSpec, list[np.ndarray]]:
-    """A layer with the weight `codes` [G, K, N] in a form: values, offsets and starts."""
+) -> tuple[SparseSpec, list[np.ndarray]]:
+    """A layer with the weight `codes` [G, K, N] in a form: values, offsets or words of bits, and
+    starts."""
+    if form.bits:
+        assert isinstance(spec, MatmulSpec)
+        return spec_by_bits(spec.rows, codes[0], form.group, shared=form.block > 1)
     taps = spec.reduction[0] * spec.reduction[1] if form.by_channel else 1
     values, positions, starts = encode(_ungrouped(spec, codes), form.block, taps=taps)
     if not len(values):  # nothing is left of the layer, and arrays are not empty

@@ -613,6 +613,92 @@ class MatmulSpec(WeightedSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SparseRowsSpec(KernelSpec):
+    """A linear layer of few rows most of whose weights are zero: a bit of each says whether it is
+    stored.
+
+    Blocks of `LANES` outputs, weights of a block in a fixed order: input by input, or four inputs
+    by four where `group` is 4 (bytes), there output by output. `words` [blocks * words of a block]
+    hold 64 bits each in this order, of weights, or `shared`, of inputs that all outputs of a block
+    read. `values` are those whose bits are set, `group` by `group`; `starts` says where every
+    `RUN` words begin, counted in bits.
+    """
+
+    family: ClassVar[str] = "sparse_rows"
+    LANES: ClassVar[int] = 16
+    RUN: ClassVar[int] = 8
+
+    rows: int
+    in_features: int
+    out_features: int
+    data_dtype: str = "float32"
+    weight_dtype: str = "float32"
+    acc_dtype: str = "float32"
+    group: int = 1
+    shared: bool = False
+    stored: int
+    """Values, those included that nobody asks for."""
+    longest: int
+    """Most bits that a block sets, a multiple of `group` where they are `shared`."""
+
+    def __post_init__(self) -> None:
+        _require(min(self.rows, self.in_features, self.out_features) >= 1, f"a size < 1 in {self}")
+        _require(
+            (self.data_dtype, self.weight_dtype, self.acc_dtype, self.group)
+            in (("float32", "float32", "float32", 1), ("uint8", "int8", "int32", 4)),
+            f"neither floats one by one nor bytes four by four: {self}",
+        )
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the sum is exact, in integers."""
+        return self.acc_dtype != "float32"
+
+    @property
+    def blocks(self) -> int:
+        """How many runs of `LANES` outputs there are."""
+        return ceil_div(self.out_features, self.LANES)
+
+    @property
+    def inputs_of_a_word(self) -> int:
+        """Inputs whose weights one word is about."""
+        return 64 if self.shared else 64 // self.LANES
+
+    @property
+    def words_of_a_block(self) -> int:
+        """Words of a block."""
+        return ceil_div(self.in_features, self.inputs_of_a_word)
+
+    @property
+    def starts_of_a_block(self) -> int:
+        """Runs of words of a block."""
+        return ceil_div(self.words_of_a_block, self.RUN)
+
+    @property
+    def data_shape(self) -> tuple[int, int]:
+        """[rows, in_features]."""
+        return (self.rows, self.in_features)
+
+    @property
+    def output_shape(self) -> tuple[int, int]:
+        """[rows, out_features]."""
+        return (self.rows, self.out_features)
+
+    @property
+    def dense(self) -> MatmulSpec:
+        """The same layer with all its weights."""
+        return MatmulSpec(
+            rows=self.rows, in_features=self.in_features, out_features=self.out_features,
+            data_dtype=self.data_dtype, weight_dtype=self.weight_dtype, acc_dtype=self.acc_dtype,
+        )  # fmt: skip
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one call: of `shared` bits those that are there."""
+        return self.rows * self.stored if self.shared else self.dense.macs
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchMatmulSpec(KernelSpec):
     """sum over k of (a - a_zero_point) * (b - b_zero_point), both operands known at run time only.
 

@@ -15,7 +15,7 @@ _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _VNNI = _V4 | {"avx512vnni"}
 
 # Beyond a level, what a kernel here would use if the host has it.
-_HOST_EXTRAS = frozenset({"avxvnni", "avx512vbmi"})
+_HOST_EXTRAS = frozenset({"avxvnni", "avx512vbmi", "avx512vbmi2"})
 
 X86_TARGETS: tuple[Target, ...] = (
     Target(

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _FORMS = 2
 # What is expected to take so many times as long as the dense kernel is not run to find out.
 _HOPELESS = 4.0
+# Weights that are stored, of how many: what forms are compared at before there are zeros.
+_USUAL = 1, 5
 _KEY_DIGITS = 16
 _PART = re.compile(r"_(part\d+|residual)$")
 
@@ -97,7 +99,7 @@ class TargetCosts:
     def sparse(self, layer: str, spec: LayerSpec, kept: np.ndarray) -> Comparison:
         """See `LayerCosts`."""
         from .schedules.sparse_form import CODE_BYTES
-        from .schedules.sparse_weight import encoded, sparse_candidates
+        from .schedules.sparse_weight import adds_exactly, encoded, sparse_candidates
 
         shipped = self._shipped(layer, spec)
         item = np.dtype(shipped.weight_storage_dtype).itemsize
@@ -109,8 +111,9 @@ class TargetCosts:
             if len(found) == _FORMS or (found and share > _HOPELESS):
                 break
             sparse, arrays = encoded(shipped, codes, form)
-            if form.sums is None or sparse.chain:  # else its sums might not be exact
-                found.append((share, form, sparse.entries, _kernel(sparse, arrays)))
+            if adds_exactly(sparse, form):
+                entries = arrays[0].size // form.block
+                found.append((share, form, entries, _kernel(sparse, arrays)))
         if not found:
             return Comparison(None, cycles, cycles, dense_bytes, dense_bytes, PREDICTED)
         figures, unit = None, PREDICTED
@@ -134,7 +137,8 @@ class TargetCosts:
         forms = sparse_forms(self._shipped(layer, spec), self.target)
         # Patterns in code serve few weights, and another form has the same block.
         ordered = sorted(
-            (form for form in forms if not form.compiled), key=lambda form: (form.cost, -form.block)
+            (form for form in forms if not form.compiled),
+            key=lambda form: (form.share(*_USUAL), -form.block),
         )
         return tuple(dict.fromkeys(form.block for form in ordered))
 

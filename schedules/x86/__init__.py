@@ -11,6 +11,8 @@ from .sparse_byte_planes import sparse_byte_planes_kernel
 from .sparse_bytes import sparse_bytes_kernel
 from .sparse_compiled import sparse_compiled_kernel
 from .sparse_planes import sparse_planes_kernel
+from .sparse_rows import NAME as SPARSE_ROWS
+from .sparse_rows import sparse_rows_kernel
 from .winograd import winograd_kernel
 
 TEMPLATES = (
@@ -22,6 +24,7 @@ TEMPLATES = (
     Template("x86.sparse_compiled", sparse_compiled_kernel),
     Template("x86.sparse_planes", sparse_planes_kernel),
     Template("x86.sparse_byte_planes", sparse_byte_planes_kernel),
+    Template(SPARSE_ROWS, sparse_rows_kernel),
     Template("sparse", sparse_kernel),
     Template("x86.sparse_bytes", sparse_bytes_kernel),
 )

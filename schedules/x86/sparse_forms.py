@@ -17,6 +17,7 @@ from .sparse_byte_planes import fits_byte_planes
 from .sparse_bytes import PAIRS, QUADS
 from .sparse_compiled import fits_compiled
 from .sparse_planes import fits_planes
+from .sparse_row_forms import byte_row_forms, float_row_forms, has_few_rows
 
 # Outputs that share their inputs => cycles of a sparse multiply-add against a dense one: indices,
 # data without an order, narrow vectors (1.05 to 1.3 for blocks of 16).
@@ -55,9 +56,11 @@ def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> list[SparseFo
         if fits_compiled(_outputs(spec), target):
             [form] = _planes(spec, {1: _COMPILED[min(16, target.lanes(32))]}, dense, 8, _TURNED)
             forms.append(replace(form, compiled=True))
-        return forms
+        return forms + (float_row_forms(spec, target) if has_few_rows(spec) else [])
     if dtypes != BYTES or not target.has("avx2"):
         return []
+    if has_few_rows(spec):
+        return byte_row_forms(spec, target)
     if widest_byte_dot(target) is not None:
         cost, gathered = _BYTES
         costs = {
