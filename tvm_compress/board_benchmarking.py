@@ -6,9 +6,10 @@ latency and is not measured. A board behind an RPC tracker measures time itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,6 +90,7 @@ def benchmark_board(
     the same samples. Raises `TargetError` when the machine is not at hand, `CheckFailed` when the
     program does not give the same outputs twice.
     """
+    from .artefact import DEPLOY
     from .benchmarking import probe_inputs
 
     artefact.require_can_run()
@@ -117,7 +119,7 @@ def benchmark_board(
         target=artefact.target.name,
         machine=machine_text(artefact.target),
         instructions=_instructions(result),
-        functions=tuple(_functions(result, _layers(artefact))),
+        functions=functions_of(result, layers_of(artefact.path / DEPLOY)),
         memory=footprint(program.elf, program.link_map),
         arena_bytes=program.project.arena_bytes,
         stack_bytes=result.stack_bytes,
@@ -159,13 +161,12 @@ def machine_text(target: Target) -> str:
     return " ".join([machine.emulator, *machine.arguments])
 
 
-def _layers(artefact: Artefact) -> dict[str, list[str]]:
-    """By symbol of a kernel."""
-    from .artefact import DEPLOY
+def layers_of(project: Path) -> dict[str, list[str]]:
+    """By symbol of a kernel, of the C project in a folder."""
     from .bare.emit import read_interface
 
     found: dict[str, list[str]] = {}
-    for call in read_interface(artefact.path / DEPLOY)["calls"]:
+    for call in read_interface(project)["calls"]:
         named = found.setdefault(str(call["symbol"]), [])
         named += [layer for layer in call["layers"] if layer not in named]
     return found
@@ -194,14 +195,18 @@ def _instructions(result: RunResult) -> Instructions | None:
     return Instructions(int(np.median(counts)), min(counts), max(counts), len(counts))
 
 
-def _functions(result: RunResult, layers: Mapping[str, Sequence[str]]) -> Iterator[FunctionCount]:
+def functions_of(
+    result: RunResult, layers: Mapping[str, Sequence[str]]
+) -> tuple[FunctionCount, ...]:
     """The most expensive first; a kernel with its own parts."""
     rows = [_by_kernel(row, layers) for row in result.by_function]
     names = dict.fromkeys(name for row in rows for name in row)
     medians = {name: int(np.median([row.get(name, 0) for row in rows])) for name in names}
     total = sum(medians.values()) or 1
-    for name, count in sorted(medians.items(), key=lambda item: -item[1]):
-        yield FunctionCount(name, tuple(layers.get(name, ())), count, count / total)
+    return tuple(
+        FunctionCount(name, tuple(layers.get(name, ())), count, count / total)
+        for name, count in sorted(medians.items(), key=lambda item: -item[1])
+    )
 
 
 def _by_kernel(counts: Mapping[str, int], kernels: Mapping[str, Any]) -> dict[str, int]:

@@ -54,6 +54,9 @@ class Lowered:
     """Layers whose codes are decoded to floats by a kernel of its own before every call."""
     sparse_kernels: Mapping[str, float] = field(default_factory=dict)
     """Layers whose kernel skips zeros, with the share of the weights that is stored."""
+    layer_macs: Mapping[str, int] = field(default_factory=dict)
+    """Multiply-accumulates that the layers' kernels execute: of a sparse one those of the weights
+    that it stores."""
     generic_layers: tuple[str, ...] = ()
     """Layers that the target has no kernel of its own for."""
     tuned_kernels: int = 0
@@ -164,6 +167,7 @@ def lower(module: tvm.IRModule, target: Target, choose: TunedChoices | None = No
         ),
         decoded_per_call=tuple(json.loads(str(packed["main"].attrs[DECODED_ATTR]))),
         sparse_kernels=json.loads(str(packed["main"].attrs[SPARSE_ATTR])),
+        layer_macs=_layer_macs(packed),
         generic_layers=_generic_layers(_kernels(lowered), calls, target),
         tuned_kernels=choose.tuned if choose is not None else 0,
         tunable_kernels=choose.tunable if choose is not None else 0,
@@ -343,6 +347,23 @@ def _calls(fused: tvm.IRModule) -> tuple[Call, ...]:
     if left_over:
         raise AssertionError(f"{left_over} recorded calls are not in the built module")
     return tuple(calls)
+
+
+def _layer_macs(packed: tvm.IRModule) -> dict[str, int]:
+    from .profiling import macs_of
+    from .relay_passes import ir
+    from .relay_passes.branches import walk
+
+    found: dict[str, int] = {}
+    for _, binding in walk(packed):
+        value, name = binding.value, binding.var.name
+        if ir.op_name(value) == "relax.call_tir":
+            macs = getattr(ir.anchor_spec(packed[value.args[0]]), "macs", None)
+        else:
+            macs = macs_of(value)
+        if macs is not None:
+            found[name] = found.get(name, 0) + macs
+    return found
 
 
 def _constants(packed: tvm.IRModule) -> tuple[ConstantBytes, ...]:

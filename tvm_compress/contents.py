@@ -66,6 +66,7 @@ def _describe(built: Lowered, total: int, code: int) -> LibraryInfo:
         plan_bytes=built.plan_bytes,
         tuned_kernels=built.tuned_kernels,
         tunable_kernels=built.tunable_kernels,
+        layer_macs=built.layer_macs,
     )
 
 

@@ -131,7 +131,7 @@ def compress(
         artefact = _stage(job, folders, workspace.staging)
 
         # 7. Verify and measure what was laid out, from its files.
-        evidence = _gather_evidence(artefact, job, threads, clock)
+        evidence = _gather_evidence(artefact, job, compressed, records, threads, clock)
 
         # 8. Report, manifest, and the atomic swap.
         from .report.assemble import assemble
@@ -324,6 +324,7 @@ def apply_recipe(job: Job, workspace: Workspace, clock: _Clock) -> tvm.IRModule:
     """Run the recipe's passes in order; calibrate whenever tensors have changed."""
     from .pipeline import choosing_pipeline
     from .relay_passes.passes import PASSES
+    from .relay_passes.step_notes import left_alone, untouched, with_left_alone
 
     module = job.model.module
     came_quantised = quantised_layers(module)
@@ -336,6 +337,8 @@ def apply_recipe(job: Job, workspace: Workspace, clock: _Clock) -> tvm.IRModule:
             statistics = _calibrate(job, module, job.plan[index:], workspace, clock)
         with clock.step(group[0].name, shown=not is_staged):
             schemes = schemes_of(module, group)
+            left = left_alone(group[0].name, module, schemes)
+            schemes = {name: config for name, config in schemes.items() if name not in left}
             if entry.uses_costs:
                 job.costs.schemes = _shipped_as(module, job.plan[index + 1 :])
                 insisted |= {n for n, config in schemes.items() if getattr(config, "insist", False)}
@@ -343,11 +346,14 @@ def apply_recipe(job: Job, workspace: Workspace, clock: _Clock) -> tvm.IRModule:
                 module = _apply_in_stages(
                     job, module, group[0].name, schemes, job.costs, workspace, clock.progress
                 )
+                left |= untouched(group[0].name, module, schemes)
+                module = with_left_alone(module, group[0].name, left)
                 statistics = None
                 continue
             if entry.compares_with_float:
                 schemes = {n: config for n, config in schemes.items() if n not in came_quantised}
             module = entry.apply(module, schemes, statistics, job.costs)
+            module = with_left_alone(module, group[0].name, left)
         if not entry.keeps_statistics:
             statistics = None
     with clock.step("compare kernels"):
@@ -426,7 +432,7 @@ def _decide(
         shown = partial(calibrate, model, data, wanted, progress=progress, **options)
         parts = _calibration_parts(job, module, wanted)
         statistics = _kept(shown, parts, data, workspace)
-    with progress.step(f"{name}: losses by layer"):
+    with progress.step(f"{name}: shares by layer"):
         loss = OutputLoss(model, data.take(LOSS_SAMPLES), **options)
         return entry.decide(module, schemes, statistics, loss, job.costs)
 
@@ -588,7 +594,7 @@ def _build_all(
             folders[side] = folders["compressed"]  # came quantised, and nothing was left to do
             continue
         parts = [side, _key_of(job, module), job.target.fingerprint()]
-        lowering = _Lowering(module, job.target, records)
+        lowering = Lowering(module, job.target, records)
         # Records that change no choice of this model change nothing in its library.
         asked = [*parts, records.fingerprint(), this_cpu()]
         with clock.cached(workspace, f"lower {side}", asked, lowering.save_choices) as folder:
@@ -613,7 +619,7 @@ def _build_project(
 
     target, host = job.target, job.float_target
     parts = ["project", _key_of(job, compressed), target.fingerprint(), job.emit, job.model.name]
-    lowering = _Lowering(compressed, target, records)
+    lowering = Lowering(compressed, target, records)
     asked = [*parts, records.fingerprint(), device_of(target)]
     with clock.cached(workspace, "lower compressed", asked, lowering.save_choices) as folder:
         choices = (folder / "choices.json").read_text(encoding="utf-8")
@@ -628,19 +634,19 @@ def _build_project(
     with clock.cached(workspace, "build compressed", asked, build) as folder:
         folders["compressed"] = folder
     parts = ["original", _key_of(job, job.model.module), host.fingerprint()]
-    original = _Lowering(job.model.module, host, records)
+    original = Lowering(job.model.module, host, records)
     build = partial(_build_side, original, job, False)
     with clock.cached(workspace, "build original", parts, build) as folder:
         folders["original"] = folder
     return folders
 
 
-def _plan_project(lowering: _Lowering, job: Job, folder: Path) -> None:
+def _plan_project(lowering: Lowering, job: Job, folder: Path) -> None:
     lowering.planned(job)
     lowering.save_choices(folder)
 
 
-def _write_project(lowering: _Lowering, job: Job, reference: Path, folder: Path) -> str:
+def _write_project(lowering: Lowering, job: Job, reference: Path, folder: Path) -> str:
     from .bare.emit import c_identifier, write_project
     from .bare.golden import golden_samples
     from .build import compile_project
@@ -665,7 +671,7 @@ def _write_project(lowering: _Lowering, job: Job, reference: Path, folder: Path)
     return f"{len(kernels)} kernels: {built.project.cached_kernels} from cache, {compiled} compiled"
 
 
-class _Lowering:
+class Lowering:
     """A module lowered for a target, when that is needed and once."""
 
     def __init__(self, module: tvm.IRModule, target: Target, records: Database) -> None:
@@ -708,16 +714,18 @@ def _computes_the_same(a: tvm.IRModule, b: tvm.IRModule) -> bool:
     from tvm_ffi import structural_equal
 
     from .relay_passes.quantize import LEFT_FLOAT_ATTR
+    from .relay_passes.step_notes import LEFT_ALONE_ATTR
 
     def plain(module: tvm.IRModule) -> tvm.IRModule:
         module = module.clone()
-        module["main"] = module["main"].without_attr(LEFT_FLOAT_ATTR)
+        for attribute in (LEFT_FLOAT_ATTR, LEFT_ALONE_ATTR):
+            module["main"] = module["main"].without_attr(attribute)
         return module
 
     return bool(structural_equal(plain(a), plain(b)))
 
 
-def _build_side(lowering: _Lowering, job: Job, is_compressed: bool, folder: Path) -> str:
+def _build_side(lowering: Lowering, job: Job, is_compressed: bool, folder: Path) -> str:
     from .build import compile_lowered
     from .contents import describe_library, require_fits
 
@@ -735,7 +743,7 @@ def _write_info(
     folder: Path,
     built: Lowered,
     info: LibraryInfo,
-    lowering: _Lowering,
+    lowering: Lowering,
     arena: Arena | None = None,
 ) -> None:
     value: dict[str, Any] = {
@@ -750,7 +758,7 @@ def _write_info(
     _write_json(folder / "info.json", value)
 
 
-def _build_reference(lowering: _Lowering, job: Job, folder: Path) -> None:
+def _build_reference(lowering: Lowering, job: Job, folder: Path) -> None:
     from .build import compile_reference, export_library
     from .taps import tap
 
@@ -920,12 +928,19 @@ class Evidence:
     """Of a C project, in the place of times: what it costs on its emulated machine."""
 
 
-def _gather_evidence(artefact: Artefact, job: Job, threads: int | None, clock: _Clock) -> Evidence:
+def _gather_evidence(
+    artefact: Artefact,
+    job: Job,
+    compressed: tvm.IRModule,
+    records: Database,
+    threads: int | None,
+    clock: _Clock,
+) -> Evidence:
     from .benchmarking import benchmark
     from .verification import verify
 
     if job.target.is_cross:
-        return _project_evidence(artefact, job, clock)
+        return _project_evidence(artefact, job, compressed, records, clock)
     if not job.target.runs_here():
         clock.progress.note(
             f"{job.target.name} does not run on this machine: built, but neither verified nor timed"
@@ -940,10 +955,14 @@ def _gather_evidence(artefact: Artefact, job: Job, threads: int | None, clock: _
     return Evidence(verification, measured)
 
 
-def _project_evidence(artefact: Artefact, job: Job, clock: _Clock) -> Evidence:
+def _project_evidence(
+    artefact: Artefact, job: Job, compressed: tvm.IRModule, records: Database, clock: _Clock
+) -> Evidence:
     """On the emulated machine, where there is one."""
     from .bare.session import cannot_run
+    from .benchmarking import probe_inputs
     from .board_benchmarking import benchmark_board, board_cost
+    from .original_on_board import original_cost
     from .verification import verify
 
     reason = cannot_run(job.target)
@@ -955,8 +974,13 @@ def _project_evidence(artefact: Artefact, job: Job, clock: _Clock) -> Evidence:
     if job.target.runner == "rpc":
         return Evidence(verification, None)
     with clock.step("count", shown=False):
-        measured = benchmark_board(artefact, progress=clock.progress)
-    return Evidence(verification, None, board_cost(measured))
+        cost = board_cost(benchmark_board(artefact, progress=clock.progress))
+    if cost.instructions is not None and not _computes_the_same(compressed, job.model.module):
+        with clock.step("count original"):
+            lowering = Lowering(job.model.module, job.target, records)
+            found = original_cost(job, lowering, probe_inputs(artefact)[0])
+        cost = replace(cost, original=found[0], no_original=found[1])
+    return Evidence(verification, None, cost)
 
 
 def _write_manifest(artefact: Artefact, staging: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,6 +80,8 @@ class LibraryInfo:
     plan_bytes: int
     tuned_kernels: int = 0
     tunable_kernels: int = 0
+    layer_macs: Mapping[str, int] = field(default_factory=dict)
+    """That the kernels of each layer execute."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,6 +105,7 @@ class LibraryInfo:
             plan_bytes=value["plan_bytes"],
             tuned_kernels=value.get("tuned_kernels", 0),
             tunable_kernels=value.get("tunable_kernels", 0),
+            layer_macs=dict(value.get("layer_macs", {})),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class OutputLoss:
-    """The mean squared difference of the float outputs, each relative to its variance."""
+    """The mean squared difference of the float outputs, each relative to its variance.
+
+    Nothing is computed before a module is asked about.
+    """
 
     def __init__(
         self,
@@ -32,8 +36,7 @@ class OutputLoss:
         cached: KernelCache | None = None,
     ) -> None:
         self._model, self._target, self._cached = model, target, cached
-        self._samples = [dict(sample) for sample in samples]
-        self._expected = self._run(model.module)
+        self._given = samples
 
     def __call__(self, module: tvm.IRModule) -> float:
         """Of `module`, which has the inputs and outputs of the model."""
@@ -44,6 +47,14 @@ class OutputLoss:
             difference = float(np.mean((output - expected) ** 2))
             losses.append(difference / spread if spread > 0 else difference)
         return float(np.mean(losses)) if losses else 0.0
+
+    @cached_property
+    def _samples(self) -> list[Sample]:
+        return [dict(sample) for sample in self._given]
+
+    @cached_property
+    def _expected(self) -> list[NDArray[np.float64]]:
+        return self._run(self._model.module)
 
     def _run(self, module: tvm.IRModule) -> list[NDArray[np.float64]]:
         """The float outputs, [samples, ...] each."""

@@ -173,7 +173,7 @@ class _Walk:
         size = sum(constant.bytes for constant in known)
         self.parameters += parameters
         self.weight_bytes += size
-        macs = _macs(name, call)
+        macs = macs_of(call)
         if macs is not None:
             self._layer_of[var] = len(self.layers)
             self.layers.append(
@@ -240,9 +240,11 @@ def _by_type(walk: _Walk) -> tuple[TypeProfile, ...]:
     return tuple(sorted(types, key=lambda row: (-row.macs, -row.parameters, -row.output_bytes)))
 
 
-def _macs(name: str, call: tvm.ir.Call) -> int | None:
-    """Multiply-accumulates of one call, `None` for an operator that is no layer."""
-    kind = name.removeprefix("relax.").removeprefix("nn.")
+def macs_of(call: Any) -> int | None:
+    """Multiply-accumulates of one call, `None` for what is no layer."""
+    from .relay_passes.ir import op_name
+
+    kind = (op_name(call) or "").removeprefix("relax.").removeprefix("nn.")
     if kind in ("conv1d", "conv2d", "conv3d"):
         weight = _shape(call.args[1].ty)
         outputs = weight[str(call.attrs.kernel_layout).index("O")]

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from .recipe import Step
 
+# Steps that solve for biases with the weights that they leave.
+_OWN_BIASES = {"lowrank", "shrink", "sparsify"}
+
 
 def check_order(module: tvm.IRModule, plan: Sequence[Sequence[Step]]) -> list[str]:
     """What the user should know of layers that steps have to leave alone, one line for each step.
@@ -22,8 +25,10 @@ def check_order(module: tvm.IRModule, plan: Sequence[Sequence[Step]]) -> list[st
     `plan` are a recipe's steps, consecutive ones of a name together. Raises `RecipeError` with
     the step's file and line where a step has nothing left that it could work on.
     """
+    from .flow import schemes_of
     from .relay_passes.passes import PASSES
     from .relay_passes.select import list_layers
+    from .relay_passes.step_notes import left_alone
 
     came_quantised = {layer.name for layer in list_layers(module) if layer.is_quantized}
     changed: list[tuple[str, set[str]]] = []
@@ -49,11 +54,19 @@ def check_order(module: tvm.IRModule, plan: Sequence[Sequence[Step]]) -> list[st
             if entry.is_for_floats and left & came_quantised:
                 reasons.append("on a model that came quantised: its weights are integer codes")
                 left -= came_quantised
+            place = f"{step.origin}: " if step.origin else ""
             if layers and not left:
-                place = f"{step.origin}: " if step.origin else ""
+                done = [name for name, _ in changed]
                 raise RecipeError(
                     f"{place}{step.name} can change none of its layers, {'; '.join(reasons)}; "
-                    f"{_advice(step.name, reasons)}"
+                    f"{_advice(step.name, reasons, done)}"
+                )
+            unfit = left_alone(step.name, module, schemes_of(module, [step]))
+            if left and left <= unfit.keys():
+                name = next(layer for layer in unfit if layer in left)
+                raise RecipeError(
+                    f"{place}{step.name} can change none of its {len(left)} layers; of {name!r}: "
+                    f"{unfit[name]}"
                 )
             if reasons:
                 spoiled = len(layers) - len(left)
@@ -82,7 +95,11 @@ def _changed(module: tvm.IRModule, steps: Sequence[Step]) -> set[str]:
     }
 
 
-def _advice(name: str, reasons: Sequence[str]) -> str:
+def _advice(name: str, reasons: Sequence[str], done: Sequence[str]) -> str:
+    """`done`: the steps before."""
+    if name == "correct_bias" and set(done) & _OWN_BIASES:
+        steps = ", ".join(sorted(set(done) & _OWN_BIASES))
+        return f"leave it out ({steps} with data sets biases itself), or put quantize before it"
     if any(reason.startswith("behind") for reason in reasons):
         return f"put {name} before that step, or give the two different layers"
     if any(reason.startswith("without") for reason in reasons):

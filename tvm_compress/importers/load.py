@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     import tvm
 
 SUFFIXES = {".onnx": "onnx", ".tflite": "tflite", ".pt2": "torch", ".json": "relax"}
+_TORCH = (
+    "it holds Python objects or weights without their network; load it in PyTorch and write a .pt2 "
+    "with torch.export.save(torch.export.export(model.eval(), (example_input,)), 'model.pt2')"
+)
+_TENSORFLOW = (
+    "write a .tflite with tf.lite.TFLiteConverter (from_keras_model, from_saved_model), or an "
+    ".onnx with tf2onnx"
+)
+# How to make a file that is read of one that is not.
+MADE_BY = {
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin", ".safetensors"), _TORCH),
+    **dict.fromkeys((".h5", ".keras", ".pb"), _TENSORFLOW),
+}
 
 
 def load_model(
@@ -59,9 +72,9 @@ def _kind(source: Any) -> tuple[str, Any]:
         if not path.exists():
             raise ModelError(f"{path}: no such file")
         if kind is None:
+            how = MADE_BY.get(path.suffix.lower(), f"use one of {', '.join(SUFFIXES)}")
             raise ModelError(
-                f"{path}: unknown model format {path.suffix or '(no extension)'!r}; "
-                f"use one of {', '.join(SUFFIXES)}"
+                f"{path}: unknown model format {path.suffix or '(no extension)'!r}; {how}"
             )
         if not path.is_file():
             raise ModelError(f"{path}: is not a file")

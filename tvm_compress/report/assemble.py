@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..kernels import LibraryInfo
 from .arena import Arena
+from .loops import joined, loop_firsts
 from .rows import (
     BoardCost,
     FloatRow,
     KernelChoice,
+    KernelInstructions,
     Latency,
     LayerRow,
     OtherKernelRow,
     Report,
     Side,
+    StepEffect,
     StepTime,
 )
-from .schemes import FLOAT, describe_changes, describe_schemes, steps_left_alone
+from .schemes import FLOAT, describe_changes, describe_effects, describe_schemes
 
 if TYPE_CHECKING:
     import tvm
@@ -55,12 +58,17 @@ def assemble(
     for name in artefact.kernels.get("generic_layers", []):
         schemes[name] = f"{schemes.get(name, FLOAT)}, generic kernel"
     changes = describe_changes(compressed)
-    layers, others = _rows(profile, before, after, benchmark, tensors, schemes)
-    stored = artefact.kernels.get("sparse_kernels", {})
-    layers = _changed(layers, compressed, job.target.name, changes, stored)
+    rows, others = _rows(profile, before, after, benchmark, tensors, schemes)
+    sparse = artefact.kernels.get("sparse_kernels", {})
+    rows = _changed(rows, compressed, job.target.name, changes, sparse)
     if evidence.board is not None:
-        layers = _counted(layers, evidence.board)
-    left_float = [FloatRow(**_float_fields(entry)) for entry in artefact.kernels["left_float"]]
+        rows = _counted(rows, evidence.board)
+    firsts = loop_firsts(job.model.module)
+    layers = joined(rows, firsts)
+    floats = [FloatRow(**_float_fields(entry)) for entry in artefact.kernels["left_float"]]
+    floats += _untouched(rows, floats)
+    effects = describe_effects(compressed, [s.name for s in job.recipe.steps], firsts)
+    worst = verification.worst_layer if verification else None
     return Report(
         model=job.model.name,
         source_format=job.model.source_format,
@@ -77,9 +85,9 @@ def assemble(
         after=_side(after, latencies.get("compressed")),
         layers=layers,
         other_kernels=others,
-        stayed_float=tuple(left_float + _untouched(layers, left_float)),
+        stayed_float=_floats_of_loops(floats, firsts),
         outputs=verification.outputs if verification else (),
-        worst_layer=verification.worst_layer if verification else None,
+        worst_layer=None if worst is None else firsts.get(worst, worst),
         accuracy=verification.accuracy if verification else None,
         exactness=verification.exactness if verification else None,
         checks=verification.checks if verification else (),
@@ -88,8 +96,33 @@ def assemble(
         arena=None if arena is None else Arena.from_json(arena),
         board=evidence.board,
         is_project=artefact.is_project,
-        notes=(*job.notes, *steps_left_alone(compressed, [s.name for s in job.recipe.steps])),
+        notes=job.notes,
+        macs_after=sum(after.layer_macs.values()),
+        effects=_with_dense_kernels(effects, layers),
     )
+
+
+def _with_dense_kernels(
+    effects: Iterable[StepEffect], layers: Iterable[LayerRow]
+) -> tuple[StepEffect, ...]:
+    """Zeros that came to nothing: the comparison behind the last step decided for dense kernels."""
+    dense = {
+        row.name: row.choice.reason
+        for row in layers
+        if row.choice is not None and not row.choice.form and "% zeros" in row.change
+    }
+    because = next((f"{name}, {reason}" for name, reason in dense.items()), "")
+    return tuple(
+        replace(effect, dense=len(dense), dense_because=because)
+        if effect.step == "sparsify"
+        else effect
+        for effect in effects
+    )
+
+
+def _floats_of_loops(rows: Iterable[FloatRow], firsts: Mapping[str, str]) -> tuple[FloatRow, ...]:
+    """Without those of later steps of a loop."""
+    return tuple(row for row in rows if firsts.get(row.name, row.name) == row.name)
 
 
 def _side(info: LibraryInfo, latency: Latency | None) -> Side:
@@ -131,6 +164,7 @@ def _rows(
             symbols.setdefault(owner_of(name, names), []).append(call.symbol)
     time_after = _of_owners(time_after, names)
     bytes_after = _of_owners(after.layer_bytes, names)
+    macs_after = _of_owners(after.layer_macs, names)
     layers = []
     for layer in profile.layers:
         error = errors.get(layer.name)
@@ -141,6 +175,7 @@ def _rows(
                 type=layer.type,
                 scheme=schemes.get(layer.name, FLOAT),
                 macs=layer.macs,
+                macs_after=macs_after.get(layer.name, 0),
                 parameters=layer.parameters,
                 bytes_before=before.layer_bytes.get(layer.name, 0),
                 bytes_after=bytes_after.get(layer.name, 0),
@@ -174,9 +209,10 @@ def _changed(
     compressed: tvm.IRModule,
     target: str,
     words: Mapping[str, str],
-    stored: Mapping[str, float],
+    sparse: Mapping[str, float],
 ) -> tuple[LayerRow, ...]:
     """With what steps did to them, and which kernels were chosen for it."""
+    from ..relay_passes.costs import HOW
     from ..relay_passes.sparse_choices import read_choices
 
     names = [row.name for row in layers]
@@ -189,11 +225,13 @@ def _changed(
     rows = []
     for row in layers:
         choice = choices.get(row.name)
-        share = stored.get(row.name)
-        found = None
+        share, found = None, None
+        if row.name in sparse and row.macs and row.macs_after is not None:
+            share = row.macs_after / row.macs  # each stored weight is read as often as all were
         if choice is not None:
             costs = (choice.cost, choice.dense_cost, choice.unit)
-            found = KernelChoice(choice.form, share, choice.reason, *costs)
+            kind = HOW.get(choice.unit, "")
+            found = KernelChoice(choice.form, share, choice.reason, *costs, kind)
         elif share is not None:
             found = KernelChoice("sparse", share, "")
         rows.append(replace(row, change="; ".join(changes.get(row.name, [])), choice=found))
@@ -220,13 +258,24 @@ def _of_owners(figures: Mapping[str, Figure], layers: Sequence[str]) -> dict[str
 
 def _counted(layers: tuple[LayerRow, ...], cost: BoardCost) -> tuple[LayerRow, ...]:
     """With the instructions of their kernels."""
+    names = [row.name for row in layers]
+    before, after = (
+        _of_owners(_layer_instructions(side), names)
+        for side in (cost.original.kernels if cost.original else (), cost.kernels)
+    )
+    return tuple(
+        replace(row, instructions=after.get(row.name), instructions_before=before.get(row.name))
+        for row in layers
+    )
+
+
+def _layer_instructions(kernels: Iterable[KernelInstructions]) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for kernel in cost.kernels:
+    for kernel in kernels:
         for name in kernel.layers:
             share = kernel.instructions // len(kernel.layers)
             counts[name] = counts.get(name, 0) + share
-    counts = _of_owners(counts, [row.name for row in layers])
-    return tuple(replace(row, instructions=counts.get(row.name)) for row in layers)
+    return counts
 
 
 def _layer_times(kernels: Iterable[KernelTime]) -> dict[str, float]:

@@ -57,8 +57,18 @@ def print_cost(console: Console, cost: Mapping[str, Any]) -> None:
     """A `BoardCost` in a line."""
     table = new_table("", ">flash", ">arena", ">other RAM", ">stack", ">instructions", ">inputs")
     counted = cost["instructions"]
+    original = cost.get("original")
+    if original:
+        table.add_row(
+            "original",
+            bytes_text(original["flash_bytes"]),
+            bytes_text(original["arena_bytes"]),
+            *("", ""),
+            f"{original['instructions']:,}",
+            "1",
+        )
     table.add_row(
-        "network",
+        "compressed" if original else "network",
         bytes_text(cost["flash_bytes"]),
         bytes_text(cost["arena_bytes"]),
         bytes_text(cost["other_ram_bytes"]),
@@ -67,6 +77,8 @@ def print_cost(console: Console, cost: Mapping[str, Any]) -> None:
         "" if counted is None else str(cost["inputs"]),
     )
     console.print(table)
+    if cost.get("no_original"):
+        console.print(f"original: not counted: {cost['no_original']}", style="dim")
     if counted is not None:
         console.print(f"{cost['machine']}: {NO_CYCLES}", style="dim")
 

@@ -21,10 +21,12 @@ from .text import (
     change_text,
     count_text,
     db_text,
+    effect_text,
     instructions_text,
     percent_text,
     points,
     ratio_text,
+    row_name,
     three_digits,
     time_text,
     tuned_text,
@@ -63,7 +65,7 @@ def render_html(report: Report | Mapping[str, Any]) -> str:
         _header(data),
         _cards(data),
         _checks(data["checks"]),
-        _notes(data.get("notes", ())),
+        _notes([*_effects(data), *data.get("notes", ())]),
         _composition(data),
         _board(data["board"]) if data.get("board") else "",
         arena_section(data["arena"]) if data.get("arena") else "",
@@ -84,9 +86,11 @@ def render_html(report: Report | Mapping[str, Any]) -> str:
 
 
 def _header(data: Mapping[str, Any]) -> str:
+    after = data.get("macs_after")
+    executed = "" if after in (None, data["macs"]) else f" (compressed: {count_text(after)})"
     facts = (
-        f"{count_text(data['macs'])} MACs · {count_text(data['parameters'])} parameters · "
-        f"from {data['source_format']}"
+        f"{count_text(data['macs'])} MACs{executed} · "
+        f"{count_text(data['parameters'])} parameters · from {data['source_format']}"
     )
     return (
         f'<header><p class="eyebrow">tvm-compress report</p><h1>{escape(data["model"])}</h1>'
@@ -221,6 +225,10 @@ def _checks(checks: Iterable[Mapping[str, Any]]) -> str:
     return f'<section><ul class="checks">{items}</ul></section>' if items else ""
 
 
+def _effects(data: Mapping[str, Any]) -> list[str]:
+    return [f"{item['step']}: {effect_text(item)}" for item in data.get("effects", ())]
+
+
 def _notes(notes: Iterable[str]) -> str:
     lines = "".join(f'<p class="quiet">{escape(note)}</p>' for note in notes)
     return f"<section>{lines}</section>" if lines else ""
@@ -276,6 +284,15 @@ def _board(cost: Mapping[str, Any]) -> str:
         ("arena", bytes_text(cost["arena_bytes"])),
         ("other RAM of the model", bytes_text(cost["other_ram_bytes"])),
     ]
+    original = cost.get("original")
+    if original:
+        facts += [
+            ("flash of the original", bytes_text(original["flash_bytes"])),
+            ("arena of the original", bytes_text(original["arena_bytes"])),
+            ("instructions of the original", f"{original['instructions']:,}"),
+        ]
+    if cost.get("no_original"):
+        facts.append(("the original was not counted", cost["no_original"]))
     if cost["stack_bytes"] is not None:
         facts.append(("stack, deepest", bytes_text(cost["stack_bytes"])))
     table = kernels = note = ""
@@ -312,7 +329,7 @@ def _layer_plot(data: Mapping[str, Any]) -> str:
     if any(row["time_after_us"] is not None for row in layers):
         panels.append(("Time", "time_before_us", "time_after_us", time_text))
     if any(row.get("instructions") is not None for row in layers):
-        panels.append(("Instructions", "", "instructions", _count_or_dash))
+        panels.append(("Instructions", "instructions_before", "instructions", _count_or_dash))
     height = ROW * len(layers) + 46
     width = LABEL + (PANEL + GAP) * (len(panels) + 1) - GAP + MARGIN
     parts = []
@@ -364,7 +381,7 @@ def _bar_panel(
     for index, row in enumerate(layers):
         y = 40 + index * ROW
         before, after = row.get(key_before), row.get(key_after)
-        was = f"{text(before)} → " if key_before else ""
+        was = "" if before is None else f"{text(before)} → "
         tip = f"{row['name']}: {was}{text(after)}"
         parts.append(f"<g><title>{escape(tip)}</title>")
         for value, css, offset, thick in ((before, "float", 3, 6), (after, "compressed", 10, 6)):
@@ -432,15 +449,15 @@ def _error_panel(data: Mapping[str, Any], x: float) -> str:
 
 
 def _layer_table(data: Mapping[str, Any]) -> str:
-    names = ("layer", "type", "scheme", "change", "MACs", "bytes before", "bytes after",
-             "time before", "time after", "share", "SQNR dB", "own dB", "max error")  # fmt: skip
+    names = ("layer", "type", "scheme", "change", "MACs before", "MACs after",
+             "bytes before", "bytes after", "time before", "time after", "share", "SQNR dB",
+             "own dB", "max error")  # fmt: skip
     head = "".join(f"<th>{name}</th>" for name in names)
     body = "".join(_layer_line(row, row["name"] == data["worst_layer"]) for row in data["layers"])
     body += "".join(
         f'<tr class="other"><td>{escape(row["name"])}</td><td>{escape(row["kernel"])}</td><td></td>'
         "<td></td>"
-        + _cell(None, "")
-        + _cell(None, "") * 3
+        + _cell(None, "") * 5
         + _cell(row["time_us"], time_text(row["time_us"]))
         + _cell(row["time_share"], percent_text(row["time_share"]))
         + _cell(row["sqnr_db"], db_text(row["sqnr_db"]))
@@ -459,11 +476,14 @@ def _layer_table(data: Mapping[str, Any]) -> str:
 
 def _layer_line(row: Mapping[str, Any], is_worst: bool) -> str:
     error = row["max_abs_error"]
+    after = row.get("macs_after")
+    name = row_name(row, len(row["name"]) + 8)
     return (
-        f"<tr{' class=worst' if is_worst else ''}><td>{escape(row['name'])}</td>"
+        f"<tr{' class=worst' if is_worst else ''}><td>{escape(name)}</td>"
         f"<td>{escape(row['type'])}</td><td>{escape(row['scheme'])}</td>"
         f"<td>{escape(change_text(row))}</td>"
         + _cell(row["macs"], count_text(row["macs"]))
+        + _cell(after, _count_or_dash(after))
         + _cell(row["bytes_before"], bytes_text(row["bytes_before"]))
         + _cell(row["bytes_after"], bytes_text(row["bytes_after"]))
         + _cell(row["time_before_us"], time_text(row["time_before_us"]))

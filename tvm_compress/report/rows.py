@@ -55,11 +55,16 @@ class KernelChoice:
     """What became of a layer with zeros: costs of its sparse kernel and of its dense one."""
 
     form: Annotated[str, "how the zeros are left out, such as 16x1; empty: the kernel is dense"]
-    stored_share: Annotated[float | None, "stored weights as part of all, 0 to 1; None: dense"]
+    stored_share: Annotated[
+        float | None, "stored weights as part of the original's, 0 to 1; None: dense"
+    ]
     reason: Annotated[str, "why it stayed dense, or what speaks against it; empty: it pays"]
     cost: Annotated[float | None, "of the best sparse kernel; None: nobody compared"] = None
     dense_cost: float | None = None
-    unit: Annotated[str, "us: measured; instructions: counted; cycles: predicted"] = ""
+    unit: Annotated[str, "of the costs: us, instructions or cycles; empty: nobody compared"] = ""
+    kind: Annotated[
+        str, "measured on the target, counted under its emulator, or predicted from tables"
+    ] = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class LayerRow:
     scheme: Annotated[
         str, "weights x activations, e.g. `int8/channel x int8`; `float` when nothing was done"
     ]
-    macs: int
+    macs: Annotated[int, "multiply-accumulates of the original"]
     parameters: int
     bytes_before: int
     bytes_after: int
@@ -95,10 +100,17 @@ class LayerRow:
     instructions: Annotated[
         int | None, "of its kernels, counted on an emulator; those of several layers shared evenly"
     ] = None
+    instructions_before: Annotated[int | None, "the same of the original"] = None
     change: Annotated[
         str, "what steps made of it: channels, rank, pattern and zeros; empty: nothing"
     ] = ""
     choice: Annotated[KernelChoice | None, "of a layer with zeros"] = None
+    macs_after: Annotated[
+        int | None,
+        "multiply-accumulates that its kernels execute: of a sparse one those of stored weights; "
+        "zeros in a dense one count",
+    ] = None
+    calls: Annotated[int, "that share its weight: the steps of a loop; figures are of all"] = 1
 
 
 @dataclass(frozen=True)
@@ -201,6 +213,16 @@ class KernelInstructions:
 
 
 @dataclass(frozen=True)
+class OriginalCost:
+    """What one inference of the original costs on the board's machine."""
+
+    instructions: Annotated[int, "of one inference, median"]
+    kernels: Annotated[tuple[KernelInstructions, ...], "the most expensive first"]
+    flash_bytes: Annotated[int, "of the model as linked: constants, kernels, calls"]
+    arena_bytes: int
+
+
+@dataclass(frozen=True)
 class BoardCost:
     """What one inference of a C project costs. Instructions are counted exactly on an emulator:
     they are neither cycles nor a latency."""
@@ -216,6 +238,10 @@ class BoardCost:
     arena_bytes: int
     other_ram_bytes: Annotated[int, "of the model as linked, besides the arena"]
     stack_bytes: Annotated[int | None, "deepest use below `main`"]
+    original: Annotated[
+        OriginalCost | None, "of the original, as a C project for the same machine"
+    ] = None
+    no_original: Annotated[str, "why that is missing; empty: it is there"] = ""
 
 
 @dataclass(frozen=True)
@@ -226,6 +252,20 @@ class StepTime:
     seconds: float
     cached: bool
     detail: Annotated[str, "of a build: its kernels, and how many came from the cache"] = ""
+
+
+@dataclass(frozen=True)
+class StepEffect:
+    """To how many layers a step of the recipe did something; a loop's calls are one layer."""
+
+    step: str
+    changed: int
+    put_back: Annotated[int, "layers that stay as they were: no gain on the target"]
+    left: Annotated[int, "layers that it is for but cannot change, or had no reason to"]
+    put_back_because: Annotated[str, "an example, with the reason"] = ""
+    left_because: Annotated[str, "an example, with the reason"] = ""
+    dense: Annotated[int, "of the changed ones: zeros that a dense kernel computes with"] = 0
+    dense_because: Annotated[str, "an example, with the reason"] = ""
 
 
 @dataclass(frozen=True)
@@ -240,7 +280,7 @@ class Report:
     target_description: str
     created: Annotated[str, "UTC, ISO 8601"]
     device: Device
-    macs: int
+    macs: Annotated[int, "multiply-accumulates of the original"]
     parameters: int
     original: Annotated[
         str, "what `before` is: `float original`, or `source, as imported` when that is quantised"
@@ -261,6 +301,8 @@ class Report:
     board: Annotated[BoardCost | None, "of a C project that was run"] = None
     notes: Annotated[tuple[str, ...], "about the recipe: layers that its steps leave alone"] = ()
     is_project: Annotated[bool, "C for the compiler of a board, not a shared library"] = False
+    macs_after: Annotated[int | None, "multiply-accumulates that the artefact executes"] = None
+    effects: Annotated[tuple[StepEffect, ...], "of the steps that take weights away"] = ()
     format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .rows import StepEffect
 
 if TYPE_CHECKING:
     import tvm
@@ -42,45 +44,60 @@ def describe_schemes(module: tvm.IRModule) -> dict[str, str]:
 
 
 def describe_changes(module: tvm.IRModule) -> dict[str, str]:
-    """Layer name => what steps did to its shape and weights, in words, in the steps' order."""
-    changes: dict[str, str] = {}
-    for noted in _words_by_step(module).values():
+    """Layer name => what steps did to its shape and weights, or why they left it, in words, in the
+    steps' order."""
+    from ..relay_passes.step_notes import read_left_alone, words_by_step
+
+    changes: dict[str, list[str]] = {}
+    left = read_left_alone(module)
+    for step, noted in words_by_step(module).items():
         for name, words in noted.items():
-            changes[name] = "; ".join(filter(None, [changes.get(name), words]))
-    return changes
+            changes.setdefault(name, []).append(words)
+        for name, reason in left.get(step, {}).items():
+            if step != "shrink":  # a layer that keeps its channels is nothing to explain
+                changes.setdefault(name, []).append(f"left by {step}: {reason}")
+    return {name: "; ".join(words) for name, words in changes.items()}
 
 
-def steps_left_alone(module: tvm.IRModule, steps: Collection[str]) -> list[str]:
-    """A line for each of the `steps` that left layers as they were, with one of the reasons."""
-    lines = []
-    for step, words in _words_by_step(module).items():
+def describe_effects(
+    module: tvm.IRModule, steps: Collection[str], firsts: Mapping[str, str]
+) -> tuple[StepEffect, ...]:
+    """What each of the `steps` that take weights away did, the calls of a loop (`firsts`: name =>
+    the first of them) as one layer."""
+    from ..relay_passes.step_notes import PUT_BACK, read_left_alone, words_by_step
+
+    left_alone = read_left_alone(module)
+    effects = []
+    for step, noted in words_by_step(module).items():
         if step not in steps:
             continue
-        left = {n: text for n, text in words.items() if text.startswith(("dense: ", "whole: "))}
-        if not words:
-            lines.append(f"{step} changed nothing: no layer that it is for has what it asks for")
-        elif left:
-            name, reason = next(iter(left.items()))
-            lines.append(
-                f"{step}: {len(left)} of {len(words)} layers stay as they were, such as {name}, "
-                f"{reason}"
+        words = {firsts.get(name, name): text for name, text in noted.items()}
+        left = {
+            firsts.get(name, name): reason
+            for name, reason in left_alone.get(step, {}).items()
+            if firsts.get(name, name) not in words
+        }
+        back = {name: text for name, text in words.items() if text.startswith(PUT_BACK)}
+        effects.append(
+            StepEffect(
+                step=step,
+                changed=len(words) - len(back),
+                put_back=len(back),
+                left=len(left),
+                put_back_because=_example(back),
+                left_because=_example(left),
             )
-    return lines
+        )
+    return tuple(effects)
 
 
-def _words_by_step(module: tvm.IRModule) -> dict[str, dict[str, str]]:
-    """Step => layer => what it noted, in the order in which the steps make sense."""
-    from ..relay_passes.low_rank import read_low_rank
-    from ..relay_passes.shrink import read_shrunk
-    from ..relay_passes.sparsify import read_sparsified
-    from ..relay_passes.structured import read_structured
-
-    return {
-        "shrink": read_shrunk(module),
-        "lowrank": read_low_rank(module),
-        "structured": read_structured(module),
-        "sparsify": read_sparsified(module),
-    }
+def _example(reasons: Mapping[str, str]) -> str:
+    """The reason that most layers have, with the first of them."""
+    if not reasons:
+        return ""
+    texts = list(reasons.values())
+    common = max(dict.fromkeys(texts), key=texts.count)
+    return f"{next(name for name, text in reasons.items() if text == common)}, {common}"
 
 
 def _behind_moves(graph: Any, expr: Any) -> Any:

@@ -16,9 +16,11 @@ from .text import (
     change_text,
     count_text,
     db_text,
+    effect_text,
     percent_text,
     points,
     ratio_text,
+    row_name,
     short_name,
     three_digits,
     time_text,
@@ -206,6 +208,9 @@ def _print_totals(console: Console, report: Mapping[str, Any]) -> None:
     x, y = before["bytes"]["total"], after["bytes"]["total"]
     whole = "library file => C project" if report.get("is_project") else "library file"
     table.add_row(whole, bytes_text(x), bytes_text(y), ratio_text(x, y), style="bold")
+    if report.get("macs_after") is not None:
+        x, y = report["macs"], report["macs_after"]
+        table.add_row("multiply-adds", count_text(x), count_text(y), ratio_text(x, y))
     x, y = before["plan_bytes"], after["plan_bytes"]
     table.add_row("memory at run time", bytes_text(x), bytes_text(y), ratio_text(x, y))
     if before["latency"] and after["latency"]:
@@ -243,6 +248,8 @@ def _print_totals(console: Console, report: Mapping[str, Any]) -> None:
             "",
         )
     console.print(table)
+    for effect in report.get("effects", []):
+        console.print(f"{effect['step']:<10}{effect_text(effect)}")
     device = report["device"]
     if before["latency"]:
         console.print(
@@ -265,13 +272,14 @@ def _interval(low: float, high: float) -> str:
 def _print_layers(console: Console, report: Mapping[str, Any]) -> None:
     """With times, or where a board ran it with instructions."""
     cost = report.get("board")
-    costs = (">instructions",) if cost else (">time", "")
-    table = new_table("layer", "scheme", ">MACs", ">bytes", "", *costs, ">share", ">SQNR", ">own")
+    costs = (">instructions", "") if cost else (">time", "")
+    columns = ("layer", "scheme", ">MACs", "", ">bytes", "", *costs, ">share", ">SQNR", ">own")
+    table = new_table(*columns)
     for row in report["layers"]:
         table.add_row(
-            short_name(row["name"]),
+            row_name(row),
             row["scheme"],
-            count_text(row["macs"]),
+            *_macs(row),
             f"{bytes_text(row['bytes_before'])} →",
             bytes_text(row["bytes_after"]),
             *(_counted(row, cost) if cost else _timed(row)),
@@ -281,7 +289,7 @@ def _print_layers(console: Console, report: Mapping[str, Any]) -> None:
     for row in report["other_kernels"]:
         table.add_row(
             short_name(row["name"]),
-            *[""] * (4 + len(costs) - 1),
+            *[""] * (5 + len(costs) - 1),
             time_text(row["time_us"]),
             percent_text(row["time_share"]),
             db_text(row["sqnr_db"]),
@@ -299,9 +307,17 @@ def _print_changes(console: Console, rows: Iterable[Mapping[str, Any]]) -> None:
     table = new_table("layer", "what was done to it, and the kernel")
     for row in rows:
         if change_text(row):
-            table.add_row(short_name(row["name"]), change_text(row))
+            table.add_row(row_name(row), change_text(row))
     if table.row_count:
         console.print(table)
+
+
+def _macs(row: Mapping[str, Any]) -> tuple[str, str]:
+    """The original's, and those that run where they are others."""
+    after = row.get("macs_after")
+    if after is None or after == row["macs"]:
+        return (count_text(row["macs"]), "")
+    return (f"{count_text(row['macs'])} →", count_text(after))
 
 
 def _timed(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -315,8 +331,10 @@ def _timed(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _counted(row: Mapping[str, Any], cost: Mapping[str, Any]) -> tuple[str, ...]:
     count = row.get("instructions")
     if count is None or not cost["instructions"]:
-        return ("-", "-")
-    return (f"{count:,}", percent_text(count / cost["instructions"]))
+        return ("", "-", "-")
+    before = row.get("instructions_before")
+    was = "" if before is None else f"{before:,} →"
+    return (was, f"{count:,}", percent_text(count / cost["instructions"]))
 
 
 def _print_float(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:

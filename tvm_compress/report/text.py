@@ -80,17 +80,40 @@ def change_text(row: Mapping[str, Any]) -> str:
     parts = [row.get("change", "")]
     if choice and choice["form"]:
         share = choice["stored_share"]
-        stored = "" if share is None else f", {100 * share:.0f} % stored"
+        stored = "" if share is None else f", {100 * share:.0f} % of its weights stored"
         gain = ""
         if choice["cost"] and choice["dense_cost"]:
-            how = {"us": "measured", "instructions": "counted", "cycles": "predicted"}
             ratio = choice["cost"] / choice["dense_cost"]
-            gain = f", {ratio:.2f}x of dense ({how[choice['unit']]})"
+            how = f"{choice['kind']} {choice['unit']}".strip()
+            gain = f", {ratio:.2f}x of dense ({how})"
         parts.append(f"kernel {choice['form']}{stored}{gain}")
         parts.append("insisted on" if choice["reason"] else "")
     elif choice and choice["reason"] and choice["reason"] not in parts[0]:
         parts.append(f"dense kernel: {choice['reason']}")
     return "; ".join(filter(None, parts))
+
+
+def effect_text(effect: Mapping[str, Any]) -> str:
+    """What a step did, in one line: how many layers it changed, put back and left."""
+    counts = effect["changed"], effect["put_back"], effect["left"]
+    if not any(counts):
+        return "changed nothing: no layer that it is for has what it asks for"
+    layers = "1 layer" if effect["changed"] == 1 else f"{effect['changed']} layers"
+    parts = [f"{layers} changed"]
+    for key, words in (
+        ("dense", "of them with a dense kernel"),
+        ("put_back", "put back"),
+        ("left", "left alone"),
+    ):
+        if effect[key]:
+            parts.append(f"{effect[key]} {words} (such as {effect[f'{key}_because']})")
+    return "; ".join(parts)
+
+
+def row_name(row: Mapping[str, Any], width: int = 26) -> str:
+    """A layer's name; of a loop's with the number of its calls."""
+    calls = f" ×{row['calls']}" if row.get("calls", 1) > 1 else ""
+    return short_name(row["name"], width - len(calls)) + calls
 
 
 def tuned_text(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
