@@ -70,6 +70,14 @@ class NarrowSums:
     data: tuple[int, int]
     added: int
 
+    def fits(self, weights: np.ndarray) -> np.ndarray:
+        """Whether products of weights [..., n] with any data may be added, all n of them."""
+        low, high = self.data
+        positive = np.maximum(weights, 0).sum(axis=-1)
+        negative = np.maximum(-weights, 0).sum(axis=-1)
+        largest, least = high * positive - low * negative, high * negative - low * positive
+        return np.asarray((largest <= _LARGEST) & (least <= -_LEAST))
+
     def longest_chain(self, values: np.ndarray, starts: np.ndarray) -> int:
         """How many of a block's groups, values [groups, block, group], may be added; each block
         starts a chain. 0: a single group may saturate."""

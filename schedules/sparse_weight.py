@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..targets import Target
+from .paired_entries import pair_entries
 from .sparse_conv2d import encode, group_entries, offsets_of
 from .sparse_form import MOST_COMPILED, SparseForm
 from .sparse_rows import spec_of as spec_by_bits
@@ -98,6 +99,8 @@ def encoded(
     if not len(values):  # nothing is left of the layer, and arrays are not empty
         values, positions = np.zeros((1, form.block), codes.dtype), np.zeros(1, np.int32)
         starts[1:] = 1
+    if form.by_channel and form.sums is not None:
+        values, positions, starts = pair_entries(values, positions, starts, form.sums)
     if form.group > 1:
         values, positions, starts = group_entries(values, positions, starts, form.group)
     common: dict[str, Any] = {

@@ -1,6 +1,8 @@
 """The same of bytes (`sparse_planes.py`), four entries at a time: their planes are interleaved in
 registers and multiplied by `vpdpbusd` with four weights of each output of the block. Interleaving
 is twice as much work as one output's products, so blocks of two or four are worth more here.
+Without it `vpmaddubsw` multiplies, of entries whose order keeps its sums exact
+(`../paired_entries.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from ..layer_kernel import read_layer
 from ..sparse import SparseLayer, sparse_operands
 from ..sparse_conv2d import BYTES
 from ..spec import SparseConv2dSpec, ceil_div
-from .dot import ByteDot, widest_byte_dot
+from .dot import ByteDot, ChainDot, has_pairs, widest_byte_dot
 from .sparse_planes import SparsePlanesKernel, fits_planes
 
 # Registers of planes and what becomes of them on the way to quads.
@@ -30,13 +32,15 @@ _WOVEN = 8
 def sparse_byte_planes_kernel(
     fused: FusedFunction, target: Target, choice: Choice | None
 ) -> BytePlanesKernel | None:
-    """A sparse convolution of bytes whose offsets name channels and taps; None: another one, or no
-    `vpdpbusd`."""
+    """A sparse convolution of bytes whose offsets name channels and taps; None: another one, or
+    weights that `vpmaddubsw` would saturate with."""
 
     def takes(spec: SparseConv2dSpec) -> bool:
         dtypes = (spec.data_dtype, spec.weight_dtype, spec.acc_dtype)
         is_ours = spec.by_channel and dtypes == BYTES and spec.group == ByteDot.group
-        return is_ours and fits_byte_planes(spec.out_channels, spec.block, target)
+        dot = planes_dot(target)
+        is_exact = dot is not None and (not dot.is_chained or spec.chain > 0)
+        return is_ours and is_exact and fits_byte_planes(spec.out_channels, spec.block, target)
 
     layer = read_layer(fused, target, choice, (SparseConv2dSpec,), takes, sparse_operands, Epilogue)
     return None if layer is None else BytePlanesKernel(layer)
@@ -44,12 +48,18 @@ def sparse_byte_planes_kernel(
 
 def fits_byte_planes(out_channels: int, block: int, target: Target) -> bool:
     """Whether registers hold a block's sums for one run of positions."""
-    dot = widest_byte_dot(target)
     return (
-        dot is not None
+        planes_dot(target) is not None
         and fits_planes(out_channels, block, target)
         and 4 * block + _WOVEN <= target.vector_registers
     )
+
+
+def planes_dot(target: Target) -> ByteDot | None:
+    """What multiplies quads, in the widest registers; None: nothing does."""
+    lanes = next((lanes for lanes in (16, 8) if has_pairs(target, lanes)), None)
+    pairs = None if lanes is None else ChainDot(lanes, "int8", False)
+    return widest_byte_dot(target) or pairs
 
 
 class BytePlanesKernel(SparsePlanesKernel):
@@ -59,7 +69,7 @@ class BytePlanesKernel(SparsePlanesKernel):
     unroll = 1
 
     def __init__(self, layer: SparseLayer) -> None:
-        dot = widest_byte_dot(layer.target)
+        dot = planes_dot(layer.target)
         assert dot is not None
         self.dot, self.lanes = dot, dot.lanes
         self.chunk = 4 * dot.lanes

@@ -28,8 +28,10 @@ _PLANES = {1: 2.5, 2: 1.5, 4: 1.4}
 _COMPILED = {16: 1.2, 8: 1.6}
 # The same of bytes, against `vpdpbusd`: most of it is interleaving.
 _BYTE_PLANES = {1: 4.5, 2: 3.0, 4: 2.2}
+# The same without it, against `vpmaddwd`.
+_PAIR_PLANES = {1: 2.0, 2: 1.4, 4: 1.2}
 # Multiply-adds that turning over one number of the input or the output takes as long as.
-_TURNED, _TURNED_BYTES = 8, 28
+_TURNED, _TURNED_BYTES, _TURNED_PAIRS = 8, 28, 14
 # Bytes in blocks of 16, in times of a dense multiply-add: by `vpdpbusd`, and without it.
 _BYTES = (
     DenseCost(1, 20),
@@ -73,7 +75,9 @@ def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> list[SparseFo
     # Weights that prove this make the dense kernel as much faster (0.20 to 0.41 at 80 %, pairs 0.25
     # to 0.50 where nothing is proven).
     chained = replace(pairs, cost=0.99 * pairs.cost, group=QUADS, sums=_CHAINS)
-    return [chained, pairs]
+    costs = {n: c for n, c in _PAIR_PLANES.items() if fits_byte_planes(_outputs(spec), n, target)}
+    planes = _planes(spec, costs, cost.of(spec), 32, _TURNED_PAIRS, QUADS)
+    return [chained, pairs, *(replace(form, sums=_CHAINS) for form in planes)]
 
 
 def _outputs(spec: Conv2dSpec | MatmulSpec) -> int:

@@ -24,6 +24,8 @@ from tvm_compress.schedules import (
 )
 from tvm_compress.schedules.choice import Choice
 from tvm_compress.schedules.matrix import PARALLEL_MACS
+from tvm_compress.schedules.paired_entries import pair_entries
+from tvm_compress.schedules.saturation import NarrowSums
 from tvm_compress.schedules.sparse_conv2d import (
     decode,
     encode,
@@ -38,6 +40,8 @@ from tvm_compress.targets import Target, get_target
 
 from .kernels import assert_same, random_array, run
 
+# Of vpmaddubsw.
+_SUMS = NarrowSums((0, 255), 2)
 SHAPES: list[dict[str, Any]] = [
     {"height": 1, "width": 7, "in_channels": 33, "out_channels": 16, "kernel": (1, 1)},
     {"height": 1, "width": 5, "in_channels": 20, "out_channels": 37, "kernel": (1, 1),
@@ -154,20 +158,23 @@ def test_few_weights_go_into_code(share: float, is_in_code: bool) -> None:
 
 
 def byte_problem(
-    block: int, sparsity: float, **fields: Any
+    block: int, sparsity: float, sums: NarrowSums | None = None, **fields: Any
 ) -> tuple[SparseConv2dSpec, list[np.ndarray]]:
-    """The same with bytes, in groups of four."""
+    """The same with bytes, in groups of four; or in pairs that `sums` allows."""
     spec, inputs = problem(block, sparsity, **fields)
     rng = np.random.default_rng(1)
     shape = (spec.dense.reduction_size, spec.out_channels)
     kept = decode(inputs[1], positions_of(spec, inputs[2]), inputs[3], shape) != 0
     codes = np.where(kept, rng.choice([-128, -127, 127, 5], shape), 0).astype(np.int8)
     encoded = encode(codes, block, kept, taps=spec.kernel[0] * spec.kernel[1])
+    if sums is not None:
+        encoded = pair_entries(*encoded, sums)
     values, positions, starts = group_entries(*encoded, ByteDot.group)
     spec = spec.replace(
         data_dtype="uint8", weight_dtype="int8", acc_dtype="int32", group=ByteDot.group,
         entries=len(positions), longest=int(np.diff(starts).max()),
         pad_value=7 * any(spec.padding),
+        chain=0 if sums is None else sums.longest_chain(values, starts),
     )  # fmt: skip
     data = rng.integers(0, 256, spec.data_shape).astype(np.uint8)
     return spec, [data, values, offsets_of(spec, positions), starts]
@@ -178,6 +185,42 @@ def test_bytes(fields: dict[str, Any]) -> None:
     block = {33: 1, 20: 4}.get(fields["in_channels"], 2)
     spec, inputs = byte_problem(block, 0.7, **fields)
     check(spec, inputs, get_target("x86-64-v4-vnni"), form="x86.sparse_byte_planes")
+
+
+@pytest.mark.parametrize(("fields", "level"), [
+    *((fields, "x86-64-v3") for fields in SHAPES),
+    *((fields, "x86-64-v4") for fields in SHAPES[4::3]),
+])  # fmt: skip
+def test_bytes_in_pairs(fields: dict[str, Any], level: str) -> None:
+    """Weights of which two saturate vpmaddubsw where their signs agree, data that use it."""
+    spec, inputs = byte_problem(1 + fields["in_channels"] % 2, 0.7, _SUMS, **fields)
+    assert spec.chain
+    inputs[0][:] = np.random.default_rng(2).choice([0, 255], inputs[0].shape)
+    check(spec, inputs, get_target(level), form="x86.sparse_byte_planes")
+
+
+def test_pairs() -> None:
+    """No pair saturates, nothing is lost, and few entries stay alone."""
+    rng = np.random.default_rng(4)
+    for block, kept in ((1, 0.2), (2, 0.3), (4, 0.3)):
+        weight = rng.integers(-128, 128, (900, 24)).astype(np.int8)
+        weight *= (rng.random((900, 24 // block)) < kept).repeat(block, axis=1)
+        values, positions, starts = encode(weight, block)
+        paired, places, ends = pair_entries(values, positions, starts, _SUMS)
+        products = paired.reshape(-1, 2, block).astype(int) * 255
+        assert np.where(products > 0, products, 0).sum(axis=1).max() < 2**15
+        assert np.where(products < 0, products, 0).sum(axis=1).min() >= -(2**15)
+        assert np.array_equal(decode(paired, places, ends, weight.shape), weight)
+        assert len(values) <= len(paired) < 1.1 * len(values)
+
+
+def test_signs_that_agree() -> None:
+    """Large weights of one sign stay alone: each is followed by a zero."""
+    weight = np.full((30, 3), 127, np.int8)
+    weight[:, 1] = 0
+    paired, _, ends = pair_entries(*encode(weight, 1), _SUMS)
+    assert np.array_equal(np.diff(ends), [60, 0, 60])
+    assert set(map(tuple, paired.reshape(-1, 2))) == {(127, 0)}
 
 
 def test_every_choice_of_bytes_is_exact() -> None:
