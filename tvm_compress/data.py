@@ -82,6 +82,15 @@ class Dataset:
             chosen = [self.picked[index] for index in chosen]
         return replace(self, picked=tuple(chosen))
 
+    def parted(self, count: int) -> tuple[Dataset, Dataset]:
+        """(the others, `take(count)`); twice all of it where there are no others."""
+        taken = self.take(count)
+        if taken is self or taken.picked is None:
+            return self, self
+        every = range(self.length) if self.picked is None else self.picked
+        others = sorted(set(every) - set(taken.picked))
+        return replace(self, picked=tuple(others)), taken
+
     def runs(self) -> Iterator[Run]:
         """One `Run` after the other. Raises `DataError` at the first sample that does not fit."""
         rows: list[Rows] = []
