@@ -117,7 +117,8 @@ class RowsKernel(LayerKernel[SpecT, OperandsT, Epilogue], Generic[SpecT, Operand
         super().__init__(layer)
         self.dot = dot
         self.vectors = BLOCK // dot.lanes
-        dense = layer.spec.dense
+        spec, dense = layer.spec, layer.spec.dense
+        self.window = window_of(spec if isinstance(spec, SparseConv2dSpec) else spec.dense)
         self.features, self.outputs = dense.reduction_size, dense.output_shape[-1]
         self.rows = dense.macs // (self.features * self.outputs)
         parallel = layer.target.threads > 1 and self.macs >= PARALLEL_MACS * dot.speed
@@ -210,7 +211,7 @@ class RowsKernel(LayerKernel[SpecT, OperandsT, Epilogue], Generic[SpecT, Operand
         sums = _Sums(e, self.dot, self.vectors, self.chains)
         self.multiply(data, base, block, sums)
         total = sums.total()
-        indices = partial(window_of(self.spec.dense).indices, 0, row, 0)
+        indices = partial(self.window.indices, 0, row, 0)
 
         def write(parts: list[tuple[int, int]]) -> None:
             for inner, width in parts:

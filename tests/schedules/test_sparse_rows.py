@@ -140,24 +140,31 @@ def check(name: str, shape: tuple[int, int, int], dtype: str, largest: int) -> N
         np.testing.assert_array_equal(out.numpy(), wanted)
 
 
-@pytest.mark.parametrize(("block", "dtype", "instructions"), [
-    (16, "int8", ("vpcompressb", "vpdpbusd")),
-    (1, "int8", ("vpexpandb", "vpdpbusd")),
-    (1, "float32", ("vexpandps", "vfmadd")),
+@pytest.mark.parametrize(("name", "block", "dtype", "instructions"), [
+    ("ice-lake", 16, "int8", ("vpcompressb", "vpdpbusd")),
+    ("ice-lake", 1, "int8", ("vpexpandb", "vpdpbusd")),
+    ("ice-lake", 1, "float32", ("vexpandps", "vfmadd")),
+    ("x86-64-v3", 16, "int8", ("vpmaddubsw", "vpmaddwd")),
+    ("x86-64-v3", 16, "float32", ("vfmadd",)),
 ])  # fmt: skip
-def test_instructions_and_epilogue(block: int, dtype: str, instructions: tuple[str, ...]) -> None:
+def test_instructions_and_epilogue(
+    name: str, block: int, dtype: str, instructions: tuple[str, ...]
+) -> None:
     """Bias and what follows it are in the same function; every choice builds."""
+    target = TARGETS[name]
     weight = pruned(1, 130, 40, block, dtype, 20)
-    spec, parts = spec_of(1, weight, 4 if dtype == "int8" else 1, block > 1)
+    dense = layer(1, weight)
+    form = next(form for form in forms_of(dense, target) if form.block == block)
+    spec, parts = encoded(dense, weight[None], form)
     func = lone_layer(spec)
-    choices = list(search_space(func, ICE_LAKE) or ())
+    choices = list(search_space(func, target) or ())
     assert len(choices) == 4
     data, bias = data_of(spec), np.arange(-20, 20).astype(spec.acc_dtype)
-    scheduled = schedule(func, ICE_LAKE, choices[1]).with_attr("global_symbol", "kernel")
-    library = tvm.tirx.build(tvm.IRModule({"kernel": scheduled}), target=ICE_LAKE.tvm_target())
+    scheduled = schedule(func, target, choices[1]).with_attr("global_symbol", "kernel")
+    library = tvm.tirx.build(tvm.IRModule({"kernel": scheduled}), target=target.tvm_target())
     code = library.inspect_source("asm")
     assert all(instruction in code for instruction in instructions)
-    if not ICE_LAKE.runs_here():
+    if not target.runs_here():
         return
     out = tvm.runtime.tensor(np.zeros(spec.output_shape, spec.data_dtype))
     library["kernel"](*(tvm.runtime.tensor(array) for array in (data, *parts, bias)), out)
