@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import tvm
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from ..errors import DataError
+from .channel_costs import Asked, counts_that_pay
 from .channel_groups import ChannelGroup, Channels, Labels, LayerChannels, find_channels
 from .costs import LayerCosts
 from .graph import Graph
@@ -51,7 +53,8 @@ from .shrink_config import RANKED, ChannelShare, ShrinkConfig
 from .weight_layers import WeightLayer, weight_layers
 
 SHRUNK_ATTR = "tvm_compress.shrunk"
-# Between the parts of a step: the labels that are zeros by now (JSON).
+# Between the parts of a step (JSON): the labels that are zeros by now, and layer => what the
+# target's costs had to say.
 LEAVING_ATTR = "tvm_compress.leaving"
 
 # Parts of a step that calibration runs between: each is two inferences a sample.
@@ -72,8 +75,9 @@ class Shrink:
     config of the first of them. The model's inputs and outputs stay, and so do channels of
     operators that `channel_groups.py` has no rule for. `statistics` holds what `observe` lists,
     gathered on this very module; `DataError` when it does not. `costs` say which numbers of
-    channels the target likes. What each layer lost is in the
-    attribute `tvm_compress.shrunk` of `main` (JSON: layer => words).
+    channels the target likes, and which groups gain nothing there: those stay whole, unless their
+    config insists (`channel_costs.py`). What each layer lost, or why not, is in the attribute
+    `tvm_compress.shrunk` of `main` (JSON: layer => words).
 
     A part of a step, as `stages` gives them, is applied the same way.
     """
@@ -86,7 +90,7 @@ class Shrink:
     ) -> None:
         self.schemes = dict(schemes)
         self.statistics = statistics
-        self.lanes = None if costs is None else costs.lanes
+        self.costs = costs
 
     def transform_module(
         self, module: tvm.IRModule, _context: tvm.transform.PassContext
@@ -100,13 +104,12 @@ class Shrink:
                 for name, part in self.schemes.items()
                 if not isinstance(part, Refit)
             }
-            zeros, channels, keep = mask(module, configs, self.statistics, self.lanes)
+            zeros, channels, keep = mask(module, configs, self.statistics, self.costs)
         if any(not getattr(part, "is_last", True) for part in parts):
-            main = zeros["main"].with_attr(LEAVING_ATTR, json.dumps(np.flatnonzero(~keep).tolist()))
-        else:
-            notes = {**read_shrunk(module), **_notes(channels, keep)}
-            main = shrunk(channels, keep).with_attr(SHRUNK_ATTR, json.dumps(notes))
-            main = main.without_attr(LEAVING_ATTR)
+            return zeros
+        notes = {**read_shrunk(module), **_notes(channels, keep, _leaving(zeros)["words"])}
+        main = shrunk(channels, keep).with_attr(SHRUNK_ATTR, json.dumps(notes))
+        main = main.without_attr(LEAVING_ATTR)
         result = zeros.clone()
         result["main"] = main
         return relax.transform.Normalize()(result)
@@ -157,23 +160,26 @@ def mask(
     module: tvm.IRModule,
     schemes: Mapping[str, ShrinkConfig],
     statistics: Statistics,
-    lanes: int | None = None,
+    costs: LayerCosts | None = None,
 ) -> tuple[tvm.IRModule, Channels, Keep]:
     """The module with zeros for what `Shrink` removes, which computes what the shrunk one does; the
-    labels of its tensors; and which labels stay. `lanes`: `LayerCosts.lanes` of the target."""
+    labels of its tensors; and which labels stay. In `LEAVING_ATTR`: which do not."""
     problem = _Problem.of(module, schemes, statistics)
+    groups, configs, counts = _group_counts(problem, costs)
+    words: dict[str, str] = {}
+    if costs is not None:
+        asked = [Asked(c.multiple if c.multiple != "auto" else None, c.insist) for c in configs]
+        counts, words = counts_that_pay(problem.channels, groups, counts, asked, costs)
     keep = np.ones(len(problem.channels.atoms), bool)
     merged: dict[LayerChannels, NDArray] = {}
-    for config in dict.fromkeys(config for _, config in problem.groups):
-        groups = [group for group, own in problem.groups if own == config]
-        counts = _counts(problem, config, groups, keep, config.multiples_for(lanes))
-        for group, count in zip(groups, counts.tolist(), strict=True):
-            if count < len(group.labels):
-                _choose(problem, config, group, count, keep, merged)
+    for group, config, count in zip(groups, configs, counts, strict=True):
+        if count < len(group.labels):
+            _choose(problem, config, group, count, keep, merged)
     weights, shifts = _compensated(problem, keep, merged)
     function, channels = masked(problem.channels, keep, weights, shifts)
+    leaving = {"labels": np.flatnonzero(~keep).tolist(), "words": words}
     result = module.clone()
-    result["main"] = function
+    result["main"] = function.with_attr(LEAVING_ATTR, json.dumps(leaving))
     return relax.transform.Normalize()(result), channels, keep
 
 
@@ -184,7 +190,7 @@ def _refitted(
     inputs that stay."""
     channels = find_channels(module["main"])
     keep = np.ones(len(channels.atoms), bool)
-    keep[json.loads(str(module["main"].attrs[LEAVING_ATTR]))] = False
+    keep[_leaving(module)["labels"]] = False
     members = [layer for layer in channels.layers if layer.name in layers]
     names = {call.name: None for layer in members for call in layer.calls}
     found = {item.name: item for item in weight_layers(channels.graph, names)}
@@ -206,6 +212,10 @@ def _refitted(
     result = module.clone()
     result["main"] = function
     return relax.transform.Normalize()(result), channels, keep
+
+
+def _leaving(module: tvm.IRModule) -> dict[str, Any]:
+    return dict(json.loads(str(module["main"].attrs[LEAVING_ATTR])))
 
 
 def _weight_of(layer: LayerChannels, matrices: Sequence[Array]) -> NDArray[np.float32]:
@@ -330,6 +340,25 @@ class _Problem:
 # --- how many --------------------------------------------------------------------------------
 
 
+def _group_counts(
+    problem: _Problem, costs: LayerCosts | None
+) -> tuple[list[ChannelGroup], list[ShrinkConfig], list[int]]:
+    """The groups, those of one config together, and how many labels of each were asked for."""
+    lanes = None if costs is None else costs.lanes
+    groups: list[ChannelGroup] = []
+    configs: list[ShrinkConfig] = []
+    counts: list[int] = []
+    keep = np.ones(len(problem.channels.atoms), bool)  # of as many labels, not yet the very ones
+    for config in dict.fromkeys(config for _, config in problem.groups):
+        mine = [group for group, own in problem.groups if own == config]
+        found = _counts(problem, config, mine, keep, config.multiples_for(lanes)).tolist()
+        for group, count in zip(mine, found, strict=True):
+            keep[group.labels[count:]] = False
+        groups, counts = groups + mine, counts + found
+        configs += [config] * len(mine)
+    return groups, configs, counts
+
+
 def _counts(
     problem: _Problem,
     config: ShrinkConfig,
@@ -361,7 +390,7 @@ def _wanted_at(
     sizes: NDArray[np.int64],
 ) -> Callable[[float], Array]:
     """level 0 to 1 => labels of each group that stay."""
-    if config.scope == "group":
+    if config.scope != "network":
         return lambda level: np.asarray(level * sizes, np.float64)
     scores = [_ranks(problem, config, group) for group in groups]
     every = np.sort(np.concatenate(scores))[::-1]
@@ -563,14 +592,17 @@ def _compensated(
     return weights, shifts
 
 
-def _notes(channels: Channels, keep: Keep) -> dict[str, str]:
-    """Layer => `64 -> 40 channels`, or inputs where it computes as many as before."""
-    notes = {}
+def _notes(channels: Channels, keep: Keep, words: Mapping[str, str]) -> dict[str, str]:
+    """Layer => `64 -> 40 channels`, or inputs where it computes as many as before, and the `words`
+    that there are about it."""
+    notes = dict(words)
     for layer in channels.layers:
         for labels, what in ((layer.outputs, "channels"), (layer.inputs, "inputs")):
             left = int(keep[labels].sum())
             if left < len(labels):
                 for variable in layer.calls:
-                    notes[variable.name] = f"{len(labels)} -> {left} {what}"
+                    lost = f"{len(labels)} -> {left} {what}"
+                    said = words.get(variable.name)
+                    notes[variable.name] = lost if said is None else f"{lost}; {said}"
                 break
     return notes

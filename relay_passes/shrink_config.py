@@ -91,6 +91,11 @@ class ShrinkConfig:
         },
     )
 
+    insist: bool = field(
+        default=False,
+        metadata={"help": "channels leave also where the target gets neither faster nor smaller"},
+    )
+
     def __post_init__(self) -> None:
         if self.multiple != "auto" and self.multiple < 1:
             raise RecipeError(f"multiple is from 1 on, not {self.multiple}")

@@ -16,6 +16,8 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from .channel_costs import why_whole
+from .channel_groups import find_channels
 from .graph import Graph
 from .ir import shape_of
 from .layer_spec import layer_spec
@@ -42,7 +44,7 @@ _NOTES: dict[str, Callable[[tvm.IRModule], dict[str, str]]] = {
     "sparsify": read_sparsified,
 }
 _UNTOUCHED = {
-    "shrink": "all its channels stay",
+    "shrink": "what was asked for takes none of its channels",
     "lowrank": "the total needs no split of it",
     "sparsify": "the total takes none of its weights",
 }
@@ -59,7 +61,10 @@ def untouched(step: str, module: tvm.IRModule, schemes: Mapping[str, Any]) -> di
     if step not in _UNTOUCHED:
         return {}
     noted = _NOTES[step](module)
-    return {name: _UNTOUCHED[step] for name in schemes if name not in noted}
+    left = dict.fromkeys((name for name in schemes if name not in noted), _UNTOUCHED[step])
+    if step == "shrink":
+        left |= why_whole(find_channels(module["main"]), schemes, left)
+    return left
 
 
 def left_alone(step: str, module: tvm.IRModule, schemes: Mapping[str, Any]) -> dict[str, str]:

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import ArtefactError, TargetError
-from .relay_passes.costs import COUNTED, MEASURED, PREDICTED, Comparison
+from .relay_passes.costs import COUNTED, MEASURED, PREDICTED, Comparison, Total
 
 if TYPE_CHECKING:
     from .kernel_bench import Kernel, KernelBench
     from .kernel_cache import KernelCache
     from .progress import Progress
+    from .relay_passes.costs import LayerUse
     from .relay_passes.layer_spec import LayerSpec
     from .relay_passes.quantize_config import QuantizeConfig
     from .schedules.sparse_form import SparseForm
@@ -87,14 +88,26 @@ class TargetCosts:
     def compare(self, layer: str, chains: Sequence[Sequence[LayerSpec]]) -> list[float]:
         """See `LayerCosts`."""
         shipped = [[self._shipped(layer, spec) for spec in chain] for chain in chains]
-        different = {spec.to_json(): spec for chain in shipped for spec in chain}
-        keys = sorted(different)
-        kernels = [self._dense(different[key]) for key in keys]
-        figures, _ = self._figures(layer, keys, kernels)
-        if figures is None:
-            figures = [predicted_cycles(different[key], self.target) for key in keys]
-        of = dict(zip(keys, figures, strict=True))
-        return [sum(of[spec.to_json()] for spec in chain) for chain in shipped]
+        costs, _, _ = self._dense_costs(layer, [spec for chain in shipped for spec in chain])
+        return [sum(costs[spec.to_json()] for spec in chain) for chain in shipped]
+
+    def totals(self, alternatives: Sequence[Sequence[LayerUse]]) -> list[Total]:
+        """See `LayerCosts`."""
+        shipped = [
+            [(self._shipped(use.layer, use.spec), use.calls) for use in uses]
+            for uses in alternatives
+        ]
+        first = next(use.layer for uses in alternatives for use in uses)
+        every = [spec for uses in shipped for spec, _ in uses]
+        costs, sizes, unit = self._dense_costs(first, every)
+        return [
+            Total(
+                sum(costs[spec.to_json()] * calls for spec, calls in uses),
+                sum(sizes[spec.to_json()] for spec, _ in uses),
+                unit,
+            )
+            for uses in shipped
+        ]
 
     def sparse(self, layer: str, spec: LayerSpec, kept: np.ndarray) -> Comparison:
         """See `LayerCosts`."""
@@ -141,6 +154,19 @@ class TargetCosts:
             key=lambda form: (form.share(*_USUAL), -form.block),
         )
         return tuple(dict.fromkeys(form.block for form in ordered))
+
+    def _dense_costs(
+        self, layer: str, specs: Sequence[LayerSpec]
+    ) -> tuple[dict[str, float], dict[str, int], str]:
+        """(cost, bytes of the stored weight) by spec as JSON, and the unit of all costs."""
+        different = {spec.to_json(): spec for spec in specs}
+        keys = sorted(different)
+        kernels = [self._dense(different[key]) for key in keys]
+        figures, unit = self._figures(layer, keys, kernels)
+        if figures is None:
+            figures = [predicted_cycles(different[key], self.target) for key in keys]
+        sizes = [sum(array.nbytes for array in kernel.weights) for kernel in kernels]
+        return dict(zip(keys, figures, strict=True)), dict(zip(keys, sizes, strict=True)), unit
 
     # --- figures --------------------------------------------------------------------------------
 

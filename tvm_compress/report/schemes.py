@@ -54,8 +54,7 @@ def describe_changes(module: tvm.IRModule) -> dict[str, str]:
         for name, words in noted.items():
             changes.setdefault(name, []).append(words)
         for name, reason in left.get(step, {}).items():
-            if step != "shrink":  # a layer that keeps its channels is nothing to explain
-                changes.setdefault(name, []).append(f"left by {step}: {reason}")
+            changes.setdefault(name, []).append(f"left by {step}: {reason}")
     return {name: "; ".join(words) for name, words in changes.items()}
 
 
