@@ -170,7 +170,11 @@ class Candidate:
         counts_bytes = _counts_bytes(config)
         if (self.bytes(rank) if counts_bytes else self.operations(rank)) >= 1:
             return f"rank {rank} has as many {'bytes' if counts_bytes else 'operations'}"
-        if self.costs is None or config.insist or counts_bytes:
+        return None if config.insist or counts_bytes else self.slower(rank)
+
+    def slower(self, rank: int) -> str | None:
+        """What to say of a split that is a loss by its time; None: it is none."""
+        if self.costs is None:
             return None
         latency = self.latency(rank)
         if latency < 1 or (self.bytes(rank) < 1 and latency <= TOLERATED):

@@ -93,9 +93,13 @@ class Structured:
                 for v in layer.variables
             }
             chain = chains[layer.variables[0]]
-            slower = None if layer.config.insist else _why_slower(layer, chain.specs, self.costs)
-            notes.update(dict.fromkeys((v.name for v in chains), slower or found.words))
-            if slower is None:
+            slower = _why_slower(layer, chain.specs, self.costs)
+            stays = slower is not None and not layer.config.insist
+            note = f"whole: {slower}" if stays else found.words
+            if slower is not None and layer.config.insist:
+                note += f"; insisted on: {slower}"
+            notes.update(dict.fromkeys((v.name for v in chains), note))
+            if not stays:
                 for variable, own in chains.items():
                     before[variable], replace[variable] = own.bindings[:-1], own.bindings[-1].value
                     fixed.update(own.transforms)
@@ -125,14 +129,14 @@ def _layers(graph: Graph, schemes: Mapping[str, StructuredConfig]) -> list[Layer
 
 
 def _why_slower(layer: Layer, specs: list[LayerSpec], costs: LayerCosts | None) -> str | None:
-    """What to note of a layer that stays as it is."""
+    """What to note of a layer that had better stay as it is."""
     spec = layer_spec(layer.call)
     assert spec is not None
     if costs is None:
         whole, parts = float(spec.macs), float(sum(part.macs for part in specs))
     else:
         whole, parts = costs.compare(layer.name, [[spec], specs])
-    return f"whole: its parts take {parts / whole:.2f} of its time" if parts >= whole else None
+    return f"its parts take {parts / whole:.2f} of its time" if parts >= whole else None
 
 
 # --- fits -----------------------------------------------------------------------------------------

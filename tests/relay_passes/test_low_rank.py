@@ -253,7 +253,10 @@ def test_no_layer_becomes_a_loss() -> None:
         "of its time on the target" in read_low_rank(split(module, plain(Latency(0.5)), slow))["a"]
     )
     for config in (plain(Operations(0.5), insist=True), plain(Bytes(0.5))):
-        assert set(ranks(split(module, config, slow))) == {"a", "b", "p", "fc"}
+        result = split(module, config, slow)
+        assert set(ranks(result)) == {"a", "b", "p", "fc"}
+        marked = "; insisted on: rank 8 takes 1.9" in read_low_rank(result)["a"]
+        assert marked == config.insist
 
 
 def test_ranks_by_bytes() -> None:

@@ -249,7 +249,7 @@ def test_later_steps_work_on_what_is_left() -> None:
     text = """
 version: 1
 steps:
-  - shrink: {layers: all, keep: {operations: {share: 0.6}}, multiple: 8}
+  - shrink: {layers: all, keep: {operations: {share: 0.6}}, multiple: 8, insist: true}
   - sparsify: {layers: conv2d, sparsity: 0.5, pattern: {block: {outputs: 8, inputs: 1}}, insist: true}
   - quantize: {layers: all, weights: int8, activations: int8}
 """

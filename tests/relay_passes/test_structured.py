@@ -100,7 +100,11 @@ def test_never_a_loss() -> None:
     assert read_structured(stayed) == {"fc": "whole: its parts take 1.50 of its time"}
     assert [layer.name for layer in list_layers(stayed)] == ["fc"]
     assert len(list_layers(structured(module, StructuredConfig(), faster))) == 3
-    assert len(list_layers(structured(module, StructuredConfig(insist=True), slower))) == 3
+    insisting = structured(module, StructuredConfig(insist=True), slower)
+    assert len(list_layers(insisting)) == 3
+    assert read_structured(insisting)["fc"].endswith(
+        "; insisted on: its parts take 1.50 of its time"
+    )
     # Without costs operations count: transforms of a small layer take more than the layer.
     small = linear(weight[:8, :8], (1, 8))
     assert [layer.name for layer in list_layers(structured(small, StructuredConfig()))] == ["fc"]
