@@ -162,13 +162,15 @@ def machine_text(target: Target) -> str:
 
 
 def layers_of(project: Path) -> dict[str, list[str]]:
-    """By symbol of a kernel, of the C project in a folder."""
+    """By symbol of a kernel, or of a loop in assembly that kernels call, of the C project in a
+    folder."""
     from .bare.emit import read_interface
 
     found: dict[str, list[str]] = {}
     for call in read_interface(project)["calls"]:
-        named = found.setdefault(str(call["symbol"]), [])
-        named += [layer for layer in call["layers"] if layer not in named]
+        for symbol in (call["symbol"], *call.get("loops", ())):
+            named = found.setdefault(str(symbol), [])
+            named += [layer for layer in call["layers"] if layer not in named]
     return found
 
 

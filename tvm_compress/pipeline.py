@@ -23,7 +23,7 @@ from .relay_passes.lower import LowerToKernels
 from .relay_passes.narrow_indices import NarrowIndices
 from .relay_passes.pack_weights import PackWeights
 from .relay_passes.schedule_kernels import ScheduleKernels
-from .relay_passes.sparse_choices import ChooseSparse
+from .relay_passes.sparse_choices import CHOICES_ATTR, ChooseSparse
 from .relay_passes.unsigned_activations import UnsignedActivations
 
 if TYPE_CHECKING:
@@ -38,8 +38,26 @@ if TYPE_CHECKING:
 def choosing_pipeline(
     target: Target, costs: LayerCosts, insisted: Collection[str]
 ) -> tvm.transform.Pass:
-    """Graph form, behind a recipe's last step => the same with what costs decided noted."""
-    return tvm.transform.Sequential([ChooseSparse(target.name, costs, insisted)], name="choosing")
+    """Graph form, behind a recipe's last step => the same with what costs decided noted.
+
+    Decided on what ships: in a C project channels without a use have left by then, and with them
+    zeros.
+    """
+    choose = ChooseSparse(target.name, costs, insisted)
+    if not target.is_cross:
+        return tvm.transform.Sequential([choose], name="choosing")
+    shipped = tvm.transform.Sequential([edges_pipeline(), shrinking_pipeline(target), choose])
+
+    @tvm.transform.module_pass(opt_level=0, name="choosing")
+    def choosing(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        noted = (shipped(module)["main"].attrs or {}).get(CHOICES_ATTR)
+        if noted is None:
+            return module
+        module = module.clone()
+        module["main"] = module["main"].with_attr(CHOICES_ATTR, str(noted))
+        return module
+
+    return choosing
 
 
 def edges_pipeline() -> tvm.transform.Pass:

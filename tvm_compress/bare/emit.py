@@ -21,6 +21,7 @@ from .readme import readme
 
 if TYPE_CHECKING:
     from .build import BareBuilt
+    from .compile import CompiledKernel
 
 INTERFACE = "interface.json"
 INTERFACE_VERSION = 2  # of that file
@@ -99,6 +100,12 @@ def write_project(
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def _loops(kernel: CompiledKernel) -> list[str]:
+    """Functions in assembly that a kernel's code names: it may share them with other kernels."""
+    named = {name.decode() for name in re.findall(rb"\btvmc_\w+", kernel.code)}
+    return sorted(named - {kernel.symbol})
 
 
 class _Project:
@@ -285,7 +292,8 @@ static inline float {self.name}_dequantize_output_{index}({macro}_TYPE code) {{
             "inputs": [port.to_json() for port in self.inputs],
             "outputs": [port.to_json() for port in self.outputs],
             "calls": [
-                {"symbol": call.symbol, "layers": list(call.layers), "outputs": list(call.outputs)}
+                {"symbol": call.symbol, "layers": list(call.layers), "outputs": list(call.outputs),
+                 "loops": _loops(self.kernels[call.symbol])}
                 for call in self.program.calls
             ],
             "observed": [

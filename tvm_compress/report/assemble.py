@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..kernels import LibraryInfo
 from .arena import Arena
-from .loops import joined, loop_firsts
+from .loops import joined, joined_others, loop_firsts
 from .rows import (
     BoardCost,
     FloatRow,
@@ -43,6 +43,7 @@ def assemble(
     steps: Iterable[StepTime],
 ) -> Report:
     """The report of a staged artefact; what was not measured is `None`."""
+    from ..relay_passes.step_notes import read_missed
     from ..benchmarking import this_device
 
     before = LibraryInfo.from_json(artefact.kernels["original"])
@@ -62,7 +63,7 @@ def assemble(
     sparse = artefact.kernels.get("sparse_kernels", {})
     rows = _changed(rows, compressed, job.target.name, changes, sparse)
     if evidence.board is not None:
-        rows = _counted(rows, evidence.board)
+        rows = _counted(rows, evidence.board, after.layer_macs)
     firsts = loop_firsts(job.model.module)
     layers = joined(rows, firsts)
     floats = [FloatRow(**_float_fields(entry)) for entry in artefact.kernels["left_float"]]
@@ -84,7 +85,7 @@ def assemble(
         before=_side(before, latencies.get("original")),
         after=_side(after, latencies.get("compressed")),
         layers=layers,
-        other_kernels=others,
+        other_kernels=joined_others(others),
         stayed_float=_floats_of_loops(floats, firsts),
         outputs=verification.outputs if verification else (),
         worst_layer=None if worst is None else firsts.get(worst, worst),
@@ -96,7 +97,7 @@ def assemble(
         arena=None if arena is None else Arena.from_json(arena),
         board=evidence.board,
         is_project=artefact.is_project,
-        notes=job.notes,
+        notes=(*job.notes, *read_missed(compressed)),
         macs_after=sum(after.layer_macs.values()),
         effects=_with_dense_kernels(effects, layers),
     )
@@ -256,25 +257,30 @@ def _of_owners(figures: Mapping[str, Figure], layers: Sequence[str]) -> dict[str
     return found
 
 
-def _counted(layers: tuple[LayerRow, ...], cost: BoardCost) -> tuple[LayerRow, ...]:
-    """With the instructions of their kernels."""
+def _counted(
+    layers: tuple[LayerRow, ...], cost: BoardCost, macs: Mapping[str, int]
+) -> tuple[LayerRow, ...]:
+    """With the instructions of their kernels; `macs` of the compressed model's layers."""
     names = [row.name for row in layers]
-    before, after = (
-        _of_owners(_layer_instructions(side), names)
-        for side in (cost.original.kernels if cost.original else (), cost.kernels)
-    )
+    original = cost.original.kernels if cost.original else ()
+    before = _of_owners(_layer_instructions(original, {r.name: r.macs for r in layers}), names)
+    after = _of_owners(_layer_instructions(cost.kernels, macs), names)
     return tuple(
         replace(row, instructions=after.get(row.name), instructions_before=before.get(row.name))
         for row in layers
     )
 
 
-def _layer_instructions(kernels: Iterable[KernelInstructions]) -> dict[str, int]:
+def _layer_instructions(
+    kernels: Iterable[KernelInstructions], macs: Mapping[str, int]
+) -> dict[str, int]:
+    """Those of several layers, equal ones or with a loop in common, shared out by their `macs`."""
     counts: dict[str, int] = {}
     for kernel in kernels:
+        total = sum(macs.get(name, 0) for name in kernel.layers)
         for name in kernel.layers:
-            share = kernel.instructions // len(kernel.layers)
-            counts[name] = counts.get(name, 0) + share
+            share = macs.get(name, 0) / total if total else 1 / len(kernel.layers)
+            counts[name] = counts.get(name, 0) + round(kernel.instructions * share)
     return counts
 
 

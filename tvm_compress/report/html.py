@@ -455,8 +455,8 @@ def _layer_table(data: Mapping[str, Any]) -> str:
     head = "".join(f"<th>{name}</th>" for name in names)
     body = "".join(_layer_line(row, row["name"] == data["worst_layer"]) for row in data["layers"])
     body += "".join(
-        f'<tr class="other"><td>{escape(row["name"])}</td><td>{escape(row["kernel"])}</td><td></td>'
-        "<td></td>"
+        f'<tr class="other"><td>{escape(row_name(row, len(row["name"]) + 8))}</td>'
+        f"<td>{escape(row['kernel'])}</td><td></td><td></td>"
         + _cell(None, "") * 5
         + _cell(row["time_us"], time_text(row["time_us"]))
         + _cell(row["time_share"], percent_text(row["time_share"]))

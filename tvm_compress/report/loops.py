@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .rows import LayerRow
+from .rows import LayerRow, OtherKernelRow
 
 if TYPE_CHECKING:
     import tvm
@@ -85,3 +85,25 @@ def _one_row(rows: Sequence[LayerRow]) -> LayerRow:
         kernels=tuple(dict.fromkeys(name for row in rows for name in row.kernels)),
         calls=len(rows),
     )
+
+
+def joined_others(rows: Sequence[OtherKernelRow]) -> tuple[OtherKernelRow, ...]:
+    """One row for the calls of each kernel."""
+    groups: dict[str, list[OtherKernelRow]] = {}
+    for row in rows:
+        groups.setdefault(row.kernel, []).append(row)
+    return tuple(
+        replace(
+            group[0],
+            time_us=_sum(row.time_us for row in group),
+            time_share=_sum(row.time_share for row in group),
+            sqnr_db=min((r.sqnr_db for r in group if r.sqnr_db is not None), default=None),
+            calls=len(group),
+        )
+        for group in groups.values()
+    )
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None

@@ -98,7 +98,8 @@ class LayerRow:
     max_abs_error: float | None
     kernels: Annotated[tuple[str, ...], "symbols of the kernels that compute it"]
     instructions: Annotated[
-        int | None, "of its kernels, counted on an emulator; those of several layers shared evenly"
+        int | None,
+        "of its kernels, counted on an emulator; those of several layers shared by multiply-adds",
     ] = None
     instructions_before: Annotated[int | None, "the same of the original"] = None
     change: Annotated[
@@ -122,6 +123,7 @@ class OtherKernelRow:
     time_us: float | None
     time_share: float | None
     sqnr_db: float | None
+    calls: Annotated[int, "of the kernel; figures are of all, the error is the worst"] = 1
 
 
 @dataclass(frozen=True)

@@ -288,7 +288,7 @@ def _print_layers(console: Console, report: Mapping[str, Any]) -> None:
         )
     for row in report["other_kernels"]:
         table.add_row(
-            short_name(row["name"]),
+            row_name(row),
             *[""] * (5 + len(costs) - 1),
             time_text(row["time_us"]),
             percent_text(row["time_share"]),
