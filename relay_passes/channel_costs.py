@@ -8,7 +8,7 @@ would not be faster, the numbers of channels nearby that fill the target's regis
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +18,15 @@ from ..schedules import MatmulSpec
 from .channel_groups import STAYS, ChannelGroup, Channels, LayerChannels
 from .costs import LayerCosts, LayerUse
 from .layer_spec import LayerSpec, layer_spec
-from .shrink_config import ShrinkConfig
+from .select import describe_layer
+from .shrink_config import Operations, ShrinkConfig
 
-WHOLE = "whole: "
+# How what is noted of a group begins where the target's costs decide.
+WHOLE, MOVED, INSISTED = "whole: ", "in the place of ", "insisted on: "
 # Of a group's channels that stay at least when a number nearby is looked for.
 _LEAST_SHARE = 0.125
+# Shares that differ by less are as asked for.
+_ROUNDING = 1e-9
 
 Shares = NDArray[np.float64]
 """By label: which part of its group stays, as long as nobody has chosen which labels those are."""
@@ -46,7 +50,8 @@ def counts_that_pay(
 ) -> tuple[list[int], dict[str, str]]:
     """How many labels of each group stay, where `counts` [G] were to, and what to note of the
     layers that compute them."""
-    found, notes = list(counts), {}
+    found = list(counts)
+    notes: dict[str, str] = {}
     shares = np.ones(len(channels.atoms))
     for group, count in zip(groups, counts, strict=True):
         shares[group.labels] = count / len(group.labels)
@@ -81,7 +86,7 @@ def _chosen(
     is_smaller = shrunk.bytes < whole.bytes
     if asked.insist:
         is_loss = shrunk.is_slower(whole) or not is_smaller
-        return count, f"insisted on: {words}" if is_loss else ""
+        return count, INSISTED + words if is_loss else ""
     others = nearby(count, size, unit, asked.multiple, costs.lanes)
     if others:
         whole, shrunk, *found = costs.totals(
@@ -89,7 +94,7 @@ def _chosen(
         )
         best = min(range(len(others)), key=lambda i: found[i].cost)
         if found[best].is_faster(shrunk) and found[best].is_faster(whole):
-            return others[best], f"in the place of {unit * count}: {words}"
+            return others[best], f"{MOVED}{unit * count}: {words}"
     if not is_smaller:
         return size, WHOLE + words
     return count, f"smaller, not faster: {words}" if shrunk.is_slower(whole) else ""
@@ -159,3 +164,46 @@ def why_whole(
         elif multiple != "auto" and max(sizes) <= multiple:
             found[name] = f"its {max(sizes)} channels are no more than multiple: {multiple}"
     return found
+
+
+def missed(
+    before: Channels,
+    after: Channels,
+    schemes: Mapping[str, ShrinkConfig],
+    notes: Mapping[str, str],
+) -> list[str]:
+    """Where more is left of the layers of one config than it asked for: how much, and what to
+    change. `notes`: what the step noted of layers."""
+    found = []
+    for config in dict.fromkeys(schemes.values()):
+        names = {name for name, own in schemes.items() if own == config}
+        by_operations = isinstance(config.keep, Operations)
+        sizes = [_size(item, names, by_operations) for item in (before, after)]
+        share = sizes[1] / sizes[0] if sizes[0] else 0.0
+        if share <= config.keep.share + _ROUNDING:
+            continue
+        held = [name for name in names if any(w in notes.get(name, "") for w in (WHOLE, MOVED))]
+        if held:
+            advice = f"the target gains nothing by more in {len(held)} layers; insist: true "
+            advice += "takes it all the same"
+        elif config.multiple not in ("auto", 1):
+            advice = f"try a smaller multiple than {config.multiple}"
+        else:
+            advice = "channels of the other layers cannot leave; ask for a larger share"
+        what = "operations" if by_operations else "channels"
+        asked = f"{100 * config.keep.share:.3g} % of the {what}"
+        found.append(f"shrink: {asked} were to stay, {100 * share:.3g} % do: {advice}")
+    return found
+
+
+def _size(channels: Channels, names: Collection[str], by_operations: bool) -> float:
+    """Multiply-accumulates of the layers `names`, or channels that they compute and may lose."""
+    total = 0.0
+    for layer in channels.layers:
+        mine = [call for call in layer.calls if call.name in names]
+        if by_operations:
+            described = [describe_layer(channels.graph, call) for call in mine]
+            total += sum(item.macs for item in described if item is not None)
+        elif mine and not layer.is_depthwise:
+            total += np.count_nonzero(layer.outputs != STAYS)
+    return total

@@ -16,7 +16,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from .channel_costs import why_whole
+from .channel_costs import missed, why_whole
 from .channel_groups import find_channels
 from .graph import Graph
 from .ir import shape_of
@@ -33,6 +33,8 @@ from .structured import read_structured
 from .weight_layers import WeightLayer, read_fixed, weight_layers
 
 LEFT_ALONE_ATTR = "tvm_compress.left_alone"
+# What steps could not reach (JSON: words).
+MISSED_ATTR = "tvm_compress.missed"
 # How the note of a layer begins that a step put back to what it was.
 PUT_BACK = ("dense: ", "whole: ")
 
@@ -96,6 +98,27 @@ def with_left_alone(module: tvm.IRModule, step: str, left: Mapping[str, str]) ->
     module = module.clone()
     module["main"] = module["main"].with_attr(LEFT_ALONE_ATTR, json.dumps(noted))
     return module
+
+
+def with_missed(
+    module: tvm.IRModule, step: str, before: tvm.IRModule, schemes: Mapping[str, Any]
+) -> tvm.IRModule:
+    """`module`, which `step` made of `before`, with a note of what it was to reach and did not."""
+    if step != "shrink":
+        return module
+    channels = [find_channels(item["main"]) for item in (before, module)]
+    words = missed(channels[0], channels[1], schemes, read_shrunk(module))
+    if not words:
+        return module
+    module = module.clone()
+    noted = json.dumps([*read_missed(module), *words])
+    module["main"] = module["main"].with_attr(MISSED_ATTR, noted)
+    return module
+
+
+def read_missed(module: tvm.IRModule) -> tuple[str, ...]:
+    """What steps did not reach, in words."""
+    return tuple(json.loads(str((module["main"].attrs or {}).get(MISSED_ATTR, "[]"))))
 
 
 def read_left_alone(module: tvm.IRModule) -> dict[str, dict[str, str]]:

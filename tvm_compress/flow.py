@@ -324,7 +324,13 @@ def apply_recipe(job: Job, workspace: Workspace, clock: _Clock) -> tvm.IRModule:
     """Run the recipe's passes in order; calibrate whenever tensors have changed."""
     from .pipeline import choosing_pipeline
     from .relay_passes.passes import PASSES
-    from .relay_passes.step_notes import left_alone, untouched, with_left_alone
+    from .relay_passes.step_notes import (
+        left_alone,
+        read_missed,
+        untouched,
+        with_left_alone,
+        with_missed,
+    )
 
     module = job.model.module
     came_quantised = quantised_layers(module)
@@ -341,13 +347,16 @@ def apply_recipe(job: Job, workspace: Workspace, clock: _Clock) -> tvm.IRModule:
             schemes = {name: config for name, config in schemes.items() if name not in left}
             if entry.uses_costs:
                 job.costs.schemes = _shipped_as(module, job.plan[index + 1 :])
-                insisted |= {n for n, config in schemes.items() if getattr(config, "insist", False)}
+            if group[0].name == "sparsify":
+                insisted |= {name for name, config in schemes.items() if config.insist}
             if is_staged:
+                before = module
                 module = _apply_in_stages(
                     job, module, group[0].name, schemes, job.costs, workspace, clock.progress
                 )
                 left |= untouched(group[0].name, module, schemes)
                 module = with_left_alone(module, group[0].name, left)
+                module = with_missed(module, group[0].name, before, schemes)
                 statistics = None
                 continue
             if entry.compares_with_float:
@@ -356,6 +365,8 @@ def apply_recipe(job: Job, workspace: Workspace, clock: _Clock) -> tvm.IRModule:
             module = with_left_alone(module, group[0].name, left)
         if not entry.keeps_statistics:
             statistics = None
+    for words in read_missed(module):
+        clock.progress.note(words)
     with clock.step("compare kernels"):
         job.costs.schemes = {}  # the graph itself has the integers now
         return choosing_pipeline(job.target, job.costs, insisted)(module)
@@ -714,11 +725,11 @@ def _computes_the_same(a: tvm.IRModule, b: tvm.IRModule) -> bool:
     from tvm_ffi import structural_equal
 
     from .relay_passes.quantize import LEFT_FLOAT_ATTR
-    from .relay_passes.step_notes import LEFT_ALONE_ATTR
+    from .relay_passes.step_notes import LEFT_ALONE_ATTR, MISSED_ATTR
 
     def plain(module: tvm.IRModule) -> tvm.IRModule:
         module = module.clone()
-        for attribute in (LEFT_FLOAT_ATTR, LEFT_ALONE_ATTR):
+        for attribute in (LEFT_FLOAT_ATTR, LEFT_ALONE_ATTR, MISSED_ATTR):
             module["main"] = module["main"].without_attr(attribute)
         return module
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from tvm_compress.relay_passes.numerics.statistics import Statistics
 from tvm_compress.relay_passes.select import list_layers
 from tvm_compress.relay_passes.shrink import Shrink, mask, read_shrunk
 from tvm_compress.relay_passes.shrink_config import ChannelShare, Operations, ShrinkConfig
-from tvm_compress.relay_passes.step_notes import untouched
+from tvm_compress.relay_passes.step_notes import read_missed, untouched, with_missed
 from tvm_compress.targets import get_target
 
 from .floats import Net, all_layers, build, run, samples
@@ -159,8 +160,10 @@ def test_numbers_nearby_that_are_fast() -> None:
         module, all_layers(module, plain(multiple=4)), Statistics(), ragged
     )
     assert len(channels.layers) == 5 and not keep.all()
-    for array in samples(module, count=2):
-        np.testing.assert_allclose(run(zeros, array), run(result, array), rtol=1e-4, atol=1e-5)
+    for array in samples(module, count=1):
+        np.testing.assert_allclose(
+            run(zeros, array, level=0), run(result, array, level=0), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -235,3 +238,29 @@ def test_why_layers_keep_their_channels() -> None:
     }
     free = all_layers(module, ShrinkConfig(Operations(0.9), "l1", reconstruct=False))
     assert set(why_whole(find_channels(module["main"]), free, free)) == {"head"}
+
+
+def test_what_was_asked_for_and_not_reached() -> None:
+    """How much, and what to change."""
+    module = build(chain)
+
+    def missed(config: ShrinkConfig, costs: Any = None) -> tuple[str, ...]:
+        schemes = all_layers(module, config)
+        result = Shrink(schemes, Statistics(), costs)(module)
+        return read_missed(with_missed(result, "shrink", module, schemes))
+
+    wide = ShrinkConfig(Operations(0.2), "l1", reconstruct=False, multiple=16)
+    assert missed(replace(wide, multiple=4)) == ()
+    (words,) = missed(wide)
+    assert re.fullmatch(
+        r"shrink: 20 % of the operations were to stay, [3-6]\d\.?\d* % do: try a smaller multiple "
+        r"than 16",
+        words,
+    )
+    (words,) = missed(plain(0.3), Costs(lambda _, __: 1.0, padded=64))
+    assert words == (
+        "shrink: 30 % of the channels were to stay, 100 % do: the target gains nothing by more in "
+        "3 layers; insist: true takes it all the same"
+    )
+    (words,) = missed(ShrinkConfig(Operations(1e-4), "l1", reconstruct=False))
+    assert words.endswith("channels of the other layers cannot leave; ask for a larger share")

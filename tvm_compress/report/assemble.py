@@ -43,8 +43,8 @@ def assemble(
     steps: Iterable[StepTime],
 ) -> Report:
     """The report of a staged artefact; what was not measured is `None`."""
-    from ..relay_passes.step_notes import read_missed
     from ..benchmarking import this_device
+    from ..relay_passes.step_notes import read_missed
 
     before = LibraryInfo.from_json(artefact.kernels["original"])
     after = LibraryInfo.from_json(artefact.kernels["compressed"])
