@@ -4,6 +4,7 @@ step under a total."""
 from __future__ import annotations
 
 import bisect
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from .low_rank_parts import (
     Layer,
     Part,
     Sides,
+    fit,
     form_of,
     kernels_of,
     largest_rank,
@@ -30,9 +32,12 @@ from .low_rank_parts import (
     specs_of,
 )
 from .numerics.least_squares import LeastSquares
+from .numerics.loss_line import LossLine
 from .numerics.rank_choice import Choice, allocate, energies, rank_for_energy, spectrum
 from .numerics.sparsity_pattern import Mask, SparsityPattern
 from .numerics.statistics import Statistics
+from .patches import weight_of_matrix
+from .sparse_layers import Pruned, with_weights
 from .weight_layers import weight_layers
 
 Array = NDArray[np.float64]
@@ -209,6 +214,10 @@ def candidates(
     return found
 
 
+Measured = Callable[[Candidate, int], float]
+"""What the network's outputs lose when that layer alone has that rank."""
+
+
 def undecided(schemes: Mapping[str, LowRankConfig]) -> dict[str, LowRankConfig]:
     """The layers whose ranks are under a total."""
     return {name: item for name, item in schemes.items() if isinstance(item.rank, Network)}
@@ -222,11 +231,18 @@ def decide(
     costs: LayerCosts | None = None,
 ) -> dict[str, LowRankConfig]:
     """`schemes` with a rank for each layer under a total; those that it leaves whole are gone.
-    `statistics` holds what `low_rank.observe` lists for them; energies count, not the `loss`."""
+    `statistics` holds what `low_rank.observe` lists for them. `loss`: how far the outputs of a
+    module are from those of this one; where nobody measures it, energies count."""
     left = undecided(schemes)
     found = candidates(splittable(Graph(module["main"]), left), statistics, costs)
     decided = {name: item for name, item in schemes.items() if name not in left}
-    for candidate, rank in zip(found, _wanted_ranks(found), strict=True):
+
+    def measured(candidate: Candidate, rank: int) -> float:
+        assert loss is not None
+        return loss(_near(module, candidate, rank))
+
+    ranks = _wanted_ranks(found, None if loss is None else measured)
+    for candidate, rank in zip(found, ranks, strict=True):
         config = candidate.layer.config
         if isinstance(rank, int):
             # Where bytes are asked for, time decides nothing.
@@ -245,7 +261,23 @@ def choose_ranks(found: Sequence[Candidate]) -> list[int | str]:
     ]
 
 
-def _wanted_ranks(found: Sequence[Candidate]) -> list[int | str]:
+def _near(module: tvm.IRModule, candidate: Candidate, rank: int) -> tvm.IRModule:
+    """The module whose layer has the product of its parts as its weight."""
+    layer, products, shifts = candidate.layer, [], []
+    for aim in candidate.aims():
+        _, product = fit(candidate.form, aim.kernel, rank, candidate.multiple, aim.hessian)
+        products.append(product.reshape(-1, product.shape[3]))
+        if aim.problem is not None:
+            shifts.append(aim.problem.bias_shift(products[-1]))
+    weight = weight_of_matrix(
+        np.stack([product.T for product in products]), layer.call, layer.weight.shape
+    ).astype(np.float32)
+    known = [shift for shift in shifts if shift is not None]
+    shift = np.concatenate(known) if known else None
+    return with_weights(module, [(layer, Pruned(weight, shift, np.zeros(0)))])
+
+
+def _wanted_ranks(found: Sequence[Candidate], measured: Measured | None = None) -> list[int | str]:
     """What is asked for, whether it is a loss or not."""
     results: list[int | str] = []
     network: dict[Network, list[int]] = defaultdict(list)
@@ -257,7 +289,7 @@ def _wanted_ranks(found: Sequence[Candidate]) -> list[int | str]:
         else:
             results.append(_own_rank(candidate, rank))
     for total, members in network.items():
-        chosen = _network_ranks(total, [found[index] for index in members])
+        chosen = _network_ranks(total, [found[index] for index in members], measured)
         for index, value in zip(members, chosen, strict=True):
             results[index] = value
     return results
@@ -284,7 +316,9 @@ def _own_rank(
     return ranks[fitting - 1]
 
 
-def _network_ranks(total: Network, members: Sequence[Candidate]) -> list[int | str]:
+def _network_ranks(
+    total: Network, members: Sequence[Candidate], measured: Measured | None
+) -> list[int | str]:
     """Each layer's cost counts by its share of all."""
     wholes, choices = [], []
     for member in members:
@@ -292,17 +326,33 @@ def _network_ranks(total: Network, members: Sequence[Candidate]) -> list[int | s
         cost = member.bytes if is_bytes else member.operations
         size = float(member.layer.weight.size if is_bytes else member.spec.macs)
         size *= len(member.layer.variables) if not is_bytes else 1
-        held = energies(member.squares)
+        costs = {rank: share for rank in member.ranks if (share := cost(rank)) < 1}
+        losses = _losses(member, costs, total.share, measured)
         wholes.append(size)
-        choices.append(
-            [
-                Choice(rank, share * size, float(held[min(rank, len(held)) - 1]))
-                for rank, share in ((rank, cost(rank)) for rank in member.ranks)
-                if share < 1
-            ]
-        )
+        choices.append([Choice(rank, costs[rank] * size, losses[rank]) for rank in costs])
     try:
         found = allocate(wholes, choices, total.share * sum(wholes))
     except ValueError as error:
         raise RecipeError(f"rank: {{network: {total.share}}}: {error}") from None
     return ["the total needs no split of it" if item is None else item.rank for item in found]
+
+
+def _losses(
+    member: Candidate, costs: Mapping[int, float], share: float, measured: Measured | None
+) -> dict[int, float]:
+    """What each rank loses: -log of the energy, or in the network's outputs, measured where the
+    layer has about the `share` and half of it, between those as its energy."""
+    held = energies(member.squares)
+    lost = {rank: 1 - float(held[min(rank, len(held)) - 1]) for rank in costs}
+    if measured is None:
+        return {rank: -math.log(max(1 - lost[rank], 1e-30)) for rank in costs}
+    points = (
+        sorted(
+            {min(costs, key=lambda rank: abs(costs[rank] - at)) for at in (share, share / 2)},
+            reverse=True,
+        )
+        if costs
+        else []
+    )
+    line = LossLine.through([(lost[rank], measured(member, rank)) for rank in points])
+    return {rank: line.at(lost[rank]) for rank in costs}

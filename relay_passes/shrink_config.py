@@ -35,7 +35,7 @@ class ChannelShare:
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
+        if not 0 < self.share <= 1:
             raise ValueError(f"a share is between 0 and 1, not {self.share}")
 
 
@@ -66,12 +66,14 @@ class ShrinkConfig:
             "loss changes by. All but the first three need calibration data, the last two labels"
         },
     )
-    scope: Literal["group", "network"] = field(
-        default="group",
+    scope: Literal["auto", "sensitivity", "group", "network"] = field(
+        default="auto",
         metadata={
-            "help": "group: all groups of channels keep the same share; network: channels of all "
-            "groups are ranked together, by their worth relative to their group's, or by what "
-            "their readers lose (surgeon)"
+            "help": "sensitivity: what the network's outputs lose by channels of each group is "
+            "measured, and the total spent where that is least; group: all groups of channels keep "
+            "the same share; network: channels of all groups are ranked together, by their worth "
+            "relative to their group's, or by what their readers lose (surgeon); auto: sensitivity "
+            "where the step looks at calibration data, else group"
         },
     )
     reconstruct: bool = field(
@@ -90,7 +92,6 @@ class ShrinkConfig:
             "operations asked for need it"
         },
     )
-
     insist: bool = field(
         default=False,
         metadata={"help": "channels leave also where the target gets neither faster nor smaller"},
@@ -114,6 +115,15 @@ class ShrinkConfig:
         return [largest >> shift for shift in range(largest.bit_length())]
 
     @property
+    def is_by_loss(self) -> bool:
+        """Whether what the network's outputs lose says how many channels of a group stay."""
+        return self.scope == "sensitivity" or (self.scope == "auto" and self._looks_at_consumers)
+
+    @property
     def reads_consumers(self) -> bool:
         """Whether calibration has to sum X·Xᵀ of the layers that read the channels."""
+        return self.is_by_loss or self._looks_at_consumers
+
+    @property
+    def _looks_at_consumers(self) -> bool:
         return self.reconstruct or self.criterion not in (*WITHOUT_DATA, *RANKED)

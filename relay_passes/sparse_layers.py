@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import tvm
@@ -124,7 +125,9 @@ def prune(layer: Layer, statistics: Statistics) -> Pruned:
     return Pruned(weight, shift, np.sort(np.concatenate(prices)))
 
 
-def with_weights(module: tvm.IRModule, layers: Sequence[tuple[Layer, Pruned]]) -> tvm.IRModule:
+def with_weights(
+    module: tvm.IRModule, layers: Sequence[tuple[WeightLayer[Any], Pruned]]
+) -> tvm.IRModule:
     """`module`, whose layers these are, with their new weights and biases."""
     graph = Graph(module["main"])
     biases = BiasWriter(graph, module)

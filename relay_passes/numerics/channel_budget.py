@@ -6,7 +6,7 @@ so the total is a quadratic form of the counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,3 +78,76 @@ def counts_within(
         if operations.total(more) <= limit:
             counts = more
     return counts
+
+
+@dataclass(frozen=True, eq=False)
+class CountOption:
+    """What some groups that have one share may keep: `counts` [g], and the loss with those."""
+
+    share: float
+    counts: Counts
+    loss: float
+
+
+def cheapest_within(
+    operations: OperationCounts, limit: float, options: Sequence[Sequence[CountOption]]
+) -> list[CountOption]:
+    """One of the `options` of each family of groups, so that the layers take at most `limit` and
+    the losses' sum is small.
+
+    `options`: of the families in the order of the groups, the first one whole, then ever smaller.
+    Greedily, the next is the one that loses least for the operations it saves; one may be skipped
+    for a later one. What is left over at the end goes where it gains most. Where even the
+    smallest take more, those are the answer.
+    """
+    starts = np.cumsum([0, *(len(family[0].counts) for family in options)])
+    state = [0] * len(options)
+
+    def totals(family: int) -> Vector:
+        """Of the network, with each of a family's options. [options]"""
+        counts = np.concatenate([own[at].counts for own, at in zip(options, state, strict=True)])
+        rows = np.tile(counts, (len(options[family]), 1))
+        place = slice(starts[family], starts[family + 1])
+        rows[:, place] = [option.counts for option in options[family]]
+        gone = (operations.sizes - rows).T
+        return np.asarray(
+            operations.whole @ ((1 - operations.outputs @ gone) * (1 - operations.inputs @ gone)),
+            np.float64,
+        )
+
+    losses = [np.maximum.accumulate([option.loss for option in family]) for family in options]
+    while True:
+        best = (np.inf, -1, -1)
+        for family, loss in enumerate(losses):
+            at, costs = state[family], totals(family)
+            if costs[at] <= limit:
+                return _filled_up(options, losses, state, totals, limit)
+            saved = costs[at] - costs[at + 1 :]
+            if len(saved):
+                prices = np.where(
+                    saved > 0, (loss[at + 1 :] - loss[at]) / np.maximum(saved, 1e-300), np.inf
+                )
+                best = min(best, (float(prices.min()), family, at + 1 + int(prices.argmin())))
+        if best[1] < 0 or best[0] == np.inf:
+            return [family[at] for family, at in zip(options, state, strict=True)]
+        state[best[1]] = best[2]
+
+
+def _filled_up(
+    options: Sequence[Sequence[CountOption]],
+    losses: Sequence[Vector],
+    state: list[int],
+    totals: Callable[[int], Vector],
+    limit: float,
+) -> list[CountOption]:
+    """Larger options where they fit, those first that gain most."""
+    while True:
+        best = (0.0, -1, -1)
+        for family, loss in enumerate(losses):
+            at = state[family]
+            gains = np.where(totals(family)[:at] <= limit, loss[at] - loss[:at], 0.0)
+            if len(gains) and gains.max() > best[0]:
+                best = (float(gains.max()), family, int(gains.argmax()))
+        if best[1] < 0:
+            return [family[at] for family, at in zip(options, state, strict=True)]
+        state[best[1]] = best[2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,23 +32,23 @@ def rank_for_energy(squares: Array, energy: float) -> int:
 
 @dataclass(frozen=True)
 class Choice:
-    """A rank that a layer may get: what it costs and the share of the energy that it holds."""
+    """A rank that a layer may get: what it costs and what is lost with it."""
 
     rank: int
     cost: float
-    energy: float
+    loss: float
 
 
 def allocate(
     wholes: Sequence[float], choices: Sequence[Sequence[Choice]], total: float
 ) -> list[Choice | None]:
-    """The layers' choices (None: whole, which costs `wholes` and holds all energy) that together
-    cost at most `total` and lose little of the product of the energies.
+    """The layers' choices (None: whole, which costs `wholes` and loses nothing) that together cost
+    at most `total` and lose little.
 
-    Zhang et al. 2016, section 3.4, "rank selection for whole-model acceleration": greedily, the
-    layer whose rank falls next is the one that loses the least energy, relative to its own, for the
-    cost it saves. A choice may be skipped for a later one that loses less by cost. Raises
-    `ValueError` where even the smallest ranks cost more.
+    Zhang et al. 2016, section 3.4, "rank selection for whole-model acceleration" (whose loss is
+    -log of the energy that a layer keeps): greedily, the layer whose rank falls next is the one
+    that loses least for the cost it saves. A choice may be skipped for a later one that loses less
+    by cost. Raises `ValueError` where even the smallest ranks cost more.
     """
     state: list[Choice | None] = [None] * len(wholes)
     costs = list(wholes)
@@ -57,12 +56,11 @@ def allocate(
         best = None
         for layer, options in enumerate(choices):
             now = state[layer]
-            held = 1.0 if now is None else now.energy
+            lost = 0.0 if now is None else now.loss
             for option in options:
                 saved = costs[layer] - option.cost
                 if saved > 0:
-                    loss = math.log(max(held, 1e-30)) - math.log(max(option.energy, 1e-30))
-                    price = max(loss, 0.0) / saved
+                    price = max(option.loss - lost, 0.0) / saved
                     if best is None or price < best[0]:
                         best = price, layer, option
         if best is None:

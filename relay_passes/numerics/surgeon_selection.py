@@ -10,12 +10,15 @@ the others by -H⁻¹_:c [H⁻¹_cc]⁻¹ W_c; H⁻¹ loses c by the same elimin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .channel_consumer import Consumer, Mask, Matrix, Vector
 from .second_order import damped
+
+_GONE = -2  # owner of a row that has left; -1 is what stays
 
 
 def select_by_surgeon(consumers: Sequence[Consumer], keep: int, damping: float = 0.01) -> Mask:
@@ -55,22 +58,31 @@ class _State:
         self.weight: Matrix = consumer.weight * read[:, None]
         self.inverse = np.asarray(np.linalg.inv(damped(consumer.second, damping)), np.float64)
         self.energy = consumer.energy
-        owners = consumer.owners
-        self.rows: list[NDArray[np.int64]] = [
-            np.flatnonzero(owners == channel) for channel in range(consumer.channels)
-        ]
+        self.owners = consumer.owners
+        self.channels = consumer.channels
+        self.rows = self._rows()
+        self.gone = 0
+
+    def _rows(self) -> list[NDArray[np.int64]]:
+        """Where each channel's are."""
+        order = np.argsort(self.owners, kind="stable")
+        bounds = np.searchsorted(self.owners[order], np.arange(self.channels + 1))
+        return [order[start:end] for start, end in pairwise(bounds)]
 
     def prices(self, kept: Mask) -> Vector:
         """tr(W_cᵀ [H⁻¹_cc]⁻¹ W_c) over the energy; channels with as many rows are solved at
         once. [C], 0 for those that are gone or not read."""
-        prices = np.zeros(len(self.rows))
+        prices = np.zeros(self.channels)
         counts = np.array([len(rows) for rows in self.rows])
         for count in np.unique(counts[kept & (counts > 0)]):
             channels = np.flatnonzero(kept & (counts == count))
             rows = np.stack([self.rows[channel] for channel in channels])  # [c, p]
-            inner = self.inverse[rows[:, :, None], rows[:, None, :]]  # [c, p, p]
             values = self.weight[rows]  # [c, p, N]
-            solved = np.linalg.solve(inner, values)
+            if count == 1:
+                inner = self.inverse[rows[:, 0], rows[:, 0]]
+                prices[channels] = (values[:, 0] ** 2).sum(axis=1) / inner / self.energy
+                continue
+            solved = np.linalg.solve(self.inverse[rows[:, :, None], rows[:, None, :]], values)
             prices[channels] = np.einsum("cpn,cpn->c", values, solved) / self.energy
         return prices
 
@@ -82,6 +94,12 @@ class _State:
         solved = np.linalg.solve(across[:, rows], across)
         self.weight -= solved.T @ self.weight[rows]
         self.inverse -= across.T @ solved
-        self.weight[rows] = 0.0
-        self.inverse[rows] = 0.0
-        self.inverse[:, rows] = 0.0
+        self.owners = self.owners.copy()
+        self.owners[rows] = _GONE
+        self.gone += len(rows)
+        self.rows[channel] = rows[:0]
+        if 8 * self.gone >= len(self.owners):  # smaller matrices from here on
+            left = np.flatnonzero(self.owners != _GONE)
+            self.weight, self.owners = self.weight[left], self.owners[left]
+            self.inverse = self.inverse[np.ix_(left, left)]
+            self.rows, self.gone = self._rows(), 0

@@ -257,7 +257,7 @@ steps:
     result, target = compress_module(module, parse_recipe(text), "host", data)
     assert macs(result) <= 0.6 * macs(module)
     changes = describe_changes(result)["a"]
-    assert "16 -> 8" in changes
+    assert "24 -> 8" in changes
     assert "zeros" in changes
     assert describe_schemes(result)["a"] == "int8/channel × int8"
     lowered = lower(result, target)

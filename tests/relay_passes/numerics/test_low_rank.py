@@ -81,17 +81,17 @@ def test_ranks_under_a_total() -> None:
         for _ in range(3):
             held = energies(np.sort(rng.random(5) ** 4)[::-1])
             costs = np.sort(rng.random(5))
-            choices.append([Choice(n + 1, costs[n], held[n]) for n in range(4)])
+            choices.append([Choice(n + 1, costs[n], -np.log(held[n])) for n in range(4)])
         wholes = [1.0, 1.0, 1.0]
         total = 0.5 * sum(wholes) + 0.5 * sum(options[0].cost for options in choices)
         found = allocate(wholes, choices, total)
-        best = max(
-            np.prod([1.0 if item is None else item.energy for item in several])
+        best = min(
+            sum(0.0 if item is None else item.loss for item in several)
             for several in itertools.product(*([None, *options] for options in choices))
             if sum(1.0 if item is None else item.cost for item in several) <= total
         )
         assert sum(1.0 if item is None else item.cost for item in found) <= total
-        assert np.prod([1.0 if item is None else item.energy for item in found]) > 0.75 * best
+        assert sum(0.0 if item is None else item.loss for item in found) < best - np.log(0.75)
     assert allocate([2.0], [[Choice(1, 1.0, 0.5)]], 2.0) == [None]
     with pytest.raises(ValueError, match="more than the total"):
         allocate([2.0], [[Choice(1, 1.0, 0.5)]], 0.5)
