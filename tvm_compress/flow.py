@@ -437,14 +437,16 @@ def _decide(
     if data is None:
         return entry.decide(module, schemes, Statistics(), None, job.costs)
     model, options = replace(job.model, module=module), _calibration_options(job)
+    # Losses on what the layers were solved for would say nothing where samples are few.
+    seen, unseen = data.parted(min(LOSS_SAMPLES, max(1, len(data) // 3)))
     wanted = entry.observe(module, entry.undecided(schemes))
     statistics = Statistics()
     if wanted:
-        shown = partial(calibrate, model, data, wanted, progress=progress, **options)
-        parts = _calibration_parts(job, module, wanted)
+        shown = partial(calibrate, model, seen, wanted, progress=progress, **options)
+        parts = ["decide", len(unseen), *_calibration_parts(job, module, wanted)]
         statistics = _kept(shown, parts, data, workspace)
     with progress.step(f"{name}: shares by layer"):
-        loss = OutputLoss(model, data.take(LOSS_SAMPLES), **options)
+        loss = OutputLoss(model, unseen, **options)
         return entry.decide(module, schemes, statistics, loss, job.costs)
 
 
