@@ -3,6 +3,7 @@ width."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -258,3 +259,25 @@ def pack_codes(
             nibbles = np.concatenate([nibbles, np.zeros_like(nibbles[:, :, :1])], axis=2)
         return np.ascontiguousarray(nibbles[:, :, 0::2] | (nibbles[:, :, 1::2] << 4))
     return np.ascontiguousarray(array)
+
+
+def pack_whole(
+    spec: WeightedSpec,
+    weight: np.ndarray,
+    layout_of: Callable[[WeightedSpec], PackedLayout | None],
+) -> tuple[WeightedSpec, np.ndarray] | None:
+    """The layer in the layout that its kernel reads, which `layout_of` knows for bytes; depthwise
+    layers stay as they are, 4-bit codes lie two in a byte. None: keep spec and weight."""
+    if spec.weight_layout != spec.plain_layout or spec.weight_dtype == "int4":
+        return None
+    codes = weight_codes(spec, weight)
+    if isinstance(spec, Conv2dSpec) and spec.is_depthwise:
+        return plain_depthwise(spec, codes)
+    spec, codes = without_zero_point(spec, codes)
+    halved = in_nibbles(spec, codes)
+    if halved is not None:
+        return halved
+    layout = layout_of(spec)
+    if layout is None:
+        return None
+    return spec.replace(weight_layout=layout.name), pack_codes(spec, codes, layout.name)

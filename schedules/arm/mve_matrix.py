@@ -91,6 +91,8 @@ def matrix_kernel(
 class _MatrixKernel(TiledKernel[Conv2dSpec | MatmulSpec, Operands, Epilogue]):
     """One function being written."""
 
+    e: VectorEmitter
+
     def __init__(self, layer: _Layer) -> None:
         spec, choice = layer.spec, layer.choice
         super().__init__(layer, window_of(spec))

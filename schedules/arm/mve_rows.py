@@ -15,6 +15,7 @@ from ..emit import Emitter, vector
 from ..fused import FusedFunction
 from ..operands import Operands
 from ..window import Window
+from .border import fill_sides
 from .mve_microkernel import VECTOR_BYTES
 
 
@@ -46,15 +47,8 @@ class Rows:
         self.buffer = e.opaque(count * self.row_pitch + self.lanes, self.dtype, "rows")
 
     def fill_border(self) -> None:
-        """The columns left and right of the input: written once, no row changes them."""
-        window = self.window
-        left, right = window.padding[1], window.padding[3]
-        if not left and not right:
-            return
-        with self.e.loop("row", self.count) as row:
-            start = row * self.row_pitch
-            self._constant(start, left * self.pitch)
-            self._constant(start + (left + window.in_columns) * self.pitch, right * self.pitch)
+        """The columns left and right of the input."""
+        fill_sides(self.e, self.window, self.count, self.pitch, self._constant)
 
     def fill(self, b: Any, first: Any, channel: Any = 0) -> None:
         """Rows `first`.. of the padded input, and of their pixels `width` channels from `channel`

@@ -15,6 +15,7 @@ from ..fused import FusedFunction
 from ..operands import Operands
 from ..spec import ceil_div
 from ..window import Window
+from .border import fill_sides
 from .dsp import extend_even, extend_odd, join_high, join_low, word
 
 
@@ -54,15 +55,8 @@ class Widened:
             self._pixel(p * self.pitch, 0, first + p, 0)
 
     def fill_border(self) -> None:
-        """The columns left and right of the input: written once, no row changes them."""
-        window = self.window
-        left, right = window.padding[1], window.padding[3]
-        if not left and not right:
-            return
-        with self.e.loop("row", self.rows) as row:
-            start = row * self.row_pitch
-            self._constant(start, left * self.pitch)
-            self._constant(start + (left + window.in_columns) * self.pitch, right * self.pitch)
+        """The columns left and right of the input."""
+        fill_sides(self.e, self.window, self.rows, self.pitch, self._constant)
 
     def fill_row(self, b: Any, padded_row: Any) -> None:
         """Row `padded_row`, counted from the border's first, into its slot of the ring."""

@@ -27,6 +27,7 @@ from ..sparse_form import SparseForm
 from ..spec import Conv2dSpec, MatmulSpec, SparseConv2dSpec, ceil_div
 from ..window import window_of
 from .assembly import ROLLED, ROLLED_IN_LLVM, as_llvm
+from .border import fill_sides
 from .epilogue import DspEpilogue
 
 # Where several tiles are summed before what follows: bytes of the sums, and instructions of a
@@ -248,7 +249,7 @@ class StagedKernel(TiledKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
         down, along = window.strides
         pitch = self.spec.pitches[0]
         if self.has_copy:
-            self._fill_border()
+            fill_sides(e, window, self._kernel_rows, window.channels, self._constant)
         with e.loop("y", window.rows) as y:
             source, top = self.data, (b * window.in_rows + y * down) * pitch
             if self.has_copy:
@@ -267,19 +268,6 @@ class StagedKernel(TiledKernel[SparseConv2dSpec, SparseOperands, EpilogueT]):
     def _make_rows(self) -> None:
         size = self._kernel_rows * self.spec.pitches[0]
         self.rows = self.e.alloc(size, self.spec.data_dtype, "rows")
-
-    def _fill_border(self) -> None:
-        """The columns left and right: written once, no row changes them."""
-        window, pitch = self.window, self.spec.pitches[0]
-        left, right = window.padding[1], window.padding[3]
-        if not left and not right:
-            return
-        with self.e.loop("row", self._kernel_rows) as row:
-            first = row * pitch
-            self._constant(first, left * window.channels)
-            self._constant(
-                first + (left + window.in_columns) * window.channels, right * window.channels
-            )
 
     def _fill(self, b: Any, y: Any) -> None:
         """The rows of output row y: those that the one before had move up."""

@@ -7,14 +7,7 @@ import numpy as np
 from ...targets import Target
 from ..layout import PackedLayout
 from ..spec import Conv2dSpec, Conv2dTransposeSpec, MatmulSpec, WeightedSpec, ceil_div
-from ..weights import (
-    in_nibbles,
-    pack_codes,
-    padded_axis,
-    plain_depthwise,
-    weight_codes,
-    without_zero_point,
-)
+from ..weights import pack_whole, padded_axis
 from .dot import MOST_REGISTERS, select_dot
 
 _LANES = (32, 16, 8, 4)
@@ -42,19 +35,12 @@ def pack_weight(
 ) -> tuple[WeightedSpec, np.ndarray] | None:
     """The spec and weight array of the same layer in the layout the target's kernel reads; None:
     keep both."""
-    if spec.weight_layout != spec.plain_layout or spec.weight_dtype == "int4":
-        return None
-    codes = weight_codes(spec, weight)
-    if isinstance(spec, Conv2dSpec) and spec.is_depthwise:
-        return plain_depthwise(spec, codes)
-    changed, codes = without_zero_point(spec, codes)
-    halved = in_nibbles(changed, codes)
-    if halved is not None:
-        return halved
-    lanes = choose_lanes(changed, target)
-    if not isinstance(spec, (Conv2dSpec, Conv2dTransposeSpec, MatmulSpec)):
-        return None
-    if select_dot(changed, lanes) is None:
-        return None
-    layout = PackedLayout(lanes, 1, padded_axis(spec)).name
-    return changed.replace(weight_layout=layout), pack_codes(changed, codes, layout)
+
+    def layout_of(spec: WeightedSpec) -> PackedLayout | None:
+        lanes = choose_lanes(spec, target)
+        is_ours = isinstance(spec, (Conv2dSpec, Conv2dTransposeSpec, MatmulSpec))
+        if not is_ours or select_dot(spec, lanes) is None:
+            return None
+        return PackedLayout(lanes, 1, padded_axis(spec))
+
+    return pack_whole(spec, weight, layout_of)

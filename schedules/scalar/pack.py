@@ -6,14 +6,8 @@ import numpy as np
 
 from ...targets import Target
 from ..layout import PackedLayout
-from ..spec import Conv2dSpec, WeightedSpec
-from ..weights import (
-    in_nibbles,
-    pack_codes,
-    plain_depthwise,
-    weight_codes,
-    without_zero_point,
-)
+from ..spec import WeightedSpec
+from ..weights import pack_whole
 from ..window import window_of
 from .matrix import takes
 
@@ -38,16 +32,8 @@ def pack_weight(
 ) -> tuple[WeightedSpec, np.ndarray] | None:
     """The spec and weight array of the same layer in the layout the target's kernel reads; None:
     keep both."""
-    if spec.weight_layout != spec.plain_layout or spec.weight_dtype == "int4":
-        return None
-    codes = weight_codes(spec, weight)
-    if isinstance(spec, Conv2dSpec) and spec.is_depthwise:
-        return plain_depthwise(spec, codes)
-    changed, codes = without_zero_point(spec, codes)
-    halved = in_nibbles(changed, codes)
-    if halved is not None:
-        return halved
-    if not takes(changed):
-        return None
-    layout = PackedLayout(channels_of(changed, target), 1, "R").name
-    return changed.replace(weight_layout=layout), pack_codes(changed, codes, layout)
+
+    def layout_of(spec: WeightedSpec) -> PackedLayout | None:
+        return PackedLayout(channels_of(spec, target), 1, "R") if takes(spec) else None
+
+    return pack_whole(spec, weight, layout_of)

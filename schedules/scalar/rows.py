@@ -11,6 +11,7 @@ from typing import Any
 
 from tvm import tirx
 
+from ..arm.border import fill_sides
 from ..emit import Emitter
 from ..fused import FusedFunction
 from ..operands import Operands
@@ -65,15 +66,8 @@ class Rows:
         """The border, and the rows that the first output row shares with the next ones."""
         if self.is_direct:
             return
-        e, window = self.e, self.window
-        left, right = window.padding[1], window.padding[3]
-        if left or right:
-            with e.loop("row", self.rows) as row:
-                first = row * self.row_pitch
-                self._constant(first, left * self.channels)
-                self._constant(
-                    first + (left + window.in_columns) * self.channels, right * self.channels
-                )
+        e = self.e
+        fill_sides(e, self.window, self.rows, self.channels, self._constant)
         with e.loop("row", self.rows - self._fresh) as row:
             self._fill(b, row)
 
