@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ from tvm_compress.errors import DataError, RecipeError
 from tvm_compress.flow import compress_module
 from tvm_compress.importers import load_model
 from tvm_compress.recipe import dump_recipe, parse_recipe
+from tvm_compress.relay_passes.channel_shares import decide, undecided
 from tvm_compress.relay_passes.ir import shape_of
 from tvm_compress.relay_passes.numerics.channel_budget import (
+    CountOption,
     OperationCounts,
+    cheapest_within,
     counts_within,
     snap,
 )
+from tvm_compress.relay_passes.numerics.loss_line import LossLine
 from tvm_compress.relay_passes.numerics.statistics import Statistics
 from tvm_compress.relay_passes.select import list_layers
 from tvm_compress.relay_passes.shrink import Shrink, mask, observe, read_shrunk
@@ -139,6 +144,55 @@ def test_layers_keep_the_share_of_operations(scope: Any, criterion: Any) -> None
     widths = [int(text.split()[2]) for text in notes.values()]
     assert notes
     assert all(width % 8 == 0 for width in widths)
+
+
+def test_totals_go_where_they_cost_least() -> None:
+    """Against every choice of two groups in a chain of layers."""
+    sizes = np.array([16, 16])
+    whole = np.array([100.0, 500.0, 50.0])
+    by_output = np.array([[1 / 16, 0], [0, 1 / 16], [0, 0]])
+    by_input = np.array([[0, 0], [1 / 16, 0], [0, 1 / 16]])
+    operations = OperationCounts(whole, by_output, by_input, sizes)
+    for price in ([1.0, 100.0], [100.0, 1.0], [1.0, 1.0]):
+        options = [
+            [CountOption(n / 16, np.array([n]), cost * (16 - n) ** 2) for n in range(16, 0, -4)]
+            for cost in price
+        ]
+        found = cheapest_within(operations, 400.0, options)
+        assert operations.total(np.concatenate([item.counts for item in found])) <= 400
+        best = min(
+            a.loss + b.loss
+            for a in options[0]
+            for b in options[1]
+            if operations.total(np.concatenate([a.counts, b.counts])) <= 400
+        )
+        assert sum(item.loss for item in found) <= 1.3 * best
+    line = LossLine.through([(2.0, 3.0), (1.0, 2.0)])
+    assert [line.at(x) for x in (0.0, 0.5, 1.5, 4.0)] == pytest.approx([0, 1, 2.5, 6])
+
+
+def test_channels_leave_where_the_outputs_lose_least() -> None:
+    """Half of what `a` computes comes twice: nothing of `b` has to leave."""
+
+    def network(net: Net, x: relax.Var) -> relax.Var:
+        x = redundant(net, x)
+        return net.conv_bias("c", net("act", op.nn.relu(x)), 3)
+
+    module = build(network, (1, 4, 7, 7))
+    config = ShrinkConfig(Operations(0.6), multiple=1)
+    schemes = all_layers(module, config)
+    assert set(undecided(schemes)) == set(schemes)
+    statistics = statistics_of(module, schemes)
+    decided = decide(module, schemes, statistics, lambda other: error(module, other))
+    assert not undecided(decided)
+    result = Shrink(decided, statistics)(module)
+    assert macs(result) <= 0.6 * macs(module)
+    notes = read_shrunk(result)
+    assert notes["a"] == "16 -> 8 channels" and notes["b"] == "16 -> 8 inputs"
+    even = Shrink(all_layers(module, replace(config, scope="group")), statistics)(module)
+    assert error(module, result) < 0.1 * error(module, even)
+    with pytest.raises(DataError, match="losses on calibration data"):
+        decide(module, schemes, statistics)
 
 
 def test_layers_that_are_not_selected_keep_their_channels() -> None:
