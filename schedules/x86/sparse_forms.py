@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 from ...targets import Target
 from ..saturation import NarrowSums
@@ -12,8 +13,7 @@ from ..sparse_cost import DenseCost, GatheredCost
 from ..sparse_form import SparseForm
 from ..spec import Conv2dSpec, MatmulSpec, ceil_div
 from . import winograd
-from .dot import widest_byte_dot
-from .sparse_byte_planes import fits_byte_planes
+from .sparse_byte_planes import fits_byte_planes, planes_dot
 from .sparse_bytes import PAIRS, QUADS
 from .sparse_compiled import fits_compiled
 from .sparse_planes import fits_planes
@@ -63,20 +63,21 @@ def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> list[SparseFo
         return []
     if has_few_rows(spec):
         return byte_row_forms(spec, target)
-    if widest_byte_dot(target) is not None:
+    dot = planes_dot(target)
+    assert dot is not None
+    run, fits = 4 * dot.lanes, partial(fits_byte_planes, _outputs(spec), target=target)
+    if not dot.is_chained:
         cost, gathered = _BYTES
-        costs = {
-            n: c for n, c in _BYTE_PLANES.items() if fits_byte_planes(_outputs(spec), n, target)
-        }
-        forms = _planes(spec, costs, cost.of(spec), 64, _TURNED_BYTES, QUADS)
+        costs = {n: c for n, c in _BYTE_PLANES.items() if fits(n)}
+        forms = _planes(spec, costs, cost.of(spec), run, _TURNED_BYTES, QUADS)
         return [*forms, gathered.form(spec, 16, QUADS, cost.of(spec))]
     cost, gathered = _BYTES_IN_PAIRS
     pairs = gathered.form(spec, 16, PAIRS, cost.of(spec))
     # Weights that prove this make the dense kernel as much faster (0.20 to 0.41 at 80 %, pairs 0.25
     # to 0.50 where nothing is proven).
     chained = replace(pairs, cost=0.99 * pairs.cost, group=QUADS, sums=_CHAINS)
-    costs = {n: c for n, c in _PAIR_PLANES.items() if fits_byte_planes(_outputs(spec), n, target)}
-    planes = _planes(spec, costs, cost.of(spec), 32, _TURNED_PAIRS, QUADS)
+    costs = {n: c for n, c in _PAIR_PLANES.items() if fits(n)}
+    planes = _planes(spec, costs, cost.of(spec), run, _TURNED_PAIRS, QUADS)
     return [chained, pairs, *(replace(form, sums=_CHAINS) for form in planes)]
 
 
