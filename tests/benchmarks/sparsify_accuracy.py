@@ -4,8 +4,9 @@
         [--sparsities 0.5,0.7,0.8,0.9] [--patterns unstructured,16x1] [--criteria second_order,..]
 
 Criteria: magnitude (no compensation, as a baseline), reconstructed (magnitude, then least squares),
-second_order, and sensitivity (second_order, the total split by measured sensitivity). No kernel is asked whether it pays (`insist`). Float kernels; one row
-each, with the number of images and the paired difference to the float network.
+second_order, and sensitivity (second_order, the total split by measured sensitivity). No kernel is
+asked whether it pays (`insist`). Float kernels; one row each, with the number of images and the
+paired difference to the float network.
 """
 
 from __future__ import annotations
