@@ -15,6 +15,7 @@ import pytest
 from tvm_compress.report.arena import Arena, ArenaBuffer
 from tvm_compress.report.assemble import owner_of
 from tvm_compress.report.html import render_html
+from tvm_compress.report.loops import joined, joined_others
 from tvm_compress.report.rows import (
     Accuracy,
     BoardCost,
@@ -23,6 +24,7 @@ from tvm_compress.report.rows import (
     Device,
     Exactness,
     FloatRow,
+    KernelChoice,
     KernelInstructions,
     Latency,
     LayerRow,
@@ -30,15 +32,18 @@ from tvm_compress.report.rows import (
     OutputRow,
     Report,
     Side,
+    StepEffect,
     StepTime,
     report_schema,
 )
 from tvm_compress.report.terminal import print_report, print_summary
 from tvm_compress.report.text import (
     bytes_text,
+    change_text,
     count_text,
     points,
     ratio_text,
+    row_name,
     short_name,
     three_digits,
     time_text,
@@ -307,6 +312,57 @@ def test_terminal_without_measurements(capsys: pytest.CaptureFixture[str]) -> No
 )
 def test_numbers_as_people_read_them(found: str, expected: str) -> None:
     assert found == expected
+
+
+def test_multiply_adds_that_run_stand_beside_the_originals(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = (replace(layer("sparse"), macs_after=4_000), replace(layer("dense"), macs_after=10_000))
+    report = make_report(macs=20_000, macs_after=14_000, layers=rows)
+    print_report(as_json(report), Path("out"))
+    words = " ".join(capsys.readouterr().out.split())
+    assert "multiply-adds 20.0 k 14.0 k 1.43x" in words
+    assert "10.0 k → 4.00 k" in words and words.count("10.0 k →") == 1
+    assert "compressed: 14.0 k" in Page(render_html(report)).words
+
+
+def test_a_loop_is_one_row_with_the_sums_of_its_calls() -> None:
+    rows = [
+        replace(layer(name, sqnr=sqnr), macs_after=7) for name, sqnr in (("t0", 9.0), ("t1", 5.0))
+    ]
+    found = joined([*rows, layer("fc")], {"t0": "t0", "t1": "t0", "fc": "fc"})
+    assert [row.name for row in found] == ["t0", "fc"]
+    first = found[0]
+    assert (first.calls, first.macs, first.macs_after, first.time_after_us) == (2, 20_000, 14, 10.0)
+    assert (first.sqnr_db, first.own_sqnr_db, first.kernels) == (5.0, 11.0, ("fused_conv2d",))
+    assert row_name({"name": "t0", "calls": 2}) == "t0 ×2"
+    others = [OtherKernelRow(name, "table", 1.0, 0.1, 3.0) for name in ("a", "b")]
+    (other,) = joined_others(others)
+    assert (other.name, other.time_us, other.calls) == ("a", 2.0, 2)
+
+
+def test_what_steps_did_is_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    effect = StepEffect(
+        "sparsify", 5, 2, 1, "conv1, dense: too slow", "dw, depthwise", 1, "fc, slow"
+    )
+    report = as_json(make_report(effects=(effect, StepEffect("lowrank", 0, 0, 0))))
+    print_summary(report, Path("out"))
+    words = " ".join(capsys.readouterr().out.split())
+    assert (
+        "sparsify 5 layers changed; 1 of them with a dense kernel (such as fc, slow); 2 put back "
+        "(such as conv1, dense: too slow); 1 left alone (such as dw, depthwise)"
+    ) in words
+    assert "lowrank changed nothing" in words
+    assert errors(report) == []
+
+
+def test_costs_of_kernels_have_kind_and_unit() -> None:
+    choice = KernelChoice("16x1", 0.5, "", 50.0, 100.0, "cycles", "predicted")
+    row = vars(replace(layer("a"), change="blocks 16x1 50 % zeros")) | {"choice": vars(choice)}
+    assert change_text(row) == (
+        "blocks 16x1 50 % zeros; kernel 16x1, 50 % of its weights stored, 0.50x of dense "
+        "(predicted cycles)"
+    )
 
 
 def test_parts_count_for_the_layer() -> None:

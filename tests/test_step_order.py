@@ -9,6 +9,10 @@ from tvm import relax
 from tvm_compress.errors import RecipeError
 from tvm_compress.flow import load_job
 from tvm_compress.recipe import load_recipe, parse_recipe, shipped_recipes
+from tvm_compress.relay_passes.sparsify_config import SparsifyConfig
+from tvm_compress.relay_passes.step_notes import left_alone, with_left_alone
+from tvm_compress.report.schemes import describe_changes, describe_effects
+from tvm_compress.report.text import effect_text
 
 from .relay_passes.floats import Net, build, quantize, samples
 
@@ -89,3 +93,56 @@ def test_shipped_recipes_are_in_order() -> None:
     data = [{"x": array} for array in samples(module, 2)]
     for name in shipped_recipes():
         assert load_job(module, load_recipe(name), "x86-64-v3", data).notes == (), name
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (
+            "sparsify: {sparsity: 0.5, pattern: {block: {outputs: 5000, inputs: 5000}}}",
+            (
+                "r.yaml:3: sparsify cannot change its 2 layers, such as a: one of the blocks "
+                "5000x5000 holds all its 16 x 36 weights"
+            ),
+        ),
+        (
+            "sparsify: {layers: b, pattern: kernel_shape}",
+            (
+                "r.yaml:3: sparsify cannot change its only layer b: a 1x1 kernel has no 8 kernel "
+                "shapes of 4 entries"
+            ),
+        ),
+        (
+            "structured: {layers: a}",
+            "r.yaml:3: structured cannot change its only layer a: only linear layers are changed",
+        ),
+    ],
+)
+def test_what_fits_no_layer_is_refused(module: tvm.IRModule, step: str, words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        notes_of(module, step)
+    assert str(caught.value) == words
+
+
+def test_biases_that_a_step_sets_itself_need_no_correction(module: tvm.IRModule) -> None:
+    with pytest.raises(RecipeError, match=r"leave it out \(sparsify with data sets biases itself"):
+        notes_of(module, SPARSIFY, "correct_bias")
+
+
+def test_layers_that_a_step_cannot_change_are_left_with_the_reason() -> None:
+    def network(net: Net, x: relax.Var) -> relax.Var:
+        return net.conv_relu("wide", net.conv_relu("depth", x, 4, groups=4), 16)
+
+    module = build(network)
+    schemes = dict.fromkeys(["wide", "depth"], SparsifyConfig(sparsity=0.5))
+    left = left_alone("sparsify", module, schemes)
+    assert left == {"depth": "depthwise: one output a group, where blocks 16x1 need several"}
+    assert left_alone("lowrank", module, schemes).keys() == {"depth"}
+    noted = with_left_alone(module, "sparsify", left)
+    changes = describe_changes(noted)
+    assert changes == {"depth": f"left by sparsify: {left['depth']}"}
+    (effect,) = describe_effects(noted, ["sparsify"], {})
+    assert effect_text(vars(effect)) == (
+        "0 layers changed; 1 left alone (such as depth, depthwise: one output a group, where "
+        "blocks 16x1 need several)"
+    )

@@ -61,13 +61,13 @@ def check_order(module: tvm.IRModule, plan: Sequence[Sequence[Step]]) -> list[st
                     f"{place}{step.name} can change none of its layers, {'; '.join(reasons)}; "
                     f"{_advice(step.name, reasons, done)}"
                 )
-            unfit = left_alone(step.name, module, schemes_of(module, [step]))
-            if left and left <= unfit.keys():
-                name = next(layer for layer in unfit if layer in left)
-                raise RecipeError(
-                    f"{place}{step.name} can change none of its {len(left)} layers; of {name!r}: "
-                    f"{unfit[name]}"
-                )
+            schemes = schemes_of(module, [step])
+            unfit = left_alone(step.name, module, schemes)
+            asked = left or schemes.keys()  # also layers of operators that it is not for
+            if asked and asked <= unfit.keys():
+                name = next(layer for layer in unfit if layer in asked)
+                count = f"its {len(asked)} layers, such as" if len(asked) > 1 else "its only layer"
+                raise RecipeError(f"{place}{step.name} cannot change {count} {name}: {unfit[name]}")
             if reasons:
                 spoiled = len(layers) - len(left)
                 notes.append(

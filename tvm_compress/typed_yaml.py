@@ -48,7 +48,7 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     names = sorted(allowed)
     close = difflib.get_close_matches(word, names, 1, 0.5)
     listed = ", ".join(names) if len(names) <= 24 else ", ".join(names[:24]) + ", ..."
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{hint} (allowed: {listed})"
 
 
@@ -91,10 +91,16 @@ def _check_tokens(text: str, source: Source) -> None:
             raise RecipeError(f"{source.name}:{line}: nested deeper than {MAX_DEPTH} levels")
 
 
-def pairs(node: yaml.Node, source: Source, what: str) -> list[tuple[str, yaml.Node, yaml.Node]]:
-    """The entries of a mapping node as (key, key node, value node); keys are unique strings."""
+def pairs(
+    node: yaml.Node, source: Source, what: str, keys: Iterable[str] = ()
+) -> list[tuple[str, yaml.Node, yaml.Node]]:
+    """The entries of a mapping node as (key, key node, value node); keys are unique strings, those
+    of `keys` are named where it is none."""
     if not isinstance(node, yaml.MappingNode):
-        raise source.error(node, f"{what} must be a mapping `key: value`, not {_shown(node)}")
+        known = f" with keys of {', '.join(keys)}" if keys else ""
+        raise source.error(
+            node, f"{what} must be a mapping `{{key: value}}`{known}, not {_shown(node)}"
+        )
     entries: list[tuple[str, yaml.Node, yaml.Node]] = []
     seen: set[str] = set()
     for key_node, value_node in node.value:
@@ -258,7 +264,7 @@ def parse_fields(
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in skip}
     values: dict[str, Any] = {}
-    for key, key_node, value_node in pairs(node, source, what):
+    for key, key_node, value_node in pairs(node, source, what, [*fields, *skip]):
         if key in skip:
             continue
         if key not in fields:
