@@ -42,6 +42,7 @@ def main() -> None:
     parser = options(__doc__ or "")
     parser.add_argument("--block", type=int, default=16, help="outputs that share a pattern")
     parser.add_argument("--int8", action="store_true", help="bytes instead of float32")
+    parser.add_argument("--stride", type=int, default=1, help="of all layers")
     parser.add_argument("--sparsity", default="0.5,0.7,0.8,0.9,0.95")
     parser.add_argument("--n-of-m", action="store_true", help="also 2:4, as the last column")
     arguments = parser.parse_args()
@@ -56,6 +57,7 @@ def main() -> None:
     for name, spec in same_convolutions(LAYERS, arguments.only):
         if arguments.int8:
             spec = spec.replace(data_dtype="uint8", weight_dtype="int8", acc_dtype="int32")
+        spec = spec.replace(strides=(arguments.stride, arguments.stride))
         best = contest(
             [
                 onnxruntime(spec, arguments.threads, quantised=arguments.int8),
@@ -95,7 +97,9 @@ def sparse(dense: Any, block: int, sparsity: float, target: Any) -> Callable[[],
         kept = rng.random((reduction, outputs // block)).argsort(axis=0) < entries
     weight: np.ndarray = rng.standard_normal((reduction, outputs), dtype="float32")
     if dense.is_integer:
-        weight = rng.integers(1, 128, weight.shape, dtype="int8")
+        # Signs of both kinds: without VNNI they decide which weights go together.
+        largest = np.abs(weight).max(axis=0)
+        weight = (np.sign(weight) * np.ceil(np.abs(weight) / largest * 127)).astype("int8")
     weight *= kept.repeat(block, axis=1)
     codes = weight[None]
     _, form = sparse_candidates(dense, codes != 0, target)[0]
