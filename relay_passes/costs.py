@@ -21,6 +21,14 @@ HOW = {MEASURED: "measured", COUNTED: "counted", PREDICTED: "predicted"}
 
 
 @dataclass(frozen=True)
+class StoredCost:
+    """What a layer costs that is stored without its zeros and decoded before every dense call."""
+
+    cost: float
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What a layer costs on the target in its cheapest sparse form, and with all its weights."""
 
@@ -33,12 +41,20 @@ class Comparison:
     dense_bytes: int
     unit: str
     """`MEASURED` on the target, `COUNTED` under its emulator or `PREDICTED`."""
+    stored: StoredCost | None = None
+    """With a dense kernel and without its zeros in memory; None: hardly smaller, or not to be
+    had."""
 
     @property
     def pays(self) -> bool:
         """Whether the sparse layer is smaller and hardly slower, or clearly faster."""
         limit = TOLERATED if self.bytes < self.dense_bytes else CLEARLY_FASTER
         return self.form is not None and self.cost <= limit * self.dense_cost
+
+    @property
+    def storing_pays(self) -> bool:
+        """Whether decoding hardly slows the dense kernel down; it is smaller always."""
+        return self.stored is not None and self.stored.cost <= TOLERATED * self.dense_cost
 
     @property
     def words(self) -> str:

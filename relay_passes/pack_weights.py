@@ -11,13 +11,18 @@ layers. A float weight with enough zeros for a kernel that skips them becomes
 
     conv2d(x, w)              =>  sparse_conv2d(x, values, offsets, starts)
 
-where `ChooseSparse` says so (`sparse_choices`), or where it is expected to pay and nobody looked.
+where `ChooseSparse` says so (`sparse_choices`), or where it is expected to pay and nobody looked;
+another weight with zeros, in the same way,
+
+    conv2d(x, w)              =>  conv2d_packed(x, decode(values, words, starts))
+
 `tvm_compress.sparse_kernels` (JSON) says of these layers what share of the weights is stored.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +31,10 @@ from tvm import relax
 
 from .. import schedules
 from ..schedules.prim import ROLES_ATTR
+from ..schedules.stored_weight import STORED, StoredWeight, expected_share, stored_weight
 from . import ir
+from .costs import TOLERATED
+from .ir import array_const
 from .sparse_choices import read_choices
 
 if TYPE_CHECKING:
@@ -96,24 +104,46 @@ class _Packing(relax.PyExprMutator):
             return self._kernel(call, sparse[0], [relax.const(part) for part in sparse[1]], roles)
         decoded = schedules.decode_weight(spec, parts, self.target)
         if decoded is not None:
-            return self._decoded(call, decoded)
+            weight = self._decoding(decoded.prim_func(), decoded.parts, decoded.spec)
+            return self._kernel(call, decoded.spec, [weight], ["data", "weights"])
         packed = schedules.pack_parts(spec, parts, self.target)
         if packed is None:
             return super().visit_call_(call)
         packed_spec, stored = packed
+        if len(stored) == 1:
+            zeros_out = self._without_zeros(packed_spec, stored[0], chosen)
+            if zeros_out is not None:
+                weight = self._decoding(zeros_out[0].prim_func(), zeros_out[1], packed_spec)
+                return self._kernel(call, packed_spec, [weight], ["data", "weights"])
         roles = list(kernel.attrs[ROLES_ATTR])[: 1 + len(stored)]  # tables may have been opened
         return self._kernel(call, packed_spec, [relax.const(part) for part in stored], roles)
 
-    def _decoded(self, call: tvm.ir.Call, decoded: schedules.DecodedWeight) -> tvm.ir.Expr:
-        layer = self.layer
-        self.decoded.append(layer)
-        decode = self.builder_.add_func(decoded.prim_func(), "decode_weight")
-        parts = relax.Tuple([relax.const(np.ascontiguousarray(part)) for part in decoded.parts])
-        weight_type = relax.TensorType(list(decoded.spec.weight_shape), "float32")
-        weight = self.builder_.emit(
-            relax.call_tir(decode, parts, out_ty=weight_type), name_hint=f"{layer}.decoded"
+    def _without_zeros(
+        self, spec: schedules.WeightedSpec, weight: np.ndarray, chosen: str | None
+    ) -> tuple[StoredWeight, list[np.ndarray]] | None:
+        """The packed weight of a layer that runs dense without its zeros; None: it keeps them."""
+        if chosen not in (None, STORED):
+            return None
+        found = stored_weight(spec, weight, self.target)
+        if found is None or chosen == STORED:
+            return found
+        return found if expected_share(spec, self.target) <= TOLERATED - 1 else None
+
+    def _decoding(
+        self,
+        decode: tvm.tirx.PrimFunc,
+        parts: Sequence[np.ndarray],
+        spec: schedules.WeightedSpec,
+    ) -> tvm.ir.Expr:
+        """The weight that `spec` reads, decoded from `parts` before every call of the layer."""
+        self.decoded.append(self.layer)
+        global_var = self.builder_.add_func(decode, "decode_weight")
+        constants = relax.Tuple([array_const(part) for part in parts])
+        weight_type = relax.TensorType(list(spec.weight_shape), spec.weight_storage_dtype)
+        return self.builder_.emit(
+            relax.call_tir(global_var, constants, out_ty=weight_type),
+            name_hint=f"{self.layer}.decoded",
         )
-        return self._kernel(call, decoded.spec, [weight], ["data", "weights"])
 
     def _kernel(
         self,

@@ -16,6 +16,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from ..schedules.stored_weight import STORED
 from .costs import Comparison, LayerCosts
 from .encodings import kernel_order
 from .graph import Graph
@@ -37,7 +38,8 @@ class SparseChoice:
     """How one layer with zeros ships, and what that was decided by."""
 
     form: str
-    """`SparseForm.words`; empty: dense."""
+    """`SparseForm.words`; `STORED`: a dense kernel, whose weight is stored without its zeros;
+    empty: dense."""
     reason: str
     """Why it is dense, or that it was insisted on; empty: it pays."""
     cost: float
@@ -73,7 +75,8 @@ class ChooseSparse:
             if variable.name not in sparsified and kept.mean() > 1 - _BY_CHANCE:
                 continue
             compared = self.costs.sparse(variable.name, _as_stored(graph, call, spec), kept)
-            if compared.form is not None or variable.name in self.insisted:
+            has_forms = compared.form is not None or compared.stored is not None
+            if has_forms or variable.name in self.insisted:
                 choices[variable.name] = _choice(compared, variable.name in self.insisted)
         if not choices:
             return module
@@ -89,6 +92,9 @@ def _choice(compared: Comparison, is_insisted: bool) -> SparseChoice:
     is_sparse = compared.form is not None and (compared.pays or is_insisted)
     if is_sparse and reason:
         reason = f"insisted on: {reason}"
+    if not is_sparse and compared.stored is not None and compared.storing_pays:
+        cost = compared.stored.cost
+        return SparseChoice(STORED, "", cost, compared.dense_cost, compared.unit)
     form = compared.form.words if is_sparse and compared.form is not None else ""
     return SparseChoice(form, reason, compared.cost, compared.dense_cost, compared.unit)
 

@@ -199,7 +199,12 @@ def schedule(func: tirx.PrimFunc, target: Target, choice: Choice | None = None) 
     """
     from .default import schedule_default
     from .fused import analyse
+    from .stored_weight import NAME as STORED_WEIGHT
+    from .stored_weight import kernel_of as decoding_kernel
 
+    decoding = decoding_kernel(func, target)
+    if decoding is not None:
+        return _finish(decoding.build(), func, STORED_WEIGHT)
     fused = analyse(func)
     found = _kernel_of(fused, target, choice)
     if found is not None:

@@ -24,6 +24,7 @@ from tvm_compress.relay_passes.quantize_config import QuantizeConfig
 from tvm_compress.relay_passes.sparse_choices import read_choices
 from tvm_compress.relay_passes.sparsify_config import SparsifyConfig
 from tvm_compress.schedules import Conv2dSpec, MatmulSpec, SparseConv2dSpec
+from tvm_compress.schedules.stored_weight import StoredWeight
 from tvm_compress.targets import get_target
 from tvm_compress.targets.toolchains import missing_tools
 
@@ -77,7 +78,35 @@ def test_a_sparse_layer_is_compared_with_its_dense_kernel(spec: Any) -> None:
     assert 0 < found.bytes < found.dense_bytes == 4 * spec.reduction_size * spec.columns
     (asked,) = bench.asked
     assert asked[0].macs == spec.macs and not isinstance(asked[0], SparseConv2dSpec)
-    assert all(isinstance(item, SparseConv2dSpec) for item in asked[1:]) and len(asked) > 1
+    *sparse, decoding = asked[1:]
+    assert all(isinstance(item, SparseConv2dSpec) for item in sparse) and sparse
+    assert isinstance(decoding, StoredWeight) and found.stored is not None
+    assert found.stored.cost == 2.0 + 2.0 and not found.storing_pays  # dense, and decoding
+
+
+class DecodingBench(FakeBench):
+    """Sparse kernels are twice as slow as dense ones, decoding takes `share` of these."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__(sparse=2.0, dense=1.0)
+        self.share = share
+
+    def costs(self, kernels: Sequence[Kernel]) -> list[float]:
+        found = super().costs(kernels)
+        decodes = [isinstance(kernel.spec, StoredWeight) for kernel in kernels]
+        return [self.share if d else cost for d, cost in zip(decodes, found, strict=True)]
+
+
+def test_zeros_that_no_kernel_skips_are_left_out_of_memory() -> None:
+    spec = CONV.replace(kernel=(1, 1), padding=(0, 0, 0, 0), in_channels=64)
+    for share, pays in ((0.02, True), (0.09, True), (0.2, False)):
+        found = TargetCosts(X86, DecodingBench(share)).sparse("a", spec, kept(spec, 0.5, 1))
+        assert not found.pays and found.storing_pays == pays
+        assert found.stored is not None and found.stored.cost == 1 + share
+        # A bit for each weight, and half of the weights.
+        assert found.stored.bytes / found.dense_bytes == pytest.approx(0.5 + 1 / 32, abs=0.03)
+    full = TargetCosts(X86, DecodingBench(0.02)).sparse("a", spec, kept(spec, 0.95, 1))
+    assert full.stored is None and not full.storing_pays
 
 
 def test_smaller_ones_may_be_a_little_slower() -> None:

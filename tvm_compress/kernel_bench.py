@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from .schedules import KernelSpec
+    from .schedules.stored_weight import StoredWeight
     from .targets import Target
 
 # A kernel runs about this long at a turn, in this many turns; few where one run takes long.
@@ -43,9 +44,9 @@ _Shared = dict[tuple[tuple[int, ...], str], tuple[int, np.ndarray]]
 @dataclass(frozen=True)
 class Kernel:
     """A layer's kernel, with the bias and the activation that usually follow it, and what it reads
-    besides its data."""
+    besides its data; or one that decodes a weight."""
 
-    spec: KernelSpec
+    spec: KernelSpec | StoredWeight
     weights: tuple[np.ndarray, ...]
 
 
@@ -182,10 +183,11 @@ class CountingBench:
 # --- building -----------------------------------------------------------------------------------
 
 
-def _function(spec: KernelSpec) -> Any:
+def _function(spec: KernelSpec | StoredWeight) -> Any:
     from .schedules.lone_layer import lone_layer
+    from .schedules.stored_weight import StoredWeight
 
-    return lone_layer(spec)
+    return spec.prim_func() if isinstance(spec, StoredWeight) else lone_layer(spec)
 
 
 def _compiled(kernel: Kernel, target: Target, name: str = "kernel") -> Any:
@@ -209,10 +211,12 @@ def _tensor_specs(func: Any) -> tuple[Any, ...]:
 
 
 def _arrays(kernel: Kernel, func: Any) -> list[np.ndarray]:
-    """Data, weights, bias and room for the result."""
+    """Data, weights, bias and room for the result; decoding has neither data nor bias."""
     from .tuning.worker import random_array
 
     specs = _tensor_specs(func)
+    if len(specs) == len(kernel.weights) + 1:
+        return [*kernel.weights, np.zeros(specs[-1].shape, specs[-1].dtype)]
     random = np.random.default_rng(0)
     data = random_array(random, specs[0].shape, specs[0].dtype)
     bias, result = (np.zeros(spec.shape, spec.dtype) for spec in specs[-2:])
@@ -223,16 +227,23 @@ def _arguments(kernel: Kernel, device: Any) -> list[list[Any]]:
     """Argument lists that share data and results, and have weights of their own."""
     import tvm
 
-    data, *weights, bias, result = (
-        tvm.runtime.tensor(array, device) for array in _arrays(kernel, _function(kernel.spec))
-    )
+    func = _function(kernel.spec)
+    arrays = _arrays(kernel, func)
+    first = 1 if len(arrays) > len(kernel.weights) + 1 else 0  # behind the data
+    own = range(first, first + len(kernel.weights))
     size = sum(array.nbytes for array in kernel.weights)
     copies = min(_MOST_COPIES, math.ceil(_COLD_BYTES / max(size, 1)))
-    others = [
-        [tvm.runtime.tensor(np.ascontiguousarray(array), device) for array in kernel.weights]
-        for _ in range(copies - 1)
+    tensors = [tvm.runtime.tensor(array, device) for array in arrays]
+    return [
+        tensors,
+        *(
+            [
+                tvm.runtime.tensor(arrays[place], device) if place in own else tensor
+                for place, tensor in enumerate(tensors)
+            ]
+            for _ in range(copies - 1)
+        ),
     ]
-    return [[data, *own, bias, result] for own in (weights, *others)]
 
 
 def _cut(spec: Any) -> tuple[Any, float]:

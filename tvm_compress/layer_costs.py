@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import ArtefactError, TargetError
-from .relay_passes.costs import COUNTED, MEASURED, PREDICTED, Comparison, Total
+from .relay_passes.costs import COUNTED, MEASURED, PREDICTED, Comparison, StoredCost, Total
 
 if TYPE_CHECKING:
     from .kernel_bench import Kernel, KernelBench
@@ -113,6 +113,7 @@ class TargetCosts:
         """See `LayerCosts`."""
         from .schedules.sparse_form import CODE_BYTES
         from .schedules.sparse_weight import adds_exactly, encoded, sparse_candidates
+        from .schedules.stored_weight import expected_share, stored_weight
 
         shipped = self._shipped(layer, spec)
         item = np.dtype(shipped.weight_storage_dtype).itemsize
@@ -127,21 +128,34 @@ class TargetCosts:
             if adds_exactly(sparse, form):
                 entries = arrays[0].size // form.block
                 found.append((share, form, entries, _kernel(sparse, arrays)))
-        if not found:
+        dense = self._dense(shipped, codes)
+        decoding = stored_weight(shipped, dense.weights[0], self.target)
+        if not found and decoding is None:
             return Comparison(None, cycles, cycles, dense_bytes, dense_bytes, PREDICTED)
+        names = [f"{form.words} {entries}" for _, form, entries, _ in found]
+        shares, kernels = [share for share, *_ in found], [kernel for *_, kernel in found]
+        if decoding is not None:
+            names.append(f"decoded {decoding[0].stored} of {decoding[0].size}")
+            shares.append(expected_share(shipped, self.target))
+            kernels.append(_kernel(*decoding))
         figures, unit = None, PREDICTED
-        if found[0][0] <= _HOPELESS:
-            names = [f"{form.words} {entries}" for _, form, entries, _ in found]
-            kernels = [self._dense(shipped), *(kernel for *_, kernel in found)]
-            figures, unit = self._figures(layer, [shipped.to_json(), *names], kernels)
+        if min(shares) <= _HOPELESS:
+            figures, unit = self._figures(layer, [shipped.to_json(), *names], [dense, *kernels])
         if figures is None:
-            figures = [cycles, *(share * cycles for share, *_ in found)]
+            figures = [cycles, *(share * cycles for share in shares)]
+        stored = None
+        if decoding is not None:
+            room = sum(array.nbytes for array in decoding[1])
+            stored = StoredCost(figures[0] + figures.pop(), room)
+        if not found:
+            cost = figures[0]
+            return Comparison(None, cost, cost, dense_bytes, dense_bytes, unit, stored)
         best = int(np.argmin(figures[1:]))
         _, form, entries, kernel = found[best]
-        stored = sum(array.nbytes for array in kernel.weights)
+        room = sum(array.nbytes for array in kernel.weights)
         if form.compiled:
-            stored += entries * CODE_BYTES
-        return Comparison(form, figures[1 + best], figures[0], stored, dense_bytes, unit)
+            room += entries * CODE_BYTES
+        return Comparison(form, figures[1 + best], figures[0], room, dense_bytes, unit, stored)
 
     def blocks(self, layer: str, spec: LayerSpec) -> tuple[int, ...]:
         """See `LayerCosts`."""
@@ -232,11 +246,13 @@ class TargetCosts:
         acc = "int32" if largest < 2**31 else "int64"
         return spec.replace(data_dtype=data, weight_dtype="int8", acc_dtype=acc)
 
-    def _dense(self, spec: LayerSpec) -> Kernel:
+    def _dense(self, spec: LayerSpec, codes: np.ndarray | None = None) -> Kernel:
+        """`codes` [G, K, N]; None: any."""
         from .schedules import pack_weight
 
         groups, columns = spec.groups_of_channels, spec.columns
-        codes = _random_weights(spec, (groups, spec.reduction_size, columns))
+        if codes is None:
+            codes = _random_weights(spec, (groups, spec.reduction_size, columns))
         # [G, K, N] -> [K, G * N]
         weight = codes.transpose(1, 0, 2).reshape(spec.weight_shape)
         packed = pack_weight(spec, weight, self.target) or (spec, weight)

@@ -12,13 +12,14 @@ import tvm
 from tvm import relax
 from tvm.relax import op
 
-from tvm_compress.build import lower
-from tvm_compress.relay_passes.costs import MEASURED, Comparison
+from tvm_compress.build import Lowered, compile_lowered, lower
+from tvm_compress.relay_passes.costs import MEASURED, Comparison, StoredCost
 from tvm_compress.relay_passes.graph import Graph
 from tvm_compress.relay_passes.layer_spec import LayerSpec, layer_spec
 from tvm_compress.relay_passes.sparse_choices import ChooseSparse, kept_weights, read_choices
 from tvm_compress.schedules import Conv2dSpec, MatmulSpec
 from tvm_compress.schedules.sparse_form import SparseForm
+from tvm_compress.schedules.stored_weight import STORED
 from tvm_compress.targets import get_target
 
 from .floats import Net, build, quantize
@@ -32,8 +33,10 @@ class FakeCosts:
 
     unit = MEASURED
 
-    def __init__(self, cost: float, form: SparseForm | None = None, bytes_: int = 100) -> None:
-        self.cost, self.bytes = cost, bytes_
+    def __init__(
+        self, cost: float, form: SparseForm | None = None, bytes_: int = 100, stored: float = 2.0
+    ) -> None:
+        self.cost, self.bytes, self.stored = cost, bytes_, StoredCost(stored, 150)
         self.form = form or SparseForm(16, 1.0)
         self.asked: dict[str, tuple[LayerSpec, np.ndarray]] = {}
 
@@ -42,7 +45,7 @@ class FakeCosts:
 
     def sparse(self, layer: str, spec: LayerSpec, kept: np.ndarray) -> Comparison:
         self.asked[layer] = spec, kept
-        return Comparison(self.form, self.cost, 1.0, self.bytes, 200, MEASURED)
+        return Comparison(self.form, self.cost, 1.0, self.bytes, 200, MEASURED, self.stored)
 
     def blocks(self, layer: str, spec: LayerSpec) -> tuple[int, ...]:
         return (16,)
@@ -96,6 +99,38 @@ def test_kernels_follow_the_choice(
     assert set(lower(module, X86).sparse_kernels) == ({"a", "b"} if sparse else set())
     # Nobody decided for other targets.
     assert set(lower(module, get_target("x86-64-v4")).sparse_kernels) == {"a", "b"}
+
+
+@pytest.mark.parametrize("is_integer", [False, True])
+def test_weights_without_zeros_compute_the_same(is_integer: bool) -> None:
+    """Layers that run dense and are stored without their zeros: smaller, and not a bit else."""
+    module = quantize(pruned()) if is_integer else pruned()
+    stored = chosen(module, FakeCosts(1.5, stored=1.05))
+    choices = read_choices(stored["main"], X86.name)
+    assert {choice.form for choice in choices.values()} == {STORED}
+    assert {choice.cost for choice in choices.values()} == {1.05}
+    dense = chosen(module, FakeCosts(1.5))
+    smaller, larger = (lower(one, X86) for one in (stored, dense))
+    assert set(smaller.decoded_per_call) == {"a", "b"} and not larger.decoded_per_call
+    assert not smaller.sparse_kernels
+    sizes = [weight_bytes(one, ("a", "b")) for one in (smaller, larger)]
+    assert sizes[0] < (0.4 if is_integer else 0.7) * sizes[1]  # Winograd's transform fills zeros
+    if X86.runs_here():
+        array = np.random.default_rng(0).normal(size=(1, 16, 6, 6)).astype(np.float32)
+        results = []
+        for one in (smaller, larger):
+            machine = relax.VirtualMachine(compile_lowered(one).executable, tvm.cpu())
+            results.append(machine["main"](tvm.runtime.tensor(array)).numpy())
+        assert np.array_equal(*results) and results[0].any()
+
+
+def weight_bytes(lowered: Lowered, layers: Sequence[str]) -> int:
+    """Values and indices."""
+    return sum(
+        item.bytes
+        for item in lowered.constants
+        if item.layer in layers and item.role in ("weights", "indices")
+    )
 
 
 def test_nobody_is_asked_about_layers_without_zeros() -> None:
