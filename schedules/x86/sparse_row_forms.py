@@ -32,11 +32,12 @@ class _RowCost:
         return SparseForm(block, self.weight, group, self.constant, bits=bits)
 
 
-# Bytes: bits of inputs, bits of weights, and offsets with and without `vpdpbusd`.
-_COMPRESSED = _RowCost(1.0, 0.2)
-_EXPANDED_BYTES = _RowCost(0.4, 0.8)
-_OFFSETS, _OFFSETS_IN_PAIRS = _RowCost(1.9, 0.12), _RowCost(1.2, 0.1)
-_EXPANDED_FLOATS = _RowCost(0.6, 0.45)
+# Bytes: bits of inputs, bits of weights, and offsets with and without `vpdpbusd`; floats. Weights
+# in the third-level cache; from memory, bits of weights gain what they save in bytes.
+_COMPRESSED = _RowCost(0.85, 0.12)
+_EXPANDED_BYTES = _RowCost(0.2, 1.2)
+_OFFSETS, _OFFSETS_IN_PAIRS = _RowCost(2.3, 0.05), _RowCost(1.7, 0.05)
+_EXPANDED_FLOATS = _RowCost(0.2, 0.85)
 
 
 def has_few_rows(spec: Conv2dSpec | MatmulSpec) -> bool:
