@@ -214,8 +214,8 @@ def candidates(
     return found
 
 
-Measured = Callable[[Candidate, int], float]
-"""What the network's outputs lose when that layer alone has that rank."""
+Measured = Callable[[Mapping[Candidate, int]], float]
+"""What the network's outputs lose when those layers alone have those ranks."""
 
 
 def undecided(schemes: Mapping[str, LowRankConfig]) -> dict[str, LowRankConfig]:
@@ -237,9 +237,9 @@ def decide(
     found = candidates(splittable(Graph(module["main"]), left), statistics, costs)
     decided = {name: item for name, item in schemes.items() if name not in left}
 
-    def measured(candidate: Candidate, rank: int) -> float:
+    def measured(ranks: Mapping[Candidate, int]) -> float:
         assert loss is not None
-        return loss(_near(module, candidate, rank))
+        return loss(with_weights(module, [_near(*item) for item in ranks.items()]))
 
     ranks = _wanted_ranks(found, None if loss is None else measured)
     for candidate, rank in zip(found, ranks, strict=True):
@@ -261,8 +261,8 @@ def choose_ranks(found: Sequence[Candidate]) -> list[int | str]:
     ]
 
 
-def _near(module: tvm.IRModule, candidate: Candidate, rank: int) -> tvm.IRModule:
-    """The module whose layer has the product of its parts as its weight."""
+def _near(candidate: Candidate, rank: int) -> tuple[Layer, Pruned]:
+    """The layer with the product of its parts as its weight."""
     layer, products, shifts = candidate.layer, [], []
     for aim in candidate.aims():
         _, product = fit(candidate.form, aim.kernel, rank, candidate.multiple, aim.hessian)
@@ -273,8 +273,7 @@ def _near(module: tvm.IRModule, candidate: Candidate, rank: int) -> tvm.IRModule
         np.stack([product.T for product in products]), layer.call, layer.weight.shape
     ).astype(np.float32)
     known = [shift for shift in shifts if shift is not None]
-    shift = np.concatenate(known) if known else None
-    return with_weights(module, [(layer, Pruned(weight, shift, np.zeros(0)))])
+    return layer, Pruned(weight, np.concatenate(known) if known else None, np.zeros(0))
 
 
 def _wanted_ranks(found: Sequence[Candidate], measured: Measured | None = None) -> list[int | str]:
@@ -319,40 +318,57 @@ def _own_rank(
 def _network_ranks(
     total: Network, members: Sequence[Candidate], measured: Measured | None
 ) -> list[int | str]:
-    """Each layer's cost counts by its share of all."""
-    wholes, choices = [], []
+    """Each layer's cost counts by its share of all. Where losses are measured, the better of the
+    choices by energies and by losses of layers alone."""
+    wholes: list[float] = []
+    by_energy: list[list[Choice]] = []
+    by_loss: list[list[Choice]] = []
     for member in members:
         is_bytes = total.of == "bytes"
         cost = member.bytes if is_bytes else member.operations
         size = float(member.layer.weight.size if is_bytes else member.spec.macs)
         size *= len(member.layer.variables) if not is_bytes else 1
         costs = {rank: share for rank in member.ranks if (share := cost(rank)) < 1}
-        losses = _losses(member, costs, total.share, measured)
+        held = energies(member.squares)
+        lost = {rank: 1 - float(held[min(rank, len(held)) - 1]) for rank in costs}
         wholes.append(size)
-        choices.append([Choice(rank, costs[rank] * size, losses[rank]) for rank in costs])
+        by_energy.append(
+            [
+                Choice(rank, costs[rank] * size, -math.log(max(1 - lost[rank], 1e-30)))
+                for rank in costs
+            ]
+        )
+        if measured is not None:
+            line = _loss_line(member, costs, lost, total.share, measured)
+            by_loss.append(
+                [Choice(rank, costs[rank] * size, line.at(lost[rank])) for rank in costs]
+            )
+    limit = total.share * sum(wholes)
     try:
-        found = allocate(wholes, choices, total.share * sum(wholes))
+        found = allocate(wholes, by_energy, limit)
     except ValueError as error:
         raise RecipeError(f"rank: {{network: {total.share}}}: {error}") from None
+    if measured is not None:
+        other = allocate(wholes, by_loss, limit)
+
+        def loss_of(chosen: Sequence[Choice | None]) -> float:
+            pairs = zip(members, chosen, strict=True)
+            return measured({member: item.rank for member, item in pairs if item is not None})
+
+        found = min(other, found, key=loss_of)
     return ["the total needs no split of it" if item is None else item.rank for item in found]
 
 
-def _losses(
-    member: Candidate, costs: Mapping[int, float], share: float, measured: Measured | None
-) -> dict[int, float]:
-    """What each rank loses: -log of the energy, or in the network's outputs, measured where the
-    layer has about the `share` and half of it, between those as its energy."""
-    held = energies(member.squares)
-    lost = {rank: 1 - float(held[min(rank, len(held)) - 1]) for rank in costs}
-    if measured is None:
-        return {rank: -math.log(max(1 - lost[rank], 1e-30)) for rank in costs}
-    points = (
-        sorted(
-            {min(costs, key=lambda rank: abs(costs[rank] - at)) for at in (share, share / 2)},
-            reverse=True,
-        )
-        if costs
-        else []
-    )
-    line = LossLine.through([(lost[rank], measured(member, rank)) for rank in points])
-    return {rank: line.at(lost[rank]) for rank in costs}
+def _loss_line(
+    member: Candidate,
+    costs: Mapping[int, float],
+    lost: Mapping[int, float],
+    share: float,
+    measured: Measured,
+) -> LossLine:
+    """Loss in the network's outputs by the share of the layer's energy that is lost, measured where
+    the layer has about the `share` of its costs and half of it."""
+    points = {
+        min(costs, key=lambda rank: abs(costs[rank] - at)) for at in (share, share / 2) if costs
+    }
+    return LossLine.through((lost[rank], measured({member: rank})) for rank in points)
