@@ -590,3 +590,13 @@ def test_float16_and_integer_tensors_keep_their_type(build: Build, agrees: Agree
     model = agrees(proto)
     assert model.outputs[0].dtype == "int64"
     assert numpy_helper.to_array(proto.graph.initializer[0])[0] == 2**40
+
+
+def test_files_of_weights_alone_are_refused_with_how_to_make_one_that_is_read(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "net.pt"
+    path.write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"write a \.pt2 with torch\.export\.save") as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)

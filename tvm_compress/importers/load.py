@@ -25,7 +25,7 @@ _TENSORFLOW = (
 )
 # How to make a file that is read of one that is not.
 MADE_BY = {
-    **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin", ".safetensors"), _TORCH),
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".safetensors"), _TORCH),
     **dict.fromkeys((".h5", ".keras", ".pb"), _TENSORFLOW),
 }
 
