@@ -39,6 +39,12 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "whole": [],
     **{f"sparse {100 * s:g} % 16x1": [{"sparsify": {"sparsity": s}}] for s in SHARES},
     **{
+        f"sparse {100 * s:g} % 16x1, sensitivity": [
+            {"sparsify": {"sparsity": s, "scope": "sensitivity"}}
+        ]
+        for s in SHARES[:2]
+    },
+    **{
         f"sparse {100 * s:g} % unstructured": [
             {"sparsify": {"sparsity": s, "pattern": "unstructured"}}
         ]
