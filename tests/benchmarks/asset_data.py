@@ -24,13 +24,13 @@ class Task:
     """One model and the data that say something about it.
 
     `calibration` and each of `tests` yield model inputs [1, ...] float32; tests come with labels.
-    `overlap` says that the calibration inputs are (unlabelled) inputs of the test set as well.
+    Where there is one set only, every `shared`th input of the test set, without label, calibrates.
     """
 
     model: str
     calibration: Callable[[], Iterator[np.ndarray]]
     tests: dict[str, Callable[[], tuple[Iterator[np.ndarray], np.ndarray]]]
-    overlap: bool = False
+    shared: int | None = None
 
     @property
     def path(self) -> Path:
@@ -103,26 +103,29 @@ def _imagenet(model: str, preprocess: Preprocess, first_class: int = 0) -> Task:
     """There is one set of 500 images: 100 of them, without labels, calibrate."""
     name = "imagenet_nips17_even500_224_jpeg.npz"
 
+    shared = 5
+
     def calibration() -> Iterator[np.ndarray]:
         images, _ = _jpegs(name)
-        yield from (preprocess(image) for k, image in enumerate(images) if k % 5 == 0)
+        yield from (preprocess(image) for k, image in enumerate(images) if k % shared == 0)
 
     def test() -> tuple[Iterator[np.ndarray], np.ndarray]:
         images, labels = _jpegs(name)
         return map(preprocess, images), labels + first_class
 
-    return Task(model, calibration, {"NIPS17": test}, overlap=True)
+    return Task(model, calibration, {"NIPS17": test}, shared)
 
 
 def _keywords(model: str, features: str, labels: str, shape: tuple[int, ...]) -> Task:
     """There is one set of 2,738 clips: every 11th, without labels, calibrates."""
+    shared = 11
 
     def load() -> tuple[np.ndarray, np.ndarray]:
         with np.load(ASSETS / "data" / "speech_commands_mfcc_dev.npz") as archive:
             return archive[features].reshape(-1, *shape), archive[labels].astype(np.int64)
 
     def calibration() -> Iterator[np.ndarray]:
-        return iter(load()[0][::11, None])
+        return iter(load()[0][::shared, None])
 
     def test() -> tuple[Iterator[np.ndarray], np.ndarray]:
         inputs, classes = load()
@@ -135,7 +138,7 @@ def _keywords(model: str, features: str, labels: str, shape: tuple[int, ...]) ->
         model,
         lambda: squeezed(calibration()),
         {"Speech Commands": lambda: (squeezed(test()[0]), test()[1])},
-        overlap=True,
+        shared,
     )
 
 
