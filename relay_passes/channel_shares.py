@@ -32,8 +32,8 @@ from .numerics.loss_line import LossLine
 from .numerics.statistics import Statistics
 from .numerics.surgeon_selection import removal_errors
 from .remove_channels import masked
-from .shrink import _compensated, _operations, _operations_of, _Problem
 from .shrink_config import ChannelShare, ShrinkConfig
+from .shrink_problem import ShrinkProblem, compensated, operation_counts, operations_of
 
 Array = NDArray[np.float64]
 Loss = Callable[[tvm.IRModule], float]
@@ -67,7 +67,7 @@ def decide(
             "shrink with scope: sensitivity measures losses on calibration data; give some "
             "(--calib)"
         )
-    problem = _Problem.of(module, schemes, statistics)
+    problem = ShrinkProblem.of(module, schemes, statistics)
     keep = np.ones(len(problem.channels.atoms), bool)
     decided = dict(schemes)
     for config in dict.fromkeys(undecided(schemes).values()):
@@ -112,7 +112,7 @@ class _Family:
     line: LossLine
 
     @staticmethod
-    def measured(problem: _Problem, groups: list[ChannelGroup], loss: Loss) -> _Family:
+    def measured(problem: ShrinkProblem, groups: list[ChannelGroup], loss: Loss) -> _Family:
         maker = next(layer for layer in groups[0].producers if not layer.is_depthwise)
         errors = []
         for group in groups:
@@ -143,7 +143,7 @@ class _Family:
 
 
 def _without(
-    problem: _Problem,
+    problem: ShrinkProblem,
     groups: Sequence[ChannelGroup],
     errors: Sequence[Array],
     counts: Sequence[int],
@@ -152,13 +152,13 @@ def _without(
     keep = np.ones(len(problem.channels.atoms), bool)
     for group, error, count in zip(groups, errors, counts, strict=True):
         keep[group.labels[~keep_best(error, count)]] = False
-    weights, shifts = _compensated(problem, keep, {})
+    weights, shifts = compensated(problem, keep, {})
     function, _ = masked(problem.channels, keep, weights, shifts)
     return relax.transform.Normalize()(tvm.IRModule({"main": function}))
 
 
 def _chosen(
-    problem: _Problem,
+    problem: ShrinkProblem,
     config: ShrinkConfig,
     families: Sequence[_Family],
     keep: NDArray[np.bool_],
@@ -175,8 +175,8 @@ def _chosen(
         costs = OperationCounts(sizes.astype(float), eye, np.zeros_like(eye), sizes)
         limit = config.keep.share * float(sizes.sum())
     else:
-        costs = _operations(problem, config, groups, sizes, keep)
-        limit = config.keep.share * _operations_of(problem, config)
+        costs = operation_counts(problem, config, groups, sizes, keep)
+        limit = config.keep.share * operations_of(problem, config)
     found: dict[tuple[int, ...], list[CountOption]] = {}
     multiple = multiples[0]
     for multiple in multiples:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -21,14 +21,12 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relax
 
-from ..errors import DataError
 from .channel_costs import Asked, counts_that_pay
 from .channel_groups import ChannelGroup, Channels, Labels, LayerChannels, find_channels
 from .costs import LayerCosts
 from .graph import Graph
 from .ir import noted_words, op_name, shape_of
-from .numerics.channel_budget import OperationCounts, counts_within, snap
-from .numerics.channel_consumer import Consumer, bias_change, centred, reconstruct_kept
+from .numerics.channel_budget import counts_within, snap
 from .numerics.channel_norms import (
     filter_norms,
     folded_batch_norm_scale,
@@ -40,17 +38,22 @@ from .numerics.gradient_saliency import taylor
 from .numerics.lasso_selection import select_by_lasso
 from .numerics.neuron_merging import Merging, merge_similar
 from .numerics.second_order import reconstruct
-from .numerics.statistics import ChannelGradients, Statistics
+from .numerics.statistics import Statistics
 from .numerics.surgeon_selection import removal_errors, select_by_surgeon
 from .numerics.thinet_selection import select_greedily
 from .observations import Observations
-from .patches import weight_of_matrix
 from .placement import channel_axis
 from .quantize_weights import weight_layout
 from .remove_channels import Keep, bias_at, masked, shrunk
-from .select import describe_layer
 from .shrink_config import RANKED, ChannelShare, ShrinkConfig
-from .weight_layers import WeightLayer, weight_layers
+from .shrink_problem import (
+    ShrinkProblem,
+    compensated,
+    operation_counts,
+    operations_of,
+    weight_of,
+)
+from .weight_layers import weight_layers
 
 SHRUNK_ATTR = "tvm_compress.shrunk"
 # Between the parts of a step (JSON): the labels that are zeros by now, and layer => what the
@@ -136,7 +139,7 @@ def stages(
 ) -> list[dict[str, ShrinkConfig | Choose | Refit]]:
     """The choice, then the layers that read what is left, in the order of the graph, each behind
     those before it; all as one where nothing is solved for."""
-    problem = _Problem.of(module, schemes, Statistics())
+    problem = ShrinkProblem.of(module, schemes, Statistics())
     solved = [
         [call.name for call in layer.calls]
         for layer in problem.channels.layers
@@ -164,7 +167,7 @@ def mask(
 ) -> tuple[tvm.IRModule, Channels, Keep]:
     """The module with zeros for what `Shrink` removes, which computes what the shrunk one does; the
     labels of its tensors; and which labels stay. In `LEAVING_ATTR`: which do not."""
-    problem = _Problem.of(module, schemes, statistics)
+    problem = ShrinkProblem.of(module, schemes, statistics)
     groups, configs, counts = _group_counts(problem, costs)
     words: dict[str, str] = {}
     if costs is not None:
@@ -175,7 +178,7 @@ def mask(
     for group, config, count in zip(groups, configs, counts, strict=True):
         if count < len(group.labels):
             _choose(problem, config, group, count, keep, merged)
-    weights, shifts = _compensated(problem, keep, merged)
+    weights, shifts = compensated(problem, keep, merged)
     function, channels = masked(problem.channels, keep, weights, shifts)
     leaving = {"labels": np.flatnonzero(~keep).tolist(), "words": words}
     result = module.clone()
@@ -205,7 +208,7 @@ def _refitted(
             weight = reconstruct(problem.best, problem.hessian, support)
             solved.append(weight)
             shift.append(problem.bias_shift(weight))
-        weights[layer] = _weight_of(layer, solved)
+        weights[layer] = weight_of(layer, solved)
         if all(item is not None for item in shift):
             shifts[layer] = -np.concatenate([item for item in shift if item is not None])
     function, channels = masked(channels, keep, weights, shifts)
@@ -216,12 +219,6 @@ def _refitted(
 
 def _leaving(module: tvm.IRModule) -> dict[str, Any]:
     return dict(json.loads(str(module["main"].attrs[LEAVING_ATTR])))
-
-
-def _weight_of(layer: LayerChannels, matrices: Sequence[Array]) -> NDArray[np.float32]:
-    """[K, N] of each group => the layer's weight."""
-    rows = np.stack(matrices).transpose(0, 2, 1)
-    return weight_of_matrix(rows, layer.call, layer.weight.shape).astype(np.float32)
 
 
 def observe(
@@ -236,7 +233,7 @@ def observe(
         for name, part in schemes.items()
         if not isinstance(part, Refit)
     }
-    problem = _Problem.of(module, configs, Statistics())
+    problem = ShrinkProblem.of(module, configs, Statistics())
     wanted: set[LayerChannels] = set()
     gradients: dict[str, int] = {}
     for group, config in problem.groups:
@@ -266,82 +263,11 @@ def read_shrunk(module: tvm.IRModule) -> dict[str, str]:
     return noted_words(module, SHRUNK_ATTR)
 
 
-@dataclass(eq=False)
-class _Problem:
-    """A function's channels, and the groups that may lose some with their config."""
-
-    channels: Channels
-    groups: list[tuple[ChannelGroup, ShrinkConfig]]
-    schemes: Mapping[str, ShrinkConfig]
-    statistics: Statistics
-    matrices: dict[str, WeightLayer[None]]
-    """By the name of each call, of layers that have patches."""
-    configs: dict[LayerChannels, ShrinkConfig] = field(default_factory=dict)
-    """Of layers that are read differently."""
-
-    @staticmethod
-    def of(
-        module: tvm.IRModule, schemes: Mapping[str, ShrinkConfig], statistics: Statistics
-    ) -> _Problem:
-        channels = find_channels(module["main"])
-        groups = []
-        for group in channels.groups():
-            makers = [layer for layer in group.producers if not layer.is_depthwise]
-            if all(call.name in schemes for layer in makers for call in layer.calls):
-                groups.append((group, schemes[makers[0].name]))
-        names = {call.name: None for layer in channels.layers for call in layer.calls}
-        found = weight_layers(channels.graph, names)
-        matrices = {item.name: layer for layer in found for item in layer.variables}
-        problem = _Problem(channels, groups, schemes, statistics, matrices)
-        for group, config in groups:
-            for layer in group.consumers:
-                problem.configs.setdefault(layer, config)
-        return problem
-
-    def moments(self, layer: LayerChannels) -> tuple[Array, Array, int]:
-        return self.matrices[layer.name].moments(self.statistics)
-
-    def consumers(self, group: ChannelGroup) -> list[Consumer]:
-        """Readers of the group's channels, a grouped convolution as several."""
-        found = []
-        for layer in group.consumers:
-            if layer.name not in self.matrices:
-                continue
-            second, mean, count = self.moments(layer)
-            place = np.searchsorted(group.labels, layer.inputs)
-            place = np.minimum(place, len(group.labels) - 1)
-            owner = np.where(group.labels[place] == layer.inputs, place, -1)
-            for index, matrix in enumerate(self.matrices[layer.name].matrices()):
-                moments = centred(second[index], mean[index], count)
-                owners = np.tile(owner, len(matrix) // len(owner))
-                found.append(Consumer(matrix, moments, len(group.labels), owners))
-        return found
-
-    def squared_gradients(self, group: ChannelGroup) -> list[Array]:
-        """Of the outputs of each of `consumers`, of all calls together. [N]"""
-        found = []
-        for layer in group.consumers:
-            if layer.name in self.matrices:
-                total = sum(self.gradients(v).gradient_squared for v in layer.calls)
-                found += np.split(np.asarray(total), self.matrices[layer.name].patches.groups)
-        return found
-
-    def gradients(self, tensor: relax.Var) -> ChannelGradients:
-        """Raises `DataError` when they were not gathered."""
-        found = self.statistics.gradients.get(tensor.name)
-        if found is None:
-            raise DataError(
-                f"the calibration statistics lack the gradients of {tensor.name!r}; calibrate the "
-                "very module that the step changes, with what its `observe` lists"
-            )
-        return found
-
-
 # --- how many --------------------------------------------------------------------------------
 
 
 def _group_counts(
-    problem: _Problem, costs: LayerCosts | None
+    problem: ShrinkProblem, costs: LayerCosts | None
 ) -> tuple[list[ChannelGroup], list[ShrinkConfig], list[int]]:
     """The groups, those of one config together, and how many labels of each were asked for."""
     lanes = None if costs is None else costs.lanes
@@ -360,7 +286,7 @@ def _group_counts(
 
 
 def _counts(
-    problem: _Problem,
+    problem: ShrinkProblem,
     config: ShrinkConfig,
     groups: Sequence[ChannelGroup],
     keep: Keep,
@@ -375,8 +301,8 @@ def _counts(
         units = np.array([multiple // math.gcd(multiple, group.unit) for group in groups])
         if isinstance(config.keep, ChannelShare):
             return snap(wanted_at(config.keep.share), sizes, units)
-        operations = _operations(problem, config, groups, sizes, keep)
-        limit = config.keep.share * _operations_of(problem, config)
+        operations = operation_counts(problem, config, groups, sizes, keep)
+        limit = config.keep.share * operations_of(problem, config)
         counts = counts_within(operations, limit, units, wanted_at)
         if operations.total(counts) <= limit:
             break
@@ -384,7 +310,7 @@ def _counts(
 
 
 def _wanted_at(
-    problem: _Problem,
+    problem: ShrinkProblem,
     config: ShrinkConfig,
     groups: Sequence[ChannelGroup],
     sizes: NDArray[np.int64],
@@ -404,7 +330,7 @@ def _wanted_at(
     return ranked
 
 
-def _ranks(problem: _Problem, config: ShrinkConfig, group: ChannelGroup) -> Array:
+def _ranks(problem: ShrinkProblem, config: ShrinkConfig, group: ChannelGroup) -> Array:
     """What the labels of a group are worth next to those of others. [C]"""
     if config.criterion in RANKED:
         return relative(_scores(problem, config, group))
@@ -412,41 +338,11 @@ def _ranks(problem: _Problem, config: ShrinkConfig, group: ChannelGroup) -> Arra
     return removal_errors(consumers) if consumers else np.full(len(group.labels), np.inf)
 
 
-def _operations_of(problem: _Problem, config: ShrinkConfig) -> float:
-    graph = problem.channels.graph
-    layers = [
-        describe_layer(graph, v) for v in graph.values if problem.schemes.get(v.name) == config
-    ]
-    return float(sum(layer.macs for layer in layers if layer is not None))
-
-
-def _operations(
-    problem: _Problem,
-    config: ShrinkConfig,
-    groups: Sequence[ChannelGroup],
-    sizes: NDArray[np.int64],
-    keep: Keep,
-) -> OperationCounts:
-    """Of the layers with `config`, as what has left so far leaves them."""
-    graph = problem.channels.graph
-    whole, outputs, inputs = [], [], []
-    for layer in problem.channels.layers:
-        mine = [v for v in layer.calls if problem.schemes.get(v.name) == config]
-        described = [describe_layer(graph, v) for v in mine]
-        macs = sum(item.macs for item in described if item is not None)
-        left_out, left_in = keep[layer.outputs], keep[layer.inputs]
-        whole.append(macs * left_out.mean() * left_in.mean())
-        out, into = layer.outputs[left_out], layer.inputs[left_in]
-        outputs.append([np.isin(out, g.labels).sum() / len(g.labels) / len(out) for g in groups])
-        inputs.append([np.isin(into, g.labels).sum() / len(g.labels) / len(into) for g in groups])
-    return OperationCounts(np.array(whole), np.array(outputs), np.array(inputs), sizes)
-
-
 # --- which -----------------------------------------------------------------------------------
 
 
 def _choose(
-    problem: _Problem,
+    problem: ShrinkProblem,
     config: ShrinkConfig,
     group: ChannelGroup,
     count: int,
@@ -474,7 +370,7 @@ def _choose(
     keep[group.labels[~kept]] = False
 
 
-def _scores(problem: _Problem, config: ShrinkConfig, group: ChannelGroup) -> Array:
+def _scores(problem: ShrinkProblem, config: ShrinkConfig, group: ChannelGroup) -> Array:
     """What each label is worth by what computes it; of several layers the sum. [C]"""
     total = np.zeros(len(group.labels))
     if config.criterion == "taylor":
@@ -528,7 +424,7 @@ def _by_label(scores: Array, labels: NDArray[np.int64], group: ChannelGroup) -> 
 
 
 def _merging(
-    problem: _Problem,
+    problem: ShrinkProblem,
     group: ChannelGroup,
     count: int,
     merged: dict[LayerChannels, NDArray],
@@ -562,34 +458,6 @@ def _merging(
                 rows[layer.inputs == into] += rows[layer.inputs == label]
         merged[layer] = weight
     return merging
-
-
-# --- what the others become ------------------------------------------------------------------
-
-
-def _compensated(
-    problem: _Problem, keep: Keep, merged: Mapping[LayerChannels, NDArray]
-) -> tuple[dict[LayerChannels, NDArray], dict[LayerChannels, Array]]:
-    """New weights of the layers that read fewer channels, and what to add to their biases."""
-    weights, shifts = dict(merged), {}
-    for layer, config in problem.configs.items():
-        kept = keep[layer.inputs]
-        if kept.all() or not config.reconstruct or layer.name not in problem.matrices:
-            continue
-        matrices = problem.matrices[layer.name]
-        second, mean, count = problem.moments(layer)
-        # The steps of a loop share their weight but have no mean in common.
-        has_bias = len(layer.calls) == 1
-        solved, shift = [], []
-        for matrix, xx, x in zip(matrices.matrices(), second, mean, strict=True):
-            moments = centred(xx, x, count) if has_bias else xx
-            found = reconstruct_kept(Consumer(matrix, moments, len(kept)), kept)
-            solved.append(found)
-            shift.append(bias_change(matrix, found, x))
-        weights[layer] = _weight_of(layer, solved)
-        if has_bias:
-            shifts[layer] = np.concatenate(shift)
-    return weights, shifts
 
 
 def _notes(channels: Channels, keep: Keep, words: Mapping[str, str]) -> dict[str, str]:
