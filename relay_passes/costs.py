@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,18 @@ class Comparison:
     def storing_pays(self) -> bool:
         """Whether decoding hardly slows the dense kernel down; it is smaller always."""
         return self.stored is not None and self.stored.cost <= TOLERATED * self.dense_cost
+
+    @property
+    def best(self) -> Literal["sparse", "stored", "dense"]:
+        """The sparse kernel where it is clearly faster, else the smaller of the forms that pay."""
+        if self.pays and (
+            self.stored is None
+            or not self.storing_pays
+            or self.cost <= CLEARLY_FASTER * self.dense_cost
+            or self.bytes <= self.stored.bytes
+        ):
+            return "sparse"
+        return "stored" if self.storing_pays else "dense"
 
     @property
     def words(self) -> str:

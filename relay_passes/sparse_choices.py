@@ -89,10 +89,10 @@ class ChooseSparse:
 
 def _choice(compared: Comparison, is_insisted: bool) -> SparseChoice:
     reason = "" if compared.pays else compared.words
-    is_sparse = compared.form is not None and (compared.pays or is_insisted)
+    is_sparse = compared.form is not None and (compared.best == "sparse" or is_insisted)
     if is_sparse and reason:
         reason = f"insisted on: {reason}"
-    if not is_sparse and compared.stored is not None and compared.storing_pays:
+    if not is_sparse and compared.stored is not None and compared.best == "stored":
         cost = compared.stored.cost
         return SparseChoice(STORED, "", cost, compared.dense_cost, compared.unit)
     form = compared.form.words if is_sparse and compared.form is not None else ""

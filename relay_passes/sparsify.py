@@ -83,8 +83,10 @@ class Sparsify:
             return ""
         kept = weight_matrix(weight, layer.call).transpose(0, 2, 1) != 0
         comparison = self.costs.sparse(layer.name, spec, kept)
-        if comparison.pays or comparison.form is None:
-            return "" if comparison.pays else comparison.words
+        if comparison.best != "dense":
+            return ""
+        if comparison.form is None:
+            return comparison.words
         # The kernel's form need not be the pattern: 2:4 is stored as blocks, for one.
         return f"of {pattern_of(layer).words}: {comparison.words}"
 

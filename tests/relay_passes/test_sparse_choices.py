@@ -16,7 +16,10 @@ from tvm_compress.build import Lowered, compile_lowered, lower
 from tvm_compress.relay_passes.costs import MEASURED, Comparison, StoredCost
 from tvm_compress.relay_passes.graph import Graph
 from tvm_compress.relay_passes.layer_spec import LayerSpec, layer_spec
+from tvm_compress.relay_passes.numerics.statistics import Statistics
 from tvm_compress.relay_passes.sparse_choices import ChooseSparse, kept_weights, read_choices
+from tvm_compress.relay_passes.sparsify import Sparsify, read_sparsified
+from tvm_compress.relay_passes.sparsify_config import SparsifyConfig
 from tvm_compress.schedules import Conv2dSpec, MatmulSpec
 from tvm_compress.schedules.sparse_form import SparseForm
 from tvm_compress.schedules.stored_weight import STORED
@@ -122,6 +125,30 @@ def test_weights_without_zeros_compute_the_same(is_integer: bool) -> None:
             machine = relax.VirtualMachine(compile_lowered(one).executable, tvm.cpu())
             results.append(machine["main"](tvm.runtime.tensor(array)).numpy())
         assert np.array_equal(*results) and results[0].any()
+
+
+@pytest.mark.parametrize(
+    ("cost", "bytes_", "stored", "best"),
+    [
+        (0.9, 190, 1.0, "sparse"),  # clearly faster
+        (1.0, 190, 1.05, "stored"),  # as fast, and the other one smaller
+        (1.0, 140, 1.05, "sparse"),
+        (1.0, 140, 1.2, "sparse"),
+        (1.5, 140, 1.05, "stored"),
+        (1.5, 140, 1.2, "dense"),
+    ],
+)
+def test_speed_first_then_bytes(cost: float, bytes_: int, stored: float, best: str) -> None:
+    costs = FakeCosts(cost, bytes_=bytes_, stored=stored)
+    module = chosen(pruned(), costs)
+    form = {"sparse": "16x1", "stored": STORED, "dense": ""}[best]
+    assert {choice.form for choice in read_choices(module["main"], X86.name).values()} == {form}
+    # And the step that makes the zeros leaves them where one form pays.
+    scheme = SparsifyConfig(0.5, criterion="magnitude", reconstruct=False)
+    module = build(lambda net, x: net.conv_relu("a", x, 32), (1, 16, 6, 6))
+    step = Sparsify({"a": scheme}, Statistics(), costs)
+    (note,) = read_sparsified(tvm.transform.Sequential([step])(module)).values()
+    assert note.startswith("dense") == (best == "dense"), note
 
 
 def weight_bytes(lowered: Lowered, layers: Sequence[str]) -> int:
