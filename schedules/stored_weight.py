@@ -124,6 +124,11 @@ def encode(weight: np.ndarray) -> tuple[StoredWeight, list[np.ndarray]]:
     return described, [values, words, starts]
 
 
+def empty(dtype: str) -> tuple[StoredWeight, list[np.ndarray]]:
+    """The least there is to decode: what a call takes."""
+    return encode(np.zeros(WORD, dtype))
+
+
 def decode(
     stored: StoredWeight, values: np.ndarray, words: np.ndarray, _starts: np.ndarray
 ) -> np.ndarray:
