@@ -135,9 +135,9 @@ class Emitter:
 
     def flat(self, buffer: tirx.Buffer) -> tirx.Buffer:
         """A one-dimensional view of a compact buffer."""
-        size = 1
+        size: Any = 1
         for extent in buffer.shape:
-            size *= int(extent)
+            size = size * (int(extent) if isinstance(extent, tirx.IntImm) else extent)
         dtype = str(buffer.dtype)
         view = tirx.decl_buffer(
             (size,), dtype, f"{buffer.name}_flat", data=tirx.buffer_data(buffer)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,12 +67,16 @@ class StoredWeight:
 
     def prim_func(self) -> tirx.PrimFunc:
         """The naive decoding kernel: (values, words, starts) => weight. Nothing may be fused with
-        it."""
+        it.
+
+        It knows no sizes, so one function decodes all weights of a network that are alike in the
+        rest."""
         from tvm import te, tirx
 
-        values = te.placeholder((self.stored,), self.dtype, name="values")
-        words = te.placeholder((self.words,), "uint64", name="words")
-        starts = te.placeholder((self.runs,), "int32", name="starts")
+        sides = [te.var(f"side{place}") for place in range(len(self.shape))]
+        values = te.placeholder((te.var("stored"),), self.dtype, name="values")
+        words = te.placeholder((te.var("count"),), "uint64", name="words")
+        starts = te.placeholder((te.var("runs"),), "int32", name="starts")
         number = te.reduce_axis((0, RUN), name="number")
         one = tirx.const(1, "uint64")
 
@@ -82,11 +86,11 @@ class StoredWeight:
             is_before = other < word
             return te.sum(tirx.Select(is_before, count, tirx.const(0, "int32")), axis=number)
 
-        ranks = te.compute((self.words,), bits_before, name="ranks")
+        ranks = te.compute(words.shape, bits_before, name="ranks")
 
         def value(*index: tirx.Var) -> tirx.PrimExpr:
             flat: tirx.PrimExpr = tirx.const(0, "int32")
-            for position, extent in zip(index, self.shape, strict=True):
+            for position, extent in zip(index, sides, strict=True):
                 flat = flat * extent + position
             word, shift = flat // WORD, (flat % WORD).astype("uint64")
             below = tirx.popcount(words[word] & ((one << shift) - one)).astype("int32")
@@ -94,19 +98,31 @@ class StoredWeight:
             is_set = tirx.NE((words[word] >> shift) & one, tirx.const(0, "uint64"))
             return tirx.if_then_else(is_set, found, tirx.const(0, self.dtype))
 
-        out = te.compute(self.shape, value, name="decoded")
-        parameters = {"shape": self.shape, "dtype": self.dtype, "stored": self.stored}
+        out = te.compute(tuple(sides), value, name="decoded")
+        is_large, is_ragged = self.size >= _PARALLEL, self.size % WORD != 0
+        parameters = asdict(Decoding(self.dtype, is_large, is_ragged))
         roles = ["weights", "indices", "indices"]
         return make_prim_func(NAME, [values, words, starts], out, roles, OPAQUE, parameters)
 
 
-def description_of(attrs: Mapping[str, Any] | None) -> StoredWeight | None:
+@dataclass(frozen=True)
+class Decoding:
+    """What a decoding function knows of the weights that it decodes."""
+
+    dtype: str
+    is_large: bool
+    """Enough for threads."""
+    is_ragged: bool
+    """The last word has fewer weights."""
+
+
+def description_of(attrs: Mapping[str, Any] | None) -> Decoding | None:
     """What `StoredWeight.prim_func` noted in a function's attributes; None: another function."""
     text = (attrs or {}).get(KERNEL_ATTR)
     fields = {} if text is None else json.loads(str(text))
-    if fields.get("family") != NAME:
+    if fields.pop("family", None) != NAME:
         return None
-    return StoredWeight(tuple(fields["shape"]), fields["dtype"], fields["stored"])
+    return Decoding(**fields)
 
 
 def encode(weight: np.ndarray) -> tuple[StoredWeight, list[np.ndarray]]:
@@ -122,6 +138,11 @@ def encode(weight: np.ndarray) -> tuple[StoredWeight, list[np.ndarray]]:
     starts = (np.cumsum(counts) - counts).astype(np.int32)
     described = StoredWeight(weight.shape, str(flat.dtype), len(values))
     return described, [values, words, starts]
+
+
+def empty(dtype: str) -> tuple[StoredWeight, list[np.ndarray]]:
+    """The least there is to decode: what a call takes."""
+    return encode(np.zeros(WORD, dtype))
 
 
 def decode(
@@ -163,57 +184,60 @@ def stored_weight(
 
 def kernel_of(func: tirx.PrimFunc, target: Target) -> StoredKernel | None:
     """The kernel of a naive decoding function for the target; None: another function."""
-    stored = description_of(func.attrs)
-    if stored is None:
+    found = description_of(func.attrs)
+    if found is None:
         return None
     if target.is_x86:
         from .x86.stored_weight import kernel_class
 
-        return kernel_class(stored.dtype, target)(stored, func, target)
-    return StoredKernel(stored, func, target)
+        return kernel_class(found.dtype, target)(found, func, target)
+    return StoredKernel(found, func, target)
 
 
 class StoredKernel:
     """One function being written; the loop over a word's bits serves every target."""
 
-    def __init__(self, stored: StoredWeight, func: tirx.PrimFunc, target: Target) -> None:
-        self.stored, self.func, self.target = stored, func, target
+    def __init__(self, decoding: Decoding, func: tirx.PrimFunc, target: Target) -> None:
+        self.decoding, self.func, self.target = decoding, func, target
         self.e = Emitter()
 
     def build(self) -> tirx.PrimFunc:
         """The scheduled function."""
         from tvm import tirx
 
-        e, stored = self.e, self.stored
-        values, words, starts, out = self.func.params
-        self.values, self.out = e.flat(values), e.flat(out)
-        whole, rest = divmod(stored.size, WORD)
-        is_parallel = self.target.threads > 1 and stored.size >= _PARALLEL
-        with e.loop("run", stored.runs, "parallel" if is_parallel else "serial") as run:
+        e = self.e
+        self.values, words, starts, out = self.func.params
+        self.out = e.flat(out)
+        count, runs = words.shape[0], starts.shape[0]
+        size = self.out.shape[0]
+        whole = count - 1 if self.decoding.is_ragged else count
+        is_parallel = self.target.threads > 1 and self.decoding.is_large
+        with e.loop("run", runs, "parallel" if is_parallel else "serial") as run:
             place = e.alloc(1, "int32", "place", registers=True)
             e.store(place, starts[run], 0)
-
-            def word(number: Any, count: int) -> None:
-                bits = e.bind("bits", words[number])
-                here = e.bind("here", place[0])
-                self.word(here, bits, number * WORD, count)
-                e.store(place, here + tirx.popcount(bits).astype("int32"), 0)
-
             first = e.bind("first", run * RUN)
             with e.loop("number", tirx.min(tirx.const(RUN, "int32"), whole - first)) as number:
-                word(first + number, WORD)
-            if rest:
-                with e.when(run == stored.runs - 1):
-                    word(tirx.const(whole, "int32"), rest)
+                bits = e.bind("bits", words[first + number])
+                here = e.bind("here", place[0])
+                self.word(here, bits, (first + number) * WORD)
+                e.store(place, here + tirx.popcount(bits).astype("int32"), 0)
+            if self.decoding.is_ragged:
+                with e.when(run == runs - 1):
+                    bits, base = e.bind("bits", words[whole]), whole * WORD
+                    self.bit_by_bit(place[0], bits, base, size - base)
         return e.function(list(self.func.params), {}, self.helpers())
 
     def helpers(self) -> str:
         """Functions of LLVM that the kernel calls."""
         return ""
 
-    def word(self, place: Any, bits: Any, base: Any, count: int) -> None:
-        """Decode `count` weights from `base` on, by the bits of a word, from the values from
-        `place` on."""
+    def word(self, place: Any, bits: Any, base: Any) -> None:
+        """Decode the weights from `base` on, by all bits of a word, from the values from `place`
+        on."""
+        self.bit_by_bit(place, bits, base, WORD)
+
+    def bit_by_bit(self, place: Any, bits: Any, base: Any, count: Any) -> None:
+        """The same for the first `count` weights of a word."""
         from tvm import tirx
 
         e, one = self.e, tirx.const(1, "uint64")
@@ -222,6 +246,6 @@ class StoredKernel:
         with e.loop("bit", count) as lane:
             bit = e.bind("is_set", ((bits >> lane.astype("uint64")) & one).astype("int32"))
             here = e.bind("from", next_value[0])
-            zero = tirx.const(0, self.stored.dtype)
+            zero = tirx.const(0, self.decoding.dtype)
             e.store(self.out, tirx.Select(bit != 0, self.values[here], zero), base + lane)
             e.store(next_value, here + bit, 0)

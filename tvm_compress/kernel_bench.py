@@ -212,11 +212,12 @@ def _tensor_specs(func: Any) -> tuple[Any, ...]:
 
 def _arrays(kernel: Kernel, func: Any) -> list[np.ndarray]:
     """Data, weights, bias and room for the result; decoding has neither data nor bias."""
+    from .schedules.stored_weight import StoredWeight
     from .tuning.worker import random_array
 
+    if isinstance(kernel.spec, StoredWeight):
+        return [*kernel.weights, np.zeros(kernel.spec.shape, kernel.spec.dtype)]
     specs = _tensor_specs(func)
-    if len(specs) == len(kernel.weights) + 1:
-        return [*kernel.weights, np.zeros(specs[-1].shape, specs[-1].dtype)]
     random = np.random.default_rng(0)
     data = random_array(random, specs[0].shape, specs[0].dtype)
     bias, result = (np.zeros(spec.shape, spec.dtype) for spec in specs[-2:])

@@ -113,7 +113,7 @@ class TargetCosts:
         """See `LayerCosts`."""
         from .schedules.sparse_form import CODE_BYTES
         from .schedules.sparse_weight import adds_exactly, encoded, sparse_candidates
-        from .schedules.stored_weight import expected_share, stored_weight
+        from .schedules.stored_weight import empty, expected_share, stored_weight
 
         shipped = self._shipped(layer, spec)
         item = np.dtype(shipped.weight_storage_dtype).itemsize
@@ -138,15 +138,20 @@ class TargetCosts:
             names.append(f"decoded {decoding[0].stored} of {decoding[0].size}")
             shares.append(expected_share(shipped, self.target))
             kernels.append(_kernel(*decoding))
+            # A call takes its time, which the dense kernel's has in it already.
+            names.append("decoded none")
+            kernels.append(_kernel(*empty(decoding[0].dtype)))
         figures, unit = None, PREDICTED
         if min(shares) <= _HOPELESS:
             figures, unit = self._figures(layer, [shipped.to_json(), *names], [dense, *kernels])
         if figures is None:
             figures = [cycles, *(share * cycles for share in shares)]
+            figures += [0.0] * (decoding is not None)
         stored = None
         if decoding is not None:
             room = sum(array.nbytes for array in decoding[1])
-            stored = StoredCost(figures[0] + figures.pop(), room)
+            call = figures.pop()
+            stored = StoredCost(figures[0] + max(0.0, figures.pop() - call), room)
         if not found:
             cost = figures[0]
             return Comparison(None, cost, cost, dense_bytes, dense_bytes, unit, stored)

@@ -65,11 +65,8 @@ class ExpandedBytes(StoredKernel):
     def helpers(self) -> str:
         return _expanding("tvmc_expand_stored_bytes", WORD, "i8", "i8")
 
-    def word(self, place: Any, bits: Any, base: Any, count: int) -> None:
-        if count < WORD:
-            super().word(place, bits, base, count)
-            return
-        dtype = f"{self.stored.dtype}x{WORD}"
+    def word(self, place: Any, bits: Any, base: Any) -> None:
+        dtype = f"{self.decoding.dtype}x{WORD}"
         first = tirx.address_of(self.values[place])
         spread = tirx.call_extern(dtype, "tvmc_expand_stored_bytes", first, bits)
         self.e.store_vector(self.out, spread, base, WORD)
@@ -80,10 +77,7 @@ class _InPieces(StoredKernel):
 
     lanes = 8
 
-    def word(self, place: Any, bits: Any, base: Any, count: int) -> None:
-        if count < WORD:
-            super().word(place, bits, base, count)
-            return
+    def word(self, place: Any, bits: Any, base: Any) -> None:
         e, lanes = self.e, self.lanes
         for start in range(0, WORD, lanes):
             piece = bits >> tirx.const(start, "uint64") & tirx.const((1 << lanes) - 1, "uint64")
@@ -116,7 +110,7 @@ class DepositedBytes(_InPieces):
 
     def piece(self, place: Any, bits: Any) -> ir.Expr:
         loaded = tirx.reinterpret("uint64", vector(self.values, place, self.lanes))
-        return tirx.reinterpret(f"{self.stored.dtype}x8", _deposit(loaded, _bytes(bits)))
+        return tirx.reinterpret(f"{self.decoding.dtype}x8", _deposit(loaded, _bytes(bits)))
 
 
 class PermutedFloats(_InPieces):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tvm_compress.compile_kernels import kernel_text
 from tvm_compress.schedules import SCHEDULE_ATTR, Conv2dSpec, schedule
 from tvm_compress.schedules.stored_weight import (
     NAME,
@@ -35,6 +36,8 @@ TARGETS = {
 }
 # Less than a word, whole words, a ragged end, several runs with and without a ragged end.
 SHAPES = [(1, 3, 5), (2, 32, 4), (7, 29), (RUN, WORD), (2 * RUN + 3, WORD + 1)]
+# Threads share it.
+LARGE = (513, 512)
 INT8: dict[str, Any] = {"data_dtype": "int8", "weight_dtype": "int8", "acc_dtype": "int32"}
 LAYER = Conv2dSpec(
     batch=1, height=16, width=16, in_channels=16, out_channels=32, kernel=(3, 3),
@@ -71,7 +74,7 @@ def test_nothing_and_everything_is_stored(sparsity: float) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 def test_kernels_decode_bit_for_bit(name: str, dtype: str) -> None:
     target = TARGETS[name]
-    for shape in (SHAPES[2], SHAPES[-1]):
+    for shape in (SHAPES[2], SHAPES[-1], LARGE):
         weight = pruned(shape, dtype)
         stored, parts = encode(weight)
         scheduled = schedule(stored.prim_func(), target)
@@ -80,6 +83,18 @@ def test_kernels_decode_bit_for_bit(name: str, dtype: str) -> None:
             continue
         (found,) = run(scheduled, target, parts, (shape, dtype))
         assert found.tobytes() == weight.tobytes()
+
+
+def test_one_function_decodes_all_weights_that_are_alike() -> None:
+    def text(shape: tuple[int, ...], dtype: str = "int8", sparsity: float = 0.6) -> str:
+        stored, _ = encode(pruned(shape, dtype, sparsity))
+        return kernel_text(schedule(stored.prim_func(), ICE_LAKE))
+
+    alike = text((4, WORD))
+    assert text((4, WORD), sparsity=0.3) == text((RUN, 3 * WORD)) == alike
+    # Another dtype, a ragged end, threads, another rank.
+    others = [text((4, WORD), "float32"), text((3, 5)), text((512, 512)), text((2, 2, WORD))]
+    assert len({alike, *others}) == 5
 
 
 def test_the_description_computes_the_same() -> None:
