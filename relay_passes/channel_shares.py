@@ -76,6 +76,11 @@ def decide(
             if own == config:
                 maker = next(layer for layer in group.producers if not layer.is_depthwise)
                 families.setdefault(maker.name, []).append(group)
+        if not families:  # nothing of theirs can leave: the step says so
+            decided |= {
+                n: replace(own, scope="group") for n, own in schemes.items() if own == config
+            }
+            continue
         measured = [_Family.measured(problem, members, loss) for members in families.values()]
         multiples = config.multiples_for(None if costs is None else costs.lanes)
         multiple, options = _chosen(problem, config, measured, keep, multiples, loss)

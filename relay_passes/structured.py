@@ -136,7 +136,7 @@ def _why_slower(layer: Layer, specs: list[LayerSpec], costs: LayerCosts | None) 
         whole, parts = float(spec.macs), float(sum(part.macs for part in specs))
     else:
         whole, parts = costs.compare(layer.name, [[spec], specs])
-    return f"its parts take {parts / whole:.2f} of its time" if parts >= whole else None
+    return f"its parts take {parts / whole:.2f}x of its time" if parts >= whole else None
 
 
 # --- fits -----------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from tvm_compress.relay_passes.quantize_config import QuantizeConfig
 from tvm_compress.relay_passes.sparse_choices import read_choices
 from tvm_compress.relay_passes.sparsify_config import SparsifyConfig
 from tvm_compress.schedules import Conv2dSpec, MatmulSpec, SparseConv2dSpec
-from tvm_compress.schedules.stored_weight import WORD, StoredWeight
+from tvm_compress.schedules.stored_weight import STORED, WORD, StoredWeight
 from tvm_compress.targets import get_target
 from tvm_compress.targets.toolchains import missing_tools
 
@@ -111,6 +111,13 @@ def test_zeros_that_no_kernel_skips_are_left_out_of_memory() -> None:
         assert found.stored.bytes / found.dense_bytes == pytest.approx(0.5 + 1 / 32, abs=0.03)
     full = TargetCosts(X86, DecodingBench(0.02)).sparse("a", spec, kept(spec, 0.95, 1))
     assert full.stored is None and not full.storing_pays
+
+
+def test_forms_that_skip_nothing_are_no_reason_for_zeros() -> None:
+    scattered = kept(CONV, 0.9, 1)  # of 16 outputs one has nearly every input
+    for bench in (FakeBench(sparse=0.5, dense=1.0), None):
+        found = TargetCosts(X86, bench).sparse("a", CONV, scattered)
+        assert found.form is None or found.form.block < 16
 
 
 def test_smaller_ones_may_be_a_little_slower() -> None:
@@ -242,8 +249,10 @@ def test_a_recipe_decides_again_as_it_did(monkeypatch: pytest.MonkeyPatch) -> No
     written = parse_recipe(dump_recipe(recipe().replace(costs=used)))
     again, same = choices(module, written, monkeypatch, NoBench())
     assert again == found and same == used
-    slower, _ = choices(module, recipe(), monkeypatch, FakeBench(sparse=9.0))
+    slower, _ = choices(module, recipe(), monkeypatch, DecodingBench(0.2))
     assert not slower  # went back before any zero was written
+    smaller, _ = choices(module, recipe(), monkeypatch, DecodingBench(0.05))
+    assert {choice.form for choice in smaller.values()} == {STORED}
     insisted = Recipe(
         (Step("sparsify", SparsifyConfig(0.8, Block(16), "magnitude", reconstruct=False,
                                          insist=True)),)

@@ -125,7 +125,10 @@ class TargetCosts:
             if len(found) == _FORMS or (found and share > _HOPELESS):
                 break
             sparse, arrays = encoded(shipped, codes, form)
-            if adds_exactly(sparse, form):
+            groups, inputs, outputs = kept.shape
+            whole = groups * inputs * -(-outputs // form.block) * form.block
+            # Faster though it skips nothing: a choice between kernels, not a reason for zeros.
+            if arrays[0].size < whole and adds_exactly(sparse, form):
                 entries = arrays[0].size // form.block
                 found.append((share, form, entries, _kernel(sparse, arrays)))
         dense = self._dense(shipped, codes)

@@ -193,6 +193,10 @@ def test_channels_leave_where_the_outputs_lose_least() -> None:
     assert error(module, result) < 0.1 * error(module, even)
     with pytest.raises(DataError, match="losses on calibration data"):
         decide(module, schemes, statistics)
+    # Outputs of the network cannot leave: there is nothing to measure.
+    last = {"c": config}
+    stays = decide(module, last, statistics, lambda other: error(module, other))
+    assert not undecided(stays) and macs(Shrink(stays, statistics)(module)) == macs(module)
 
 
 def test_layers_that_are_not_selected_keep_their_channels() -> None:

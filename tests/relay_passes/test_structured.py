@@ -97,13 +97,13 @@ def test_never_a_loss() -> None:
     slower: LayerCosts = Fixed(1, 1.5)  # type: ignore[assignment]
     faster: LayerCosts = Fixed(2, 1)  # type: ignore[assignment]
     stayed = structured(module, StructuredConfig(), slower)
-    assert read_structured(stayed) == {"fc": "whole: its parts take 1.50 of its time"}
+    assert read_structured(stayed) == {"fc": "whole: its parts take 1.50x of its time"}
     assert [layer.name for layer in list_layers(stayed)] == ["fc"]
     assert len(list_layers(structured(module, StructuredConfig(), faster))) == 3
     insisting = structured(module, StructuredConfig(insist=True), slower)
     assert len(list_layers(insisting)) == 3
     assert read_structured(insisting)["fc"].endswith(
-        "; insisted on: its parts take 1.50 of its time"
+        "; insisted on: its parts take 1.50x of its time"
     )
     # Without costs operations count: transforms of a small layer take more than the layer.
     small = linear(weight[:8, :8], (1, 8))
