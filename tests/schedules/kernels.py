@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,13 +20,20 @@ from tvm_compress.schedules import (
     reference,
     schedule,
 )
-from tvm_compress.targets import Target
+from tvm_compress.targets import Target, get_target
 
 INT8: dict[str, Any] = {"data_dtype": "int8", "weight_dtype": "int8", "acc_dtype": "int32"}
 UINT8: dict[str, Any] = {"data_dtype": "uint8", "weight_dtype": "uint8", "acc_dtype": "int32"}
 INT16: dict[str, Any] = {"data_dtype": "int16", "weight_dtype": "int8", "acc_dtype": "int64"}
 FLOAT: dict[str, Any] = {}
 FLOAT_TOLERANCE = 1e-5
+_VNNI = get_target("x86-64-v4-vnni")
+ICE_LAKE = dataclasses.replace(
+    _VNNI,
+    name="ice-lake",
+    capabilities=_VNNI.capabilities | {"avx512vbmi2"},
+    tvm_options={**_VNNI.tvm_options, "mattr": ["+avx512vnni", "+avx512vbmi2"]},
+)
 
 
 def random_array(

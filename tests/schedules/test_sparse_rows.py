@@ -3,7 +3,6 @@ instructions, and which form a layer gets."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -25,15 +24,8 @@ from tvm_compress.schedules.sparse_rows import decode, encode, spec_of
 from tvm_compress.schedules.sparse_weight import adds_exactly, encoded, sparse_candidates
 from tvm_compress.targets import Target, get_target
 
-from .kernels import run
+from .kernels import ICE_LAKE, run
 
-_VNNI = get_target("x86-64-v4-vnni")
-ICE_LAKE = dataclasses.replace(
-    _VNNI,
-    name="ice-lake",
-    capabilities=_VNNI.capabilities | {"avx512vbmi2"},
-    tvm_options={**_VNNI.tvm_options, "mattr": ["+avx512vnni", "+avx512vbmi2"]},
-)
 TARGETS = {"ice-lake": ICE_LAKE, **{n: get_target(n) for n in ("x86-64-v4-vnni", "x86-64-v3")}}
 BYTES: dict[str, Any] = {"data_dtype": "uint8", "weight_dtype": "int8", "acc_dtype": "int32"}
 # One word and less, whole words, several runs of words; outputs of a part of a block and of more;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -21,15 +20,8 @@ from tvm_compress.schedules.stored_weight import (
 )
 from tvm_compress.targets import get_target
 
-from .kernels import run
+from .kernels import ICE_LAKE, run
 
-_VNNI = get_target("x86-64-v4-vnni")
-ICE_LAKE = dataclasses.replace(
-    _VNNI,
-    name="ice-lake",
-    capabilities=_VNNI.capabilities | {"avx512vbmi2"},
-    tvm_options={**_VNNI.tvm_options, "mattr": ["+avx512vnni", "+avx512vbmi2"]},
-)
 TARGETS = {
     "ice-lake": ICE_LAKE,
     **{name: get_target(name) for name in ("x86-64-v4", "x86-64-v3", "x86-64-v2")},
