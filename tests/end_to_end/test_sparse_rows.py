@@ -12,7 +12,7 @@ import yaml
 from onnx import helper
 
 from tests.onnx_files import save_onnx
-from tests.schedules.test_sparse_rows import ICE_LAKE
+from tests.schedules.kernels import ICE_LAKE
 from tvm_compress.build import build, lower
 from tvm_compress.flow import compress_module
 from tvm_compress.importers import load_model
