@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from ..schedules import MatmulSpec
 from .channel_groups import STAYS, ChannelGroup, Channels, LayerChannels
-from .costs import LayerCosts, LayerUse
+from .costs import INSISTED, SMALLER, LayerCosts, LayerUse
 from .layer_spec import LayerSpec, layer_spec
 from .select import describe_layer
 from .shrink_config import Operations, ShrinkConfig
 
 # How what is noted of a group begins where the target's costs decide.
-WHOLE, MOVED, INSISTED = "whole: ", "in the place of ", "insisted on: "
+WHOLE, MOVED = "whole: ", "in the place of "
 # Of a group's channels that stay at least when a number nearby is looked for.
 _LEAST_SHARE = 0.125
 # Shares that differ by less are as asked for.
@@ -80,10 +80,10 @@ def _chosen(
     if not uses:
         return count, ""  # of no layer there it is known what it costs
     whole, shrunk = costs.totals([whole_uses, uses])
-    words = f"with {unit * count} of {unit * size} channels its layers {shrunk.words(whole)}"
+    words = f"with {unit * count} of {unit * size} channels its layers take {shrunk.words(whole)}"
     if shrunk.is_faster(whole):
         return count, ""
-    is_smaller = shrunk.bytes < whole.bytes
+    is_smaller = shrunk.is_smaller(whole)
     if asked.insist:
         is_loss = shrunk.is_slower(whole) or not is_smaller
         return count, INSISTED + words if is_loss else ""
@@ -92,12 +92,12 @@ def _chosen(
         whole, shrunk, *found = costs.totals(
             [whole_uses, uses, *(_uses(channels, group, left, shares) for left in others)]
         )
-        best = min(range(len(others)), key=lambda i: found[i].cost)
+        best = min(range(len(others)), key=lambda i: found[i].time)
         if found[best].is_faster(shrunk) and found[best].is_faster(whole):
             return others[best], f"{MOVED}{unit * count}: {words}"
     if not is_smaller:
         return size, WHOLE + words
-    return count, f"smaller, not faster: {words}" if shrunk.is_slower(whole) else ""
+    return count, SMALLER + words if shrunk.is_slower(whole) else ""
 
 
 def nearby(count: int, size: int, unit: int, multiple: int | None, lanes: int) -> list[int]:

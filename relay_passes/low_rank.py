@@ -200,8 +200,8 @@ def _words(candidate: Candidate, rank: int) -> str:
     if candidate.pattern is not None and candidate.layer.config.residual is not None:
         zeros = 100 * candidate.layer.config.residual.sparsity
         words += f" + {candidate.pattern.words} {zeros:.0f} % zeros"
-    slower = candidate.slower(rank) if candidate.layer.config.insist else None
-    return words if slower is None else f"{words}; insisted on: {slower}"
+    drawback = candidate.drawback(rank)
+    return words if drawback is None else f"{words}; {drawback}"
 
 
 def _split(candidate: Candidate, rank: int, behind: Behind | None) -> Split:

@@ -76,6 +76,13 @@ class Rank:
             raise ValueError(f"a rank is from 1 on, not {self.value}")
 
 
+@dataclass(frozen=True)
+class SharedOut(Rank):
+    """The rank that a total for the network left for a layer; no recipe says this."""
+
+    of: Literal["operations", "bytes"] = "operations"
+
+
 def _require_share(share: float) -> None:
     if not 0 < share < 1:
         raise ValueError(f"a share is between 0 and 1, not {share}")

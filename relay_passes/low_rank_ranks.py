@@ -15,10 +15,19 @@ import tvm
 from numpy.typing import NDArray
 
 from ..errors import RecipeError
-from .costs import TOLERATED, LayerCosts
+from .costs import INSISTED, SMALLER, Cost, LayerCosts, LayerUse
 from .graph import Graph
 from .layer_spec import LayerSpec, layer_spec
-from .low_rank_config import Bytes, Energy, Latency, LowRankConfig, Network, Operations, Rank
+from .low_rank_config import (
+    Bytes,
+    Energy,
+    Latency,
+    LowRankConfig,
+    Network,
+    Operations,
+    Rank,
+    SharedOut,
+)
 from .low_rank_parts import (
     Form,
     Layer,
@@ -150,24 +159,43 @@ class Candidate:
 
     def latency(self, rank: int) -> float:
         """Raises `RecipeError` without a target."""
+        whole, parts = self.compared(rank)
+        return parts.time / whole.time
+
+    def compared(self, rank: int) -> tuple[Cost, Cost]:
+        """What the layer takes on the target, and what its parts do. Raises `RecipeError` without
+        a target."""
         if self.costs is None:
             raise RecipeError("rank: {latency: ...} needs to know what layers cost on a target")
-        if rank not in self._latencies:
+        if rank not in self._compared:
             chains = [[self.spec], specs_of(self.spec, self.parts(rank))]
-            whole, parts = self.costs.compare(self.layer.name, chains)
-            self._latencies[rank] = parts / whole + self._residual_latency
-        return self._latencies[rank]
+            whole, parts = self.costs.totals(
+                [[LayerUse(self.layer.name, spec) for spec in chain] for chain in chains]
+            )
+            if self._residual is not None:
+                share, stored = self._residual_cost
+                parts = replace(
+                    parts, time=parts.time + share * whole.time, bytes=parts.bytes + stored
+                )
+            self._compared[rank] = whole, parts
+        return self._compared[rank]
 
     @cached_property
-    def _latencies(self) -> dict[int, float]:
+    def _compared(self) -> dict[int, tuple[Cost, Cost]]:
         return {}
 
+    @property
+    def fastest(self) -> int:
+        """Of the ranks whose kernels were compared."""
+        return min(self._compared, key=self.latency)
+
     @cached_property
-    def _residual_latency(self) -> float:
-        if self._residual is None or self.costs is None:
-            return 0.0
+    def _residual_cost(self) -> tuple[float, int]:
+        """(time in times of the whole layer's, bytes)"""
+        assert self.costs is not None and self._residual is not None
         found = self.costs.sparse(self.layer.name, self.spec, self._residual)
-        return found.cost / found.dense_cost if found.form else 1.0
+        cost = found.dense if found.sparse is None else found.sparse.cost
+        return cost.time / found.dense.time, cost.bytes
 
     def loss(self, rank: int) -> str | None:
         """Why the layer stays whole; None: it is better split."""
@@ -175,21 +203,31 @@ class Candidate:
         counts_bytes = _counts_bytes(config)
         if (self.bytes(rank) if counts_bytes else self.operations(rank)) >= 1:
             return f"rank {rank} has as many {'bytes' if counts_bytes else 'operations'}"
-        return None if config.insist or counts_bytes else self.slower(rank)
+        if config.insist or self.costs is None:
+            return None
+        whole, parts = self.compared(rank)
+        if parts.pays(whole) or (counts_bytes and parts.is_smaller(whole)):
+            return None
+        words = f"with rank {rank} its parts take {parts.words(whole)}; {parts.rule(whole)}"
+        if self.fastest != rank:
+            words += f"; rank {self.fastest} takes {self.latency(self.fastest):.2f}x"
+        return words
 
-    def slower(self, rank: int) -> str | None:
-        """What to say of a split that is a loss by its time; None: it is none."""
+    def drawback(self, rank: int) -> str | None:
+        """What to say of parts that are not faster than the layer; None: they are."""
         if self.costs is None:
             return None
-        latency = self.latency(rank)
-        if latency < 1 or (self.bytes(rank) < 1 and latency <= TOLERATED):
+        whole, parts = self.compared(rank)
+        if parts.is_faster(whole):
             return None
-        return f"rank {rank} takes {latency:.2f}x of its time on the target"
+        is_kept = parts.pays(whole) or not self.layer.config.insist
+        return f"{SMALLER if is_kept else INSISTED}its parts take {parts.words(whole)}"
 
 
 def _counts_bytes(config: LowRankConfig) -> bool:
+    """Whether bytes are what is asked for: then time decides nothing where they are saved."""
     rank = config.rank
-    return isinstance(rank, Bytes) or (isinstance(rank, Network) and rank.of == "bytes")
+    return isinstance(rank, Bytes) or (isinstance(rank, Network | SharedOut) and rank.of == "bytes")
 
 
 def splittable(graph: Graph, schemes: Mapping[str, LowRankConfig]) -> list[Layer]:
@@ -245,9 +283,8 @@ def decide(
     for candidate, rank in zip(found, ranks, strict=True):
         config = candidate.layer.config
         if isinstance(rank, int):
-            # Where bytes are asked for, time decides nothing.
-            insist = config.insist or _counts_bytes(config)
-            config = replace(config, rank=Rank(rank), insist=insist)
+            assert isinstance(config.rank, Network)
+            config = replace(config, rank=SharedOut(rank, config.rank.of))
             decided |= dict.fromkeys((n.name for n in candidate.layer.variables), config)
     return decided
 
@@ -311,7 +348,10 @@ def _own_rank(
     # Costs grow with the rank.
     fitting = bisect.bisect_right(ranks, rank.share, key=share)
     if fitting == 0:
-        return f"rank {ranks[0]} has {share(ranks[0]):.2f} of its {what[type(rank)]}"
+        best = candidate.fastest if isinstance(rank, Latency) else ranks[0]
+        which = "the smallest" if best == ranks[0] else "the fastest compared"
+        takes = f"even rank {best}, {which}, takes {share(best):.2f}x of its {what[type(rank)]}"
+        return f"{takes}; {rank.share:g}x is asked for"
     return ranks[fitting - 1]
 
 

@@ -9,15 +9,15 @@ to be best there.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import tvm
 from tvm import relax
 
 from ..schedules.stored_weight import STORED
-from .costs import Comparison, LayerCosts
+from .costs import INSISTED, Comparison, Decoder, LayerCosts, vain_decoders
 from .encodings import kernel_order
 from .graph import Graph
 from .ir import dtype_of, op_name
@@ -64,7 +64,7 @@ class ChooseSparse:
         self, module: tvm.IRModule, _context: tvm.transform.PassContext
     ) -> tvm.IRModule:
         graph = Graph(module["main"])
-        choices = {}
+        compared: dict[str, Comparison] = {}
         sparsified = read_sparsified(module)
         for variable, call in graph.values.items():
             if graph.op(variable) not in ANCHORS:
@@ -74,10 +74,12 @@ class ChooseSparse:
                 continue
             if variable.name not in sparsified and kept.mean() > 1 - _BY_CHANCE:
                 continue
-            compared = self.costs.sparse(variable.name, _as_stored(graph, call, spec), kept)
-            has_forms = compared.form is not None or compared.stored is not None
-            if has_forms or variable.name in self.insisted:
-                choices[variable.name] = _choice(compared, variable.name in self.insisted)
+            found = self.costs.sparse(variable.name, _as_stored(graph, call, spec), kept)
+            if found.sparse or found.stored or variable.name in self.insisted:
+                compared[variable.name] = found
+        insisted = {name for name in self.insisted if name in compared and compared[name].sparse}
+        vain = vain_decoders(found for name, found in compared.items() if name not in insisted)
+        choices = {name: _choice(found, name in insisted, vain) for name, found in compared.items()}
         if not choices:
             return module
         module = module.clone()
@@ -87,16 +89,25 @@ class ChooseSparse:
         return module
 
 
-def _choice(compared: Comparison, is_insisted: bool) -> SparseChoice:
-    reason = "" if compared.pays else compared.words
-    is_sparse = compared.form is not None and (compared.best == "sparse" or is_insisted)
-    if is_sparse and reason:
-        reason = f"insisted on: {reason}"
-    if not is_sparse and compared.stored is not None and compared.best == "stored":
-        cost = compared.stored.cost
-        return SparseChoice(STORED, "", cost, compared.dense_cost, compared.unit)
-    form = compared.form.words if is_sparse and compared.form is not None else ""
-    return SparseChoice(form, reason, compared.cost, compared.dense_cost, compared.unit)
+def _choice(compared: Comparison, is_insisted: bool, vain: Mapping[Decoder, int]) -> SparseChoice:
+    """The best form, or the sparse one that is insisted on. `vain`: decoding functions that save so
+    few bytes in all that nothing is to be decoded by them."""
+    code = ""
+    if compared.best == "stored" and compared.stored and compared.stored.decoder in vain:
+        decoder = compared.stored.decoder
+        code = f"decoding per call would save {vain[decoder]} bytes in all such layers, "
+        code += f"and its code takes {decoder.bytes}"
+        compared = replace(compared, stored=None)
+    dense, best = compared.dense, compared.best
+    if compared.sparse is not None and (best == "sparse" or is_insisted):
+        cost = compared.sparse.cost
+        reason = "" if compared.pays else INSISTED + compared.words
+        return SparseChoice(compared.sparse.form.words, reason, cost.time, dense.time, dense.unit)
+    if compared.stored is not None and best == "stored":
+        return SparseChoice(STORED, "", compared.stored.cost.time, dense.time, dense.unit)
+    time = dense.time if compared.sparse is None else compared.sparse.cost.time
+    reason = "; ".join(filter(None, (compared.words, code)))
+    return SparseChoice("", reason, time, dense.time, dense.unit)
 
 
 def read_choices(function: relax.Function, target: str) -> dict[str, SparseChoice]:

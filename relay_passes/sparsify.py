@@ -85,10 +85,8 @@ class Sparsify:
         comparison = self.costs.sparse(layer.name, spec, kept)
         if comparison.best != "dense":
             return ""
-        if comparison.form is None:
-            return comparison.words
         # The kernel's form need not be the pattern: 2:4 is stored as blocks, for one.
-        return f"of {pattern_of(layer).words}: {comparison.words}"
+        return f"zeros ({pattern_of(layer).words}) gain nothing: {comparison.words}"
 
 
 def stages(

@@ -29,7 +29,7 @@ from tvm import relax
 from tvm.relax import op
 
 from ..schedules import MatmulSpec
-from .costs import LayerCosts
+from .costs import INSISTED, LayerCosts, LayerUse
 from .graph import Graph, rebuild
 from .ir import noted_words, shape_of
 from .layer_spec import LayerSpec, layer_spec
@@ -93,11 +93,11 @@ class Structured:
                 for v in layer.variables
             }
             chain = chains[layer.variables[0]]
-            slower = _why_slower(layer, chain.specs, self.costs)
-            stays = slower is not None and not layer.config.insist
-            note = f"whole: {slower}" if stays else found.words
-            if slower is not None and layer.config.insist:
-                note += f"; insisted on: {slower}"
+            loss = _why_loss(layer, chain.specs, self.costs)
+            stays = loss is not None and not layer.config.insist
+            note = f"whole: {loss}" if stays else found.words
+            if loss is not None and layer.config.insist:
+                note += f"; {INSISTED}{loss}"
             notes.update(dict.fromkeys((v.name for v in chains), note))
             if not stays:
                 for variable, own in chains.items():
@@ -128,15 +128,18 @@ def _layers(graph: Graph, schemes: Mapping[str, StructuredConfig]) -> list[Layer
     return [layer for layer in layers if isinstance(layer_spec(layer.call), MatmulSpec)]
 
 
-def _why_slower(layer: Layer, specs: list[LayerSpec], costs: LayerCosts | None) -> str | None:
+def _why_loss(layer: Layer, specs: list[LayerSpec], costs: LayerCosts | None) -> str | None:
     """What to note of a layer that had better stay as it is."""
     spec = layer_spec(layer.call)
     assert spec is not None
     if costs is None:
-        whole, parts = float(spec.macs), float(sum(part.macs for part in specs))
-    else:
-        whole, parts = costs.compare(layer.name, [[spec], specs])
-    return f"its parts take {parts / whole:.2f}x of its time" if parts >= whole else None
+        share = sum(part.macs for part in specs) / spec.macs
+        return f"its parts take {share:.2f}x of its operations" if share >= 1 else None
+    chains = [[spec], specs]
+    whole, parts = costs.totals([[LayerUse(layer.name, own) for own in chain] for chain in chains])
+    if parts.pays(whole):
+        return None
+    return f"its parts take {parts.words(whole)}; {parts.rule(whole)}"
 
 
 # --- fits -----------------------------------------------------------------------------------------

@@ -64,6 +64,13 @@ def sparse_form(
     return None
 
 
+def leaves_out(spec: WeightedSpec, values: np.ndarray, form: SparseForm) -> bool:
+    """Whether a form, whose values `encoded` gave, has fewer weights than the layer, its last block
+    filled up: else it skips nothing."""
+    blocks = -(-spec.columns // form.block)
+    return values.size < spec.groups_of_channels * spec.reduction_size * blocks * form.block
+
+
 def adds_exactly(spec: SparseSpec, form: SparseForm) -> bool:
     """Whether the weights prove what the form's kernel relies on."""
     return form.sums is None or (isinstance(spec, SparseConv2dSpec) and spec.chain > 0)

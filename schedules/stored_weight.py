@@ -37,6 +37,9 @@ _BEHIND_BYTES = 64
 _WORTHWHILE = 0.9
 # Weights from which on threads share the work.
 _PARALLEL = 1 << 18
+# What a decoding function adds to a library: objects have 4.6 to 6.2 kB of code and of strings,
+# some of which other kernels have as well; in ResNet-20 one adds 3.5 kB.
+CODE_BYTES = 4000
 # Cycles for a weight, one after the other.
 _CYCLES = 4.0
 
@@ -64,6 +67,12 @@ class StoredWeight:
     def runs(self) -> int:
         """`RUN` words each."""
         return ceil_div(self.words, RUN)
+
+    @property
+    def decoding(self) -> Decoding:
+        """The function that decodes it."""
+        is_large, is_ragged = self.size >= _PARALLEL, self.size % WORD != 0
+        return Decoding(self.dtype, len(self.shape), is_large, is_ragged)
 
     def prim_func(self) -> tirx.PrimFunc:
         """The naive decoding kernel: (values, words, starts) => weight. Nothing may be fused with
@@ -99,21 +108,28 @@ class StoredWeight:
             return tirx.if_then_else(is_set, found, tirx.const(0, self.dtype))
 
         out = te.compute(tuple(sides), value, name="decoded")
-        is_large, is_ragged = self.size >= _PARALLEL, self.size % WORD != 0
-        parameters = asdict(Decoding(self.dtype, is_large, is_ragged))
-        roles = ["weights", "indices", "indices"]
+        roles, parameters = ["weights", "indices", "indices"], asdict(self.decoding)
         return make_prim_func(NAME, [values, words, starts], out, roles, OPAQUE, parameters)
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """What a decoding function knows of the weights that it decodes."""
+    """What a decoding function knows of the weights that it decodes: those that have this in common
+    share it."""
 
     dtype: str
+    axes: int
     is_large: bool
     """Enough for threads."""
     is_ragged: bool
     """The last word has fewer weights."""
+
+    @property
+    def kind(self) -> str:
+        """Such as `int8, 5 axes, ragged`: tells functions of a target apart."""
+        parts = [self.dtype, f"{self.axes} axes"]
+        parts += ["large"] * self.is_large + ["ragged"] * self.is_ragged
+        return ", ".join(parts)
 
 
 def description_of(attrs: Mapping[str, Any] | None) -> Decoding | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import pytest
 import tvm
 from tvm import relax
 
+from tvm_compress import schedules
+from tvm_compress.bare.compile import compile_kernel
 from tvm_compress.errors import ArtefactError
 from tvm_compress.flow import compress_job, load_job
 from tvm_compress.kernel_bench import Kernel, LocalBench, bench_of
@@ -18,13 +20,13 @@ from tvm_compress.kernel_cache import KernelCache
 from tvm_compress.layer_costs import TargetCosts
 from tvm_compress.progress import Progress
 from tvm_compress.recipe import Recipe, Step, dump_recipe, parse_recipe
-from tvm_compress.relay_passes.costs import COUNTED, MEASURED, PREDICTED
+from tvm_compress.relay_passes.costs import COUNTED, MEASURED, PREDICTED, Cost, LayerUse
 from tvm_compress.relay_passes.numerics.sparsity_pattern import Block
 from tvm_compress.relay_passes.quantize_config import QuantizeConfig
 from tvm_compress.relay_passes.sparse_choices import read_choices
 from tvm_compress.relay_passes.sparsify_config import SparsifyConfig
 from tvm_compress.schedules import Conv2dSpec, MatmulSpec, SparseConv2dSpec
-from tvm_compress.schedules.stored_weight import STORED, WORD, StoredWeight
+from tvm_compress.schedules.stored_weight import STORED, WORD, StoredWeight, encode
 from tvm_compress.targets import get_target
 from tvm_compress.targets.toolchains import missing_tools
 
@@ -73,9 +75,11 @@ def kept(spec: Any, share: float = 0.1, block: int = 16) -> np.ndarray:
 def test_a_sparse_layer_is_compared_with_its_dense_kernel(spec: Any) -> None:
     bench = FakeBench()
     found = TargetCosts(X86, bench).sparse("a", spec, kept(spec))
-    assert found.form is not None and found.pays
-    assert (found.cost, found.dense_cost, found.unit) == (1.0, 2.0, MEASURED)
-    assert 0 < found.bytes < found.dense_bytes == 4 * spec.reduction_size * spec.columns
+    assert found.sparse is not None and found.pays
+    cost = found.sparse.cost
+    assert (cost.time, cost.unit) == (1.0, MEASURED)
+    assert found.dense == Cost(2.0, 4 * spec.reduction_size * spec.columns, MEASURED)
+    assert 0 < cost.bytes < found.dense.bytes
     (asked,) = bench.asked
     assert asked[0].macs == spec.macs and not isinstance(asked[0], SparseConv2dSpec)
     *sparse, decoding, call = asked[1:]
@@ -106,9 +110,9 @@ def test_zeros_that_no_kernel_skips_are_left_out_of_memory() -> None:
         found = TargetCosts(X86, DecodingBench(share)).sparse("a", spec, kept(spec, 0.5, 1))
         assert not found.pays and found.storing_pays == pays
         # The call's time is in the dense kernel's already.
-        assert found.stored is not None and found.stored.cost == pytest.approx(1 + share)
+        assert found.stored is not None and found.stored.cost.time == pytest.approx(1 + share)
         # A bit for each weight, and half of the weights.
-        assert found.stored.bytes / found.dense_bytes == pytest.approx(0.5 + 1 / 32, abs=0.03)
+        assert found.stored.cost.bytes / found.dense.bytes == pytest.approx(0.5 + 1 / 32, abs=0.03)
     full = TargetCosts(X86, DecodingBench(0.02)).sparse("a", spec, kept(spec, 0.95, 1))
     assert full.stored is None and not full.storing_pays
 
@@ -117,7 +121,7 @@ def test_forms_that_skip_nothing_are_no_reason_for_zeros() -> None:
     scattered = kept(CONV, 0.9, 1)  # of 16 outputs one has nearly every input
     for bench in (FakeBench(sparse=0.5, dense=1.0), None):
         found = TargetCosts(X86, bench).sparse("a", CONV, scattered)
-        assert found.form is None or found.form.block < 16
+        assert found.sparse is None or found.sparse.form.block < 16
 
 
 def test_smaller_ones_may_be_a_little_slower() -> None:
@@ -127,7 +131,7 @@ def test_smaller_ones_may_be_a_little_slower() -> None:
         assert found.pays == pays, ratio
         assert f"{ratio:.2f}x" in found.words and "measured" in found.words
     no_form = TargetCosts(X86).sparse("a", CONV, np.ones((1, 72, 32), bool))
-    assert no_form.form is None and not no_form.pays
+    assert no_form.sparse is None and not no_form.pays
 
 
 def test_kernels_are_of_the_integers_that_ship() -> None:
@@ -135,7 +139,7 @@ def test_kernels_are_of_the_integers_that_ship() -> None:
     costs.schemes = {"a": QuantizeConfig(), "only": QuantizeConfig(activations=None)}
     halves = [CONV.replace(out_channels=8), CONV.replace(in_channels=8, kernel=(1, 1))]
     for layer in ("a", "a_part1", "b", "only"):
-        costs.compare(layer, [[CONV], halves])
+        costs.totals([[LayerUse(layer, spec) for spec in chain] for chain in ([CONV], halves)])
     dtypes = [{(spec.data_dtype, spec.weight_dtype) for spec in asked} for asked in bench.asked]
     # `a_part1` is the same comparison as `a`, `only` the same as `b`.
     assert dtypes == [{("uint8", "int8")}, {("float32", "float32")}]
@@ -143,15 +147,22 @@ def test_kernels_are_of_the_integers_that_ship() -> None:
 
 def test_alternatives_are_sums_over_their_kernels() -> None:
     costs = TargetCosts(X86, FakeBench(dense=3.0))
-    assert costs.compare("a", [[CONV], [CONV, LINEAR], []]) == [3.0, 6.0, 0.0]
+    both = [LayerUse("a", CONV), LayerUse("b", LINEAR, calls=3)]
+    chains: list[list[LayerUse]] = [both[:1], both, []]
+    found = costs.totals(chains)
+    assert [total.time for total in found] == [3.0, 12.0, 0.0]
+    # A weight is stored once, however often it is used.
+    sizes = [4 * spec.reduction_size * spec.columns for spec in (CONV, LINEAR)]
+    assert [total.bytes for total in found] == [sizes[0], sum(sizes), 0]
 
 
 def test_without_a_bench_costs_are_predicted() -> None:
     costs = TargetCosts(X86)
-    whole, half = costs.compare("a", [[CONV], [CONV.replace(out_channels=16)]])
-    assert half < whole
+    halved = CONV.replace(out_channels=16)
+    whole, half = costs.totals([[LayerUse("a", CONV)], [LayerUse("a", halved)]])
+    assert half.is_faster(whole) and half.is_smaller(whole)
     found = costs.sparse("a", CONV, kept(CONV))
-    assert found.unit == costs.unit == PREDICTED and found.pays
+    assert found.dense.unit == costs.unit == PREDICTED and found.pays
     assert not costs.used
 
 
@@ -169,7 +180,7 @@ def test_a_bench_that_fails_is_said_and_predicted() -> None:
 
     notes = Notes()
     found = TargetCosts(X86, Broken(), progress=notes).sparse("a", CONV, kept(CONV))
-    assert found.unit == PREDICTED
+    assert found.dense.unit == PREDICTED
     assert notes.lines == ["a: its cost is predicted: no board"]
 
 
@@ -202,7 +213,45 @@ def test_the_machine_at_hand_is_measured() -> None:
     assert 0 < small < large
 
 
-def test_instructions_are_counted_where_there_is_an_emulator() -> None:
+def test_a_kernel_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is compared with; weights are its arguments."""
+    built: list[int] = []
+    schedule = schedules.schedule
+
+    def counted(func: Any, target: Any) -> Any:
+        built.append(1)
+        return schedule(func, target)
+
+    monkeypatch.setattr(schedules, "schedule", counted)
+    bench = LocalBench(get_target("host"))
+    first, other, third = (packed(LINEAR.replace(rows=rows)) for rows in (1, 2, 3))
+    bench.costs([Kernel(*first), Kernel(*other)])
+    assert len(built) == 2
+    weight = (np.zeros_like(first[1][0]),)
+    assert all(cost > 0 for cost in bench.costs([Kernel(first[0], weight), Kernel(*third)]))
+    assert len(built) == 3
+    # All weights that are alike are decoded by one function.
+    shapes = (64, 64), (32, 128), (8, 16, 32)
+    decoded = [encode(np.eye(64, dtype=np.float32).reshape(shape)) for shape in shapes]
+    bench.costs([Kernel(stored, tuple(arrays)) for stored, arrays in decoded])
+    assert len(built) == 5
+
+
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """May be called a single time."""
+    calls = []
+
+    def called(*arguments: Any) -> Any:
+        calls.append(arguments)
+        assert len(calls) == 1
+        return function(*arguments)
+
+    return called
+
+
+def test_instructions_are_counted_where_there_is_an_emulator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     board = get_target("cortex-m3")
     if missing_tools(board):
         pytest.skip("needs the cross compiler and QEMU of Cortex-M")
@@ -214,6 +263,9 @@ def test_instructions_are_counted_where_there_is_an_emulator() -> None:
     one, two, many = bench.costs([Kernel(*packed(integer.replace(rows=n))) for n in rows])
     assert one < two < 3 * one
     assert many == pytest.approx(512 * two, rel=0.2)
+    kernels = [Kernel(*packed(integer.replace(rows=n))) for n in (2, 5)]
+    monkeypatch.setattr("tvm_compress.bare.compile.compile_kernel", once(compile_kernel))
+    assert bench.costs(kernels)[0] == two  # compiled before
 
 
 def packed(spec: Any) -> tuple[Any, tuple[np.ndarray, ...]]:

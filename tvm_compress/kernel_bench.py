@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -19,12 +20,14 @@ import numpy as np
 
 from .errors import ArtefactError
 from .relay_passes.costs import COUNTED, MEASURED
+from .tuning.worker import KERNEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from .bare.compile import CompiledKernel
     from .schedules import KernelSpec
-    from .schedules.stored_weight import StoredWeight
+    from .schedules.stored_weight import Decoding, StoredWeight
     from .targets import Target
 
 # A kernel runs about this long at a turn, in this many turns; few where one run takes long.
@@ -83,12 +86,13 @@ class LocalBench:
 
     def __init__(self, target: Target) -> None:
         self.target = target
+        self.modules = _Modules(target)
 
     def costs(self, kernels: Sequence[Kernel]) -> list[float]:
         import tvm
 
         programs = [
-            _Program(_compiled(kernel, self.target)["kernel"], _arguments(kernel, tvm.cpu()))
+            _Program(self.modules.of(kernel.spec)[KERNEL], _arguments(kernel, tvm.cpu()))
             for kernel in kernels
         ]
         with _threads(self.target.threads):
@@ -102,12 +106,13 @@ class RemoteBench:
 
     def __init__(self, target: Target) -> None:
         self.target = target
+        self.modules = _Modules(target)
 
     def costs(self, kernels: Sequence[Kernel]) -> list[float]:
         from tempfile import TemporaryDirectory
 
         from .runners.rpc import Rpc
-        from .tuning.worker import KERNEL, Remote, linker
+        from .tuning.worker import Remote, linker
 
         rpc = Rpc.of(self.target)
         rpc.require()
@@ -118,7 +123,7 @@ class RemoteBench:
                 runs: list[Callable[[int], float]] = []
                 for number, kernel in enumerate(kernels):
                     path = Path(folder) / f"{KERNEL}{number}.so"
-                    library = _compiled(kernel, self.target, KERNEL)
+                    library = self.modules.of(kernel.spec)
                     options = ["-s", "-nostartfiles", "-nostdlib"]
                     library.export_library(str(path), fcompile=linker(self.target), options=options)
                     device.load(str(path))
@@ -138,6 +143,8 @@ class CountingBench:
 
     def __init__(self, target: Target) -> None:
         self.target = target
+        # By spec and which one of a call's kernels of that spec it is: symbols differ.
+        self._compiled: dict[tuple[Any, int], CompiledKernel] = {}
 
     def costs(self, kernels: Sequence[Kernel]) -> list[float]:
         from .bare.compile import compile_kernel
@@ -150,7 +157,8 @@ class CountingBench:
         data: _Shared = {}  # (shape, dtype) => position, array: kernels share them
         results: _Shared = {}
         takes, compiled, times = {}, [], []
-        for number, kernel in enumerate(kernels):
+        alike: Counter[Any] = Counter()
+        for kernel in kernels:
             spec, share = _cut(kernel.spec)
             func = _function(spec)
             arrays = _arrays(replace(kernel, spec=spec), func)
@@ -166,9 +174,13 @@ class CountingBench:
                     else:
                         shared[key] = position, array
                 positions.append(position if shared is None else shared[key][0])
-            symbol = f"candidate{number}"
-            takes[symbol] = tuple(positions)
-            compiled.append(compile_kernel(func, symbol, self.target, None))
+            same = spec, alike[spec]
+            alike[spec] += 1
+            if same not in self._compiled:
+                symbol = f"candidate{len(self._compiled)}"
+                self._compiled[same] = compile_kernel(func, symbol, self.target, None)
+            compiled.append(self._compiled[same])
+            takes[compiled[-1].symbol] = tuple(positions)
             times.append(share)
         sets = (DataSet(dict(data.values()), dict(results.values())),)
         bench = Bench(self.target, tuple(parameters), constants, True, sets, False, takes)
@@ -190,15 +202,30 @@ def _function(spec: KernelSpec | StoredWeight) -> Any:
     return spec.prim_func() if isinstance(spec, StoredWeight) else lone_layer(spec)
 
 
-def _compiled(kernel: Kernel, target: Target, name: str = "kernel") -> Any:
-    """A runtime module with the function `name`."""
-    import tvm
+class _Modules:
+    """Kernels of a target as runtime modules with a function `KERNEL`, each compiled once however
+    often it is compared with others."""
 
-    from .schedules import schedule
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._found: dict[KernelSpec | Decoding, Any] = {}
 
-    func = schedule(_function(kernel.spec), target).with_attr("global_symbol", name)
-    with tvm.transform.PassContext():
-        return tvm.tirx.build(tvm.IRModule({name: func}), target=target.tvm_target())
+    def of(self, spec: KernelSpec | StoredWeight) -> Any:
+        from .schedules.stored_weight import StoredWeight
+
+        key = spec.decoding if isinstance(spec, StoredWeight) else spec
+        if key not in self._found:
+            self._found[key] = self._compiled(spec)
+        return self._found[key]
+
+    def _compiled(self, spec: KernelSpec | StoredWeight) -> Any:
+        import tvm
+
+        from .schedules import schedule
+
+        func = schedule(_function(spec), self.target).with_attr("global_symbol", KERNEL)
+        with tvm.transform.PassContext():
+            return tvm.tirx.build(tvm.IRModule({KERNEL: func}), target=self.target.tvm_target())
 
 
 def _tensor_specs(func: Any) -> tuple[Any, ...]:

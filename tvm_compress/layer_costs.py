@@ -11,13 +11,23 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import ArtefactError, TargetError
-from .relay_passes.costs import COUNTED, MEASURED, PREDICTED, Comparison, StoredCost, Total
+from .relay_passes.costs import (
+    COUNTED,
+    MEASURED,
+    PREDICTED,
+    Comparison,
+    Cost,
+    Decoder,
+    Sparse,
+    Stored,
+)
 
 if TYPE_CHECKING:
     from .kernel_bench import Kernel, KernelBench
@@ -85,85 +95,45 @@ class TargetCosts:
         """See `LayerCosts`."""
         return self.target.lanes(32)
 
-    def compare(self, layer: str, chains: Sequence[Sequence[LayerSpec]]) -> list[float]:
-        """See `LayerCosts`."""
-        shipped = [[self._shipped(layer, spec) for spec in chain] for chain in chains]
-        costs, _, _ = self._dense_costs(layer, [spec for chain in shipped for spec in chain])
-        return [sum(costs[spec.to_json()] for spec in chain) for chain in shipped]
-
-    def totals(self, alternatives: Sequence[Sequence[LayerUse]]) -> list[Total]:
+    def totals(self, alternatives: Sequence[Sequence[LayerUse]]) -> list[Cost]:
         """See `LayerCosts`."""
         shipped = [
             [(self._shipped(use.layer, use.spec), use.calls) for use in uses]
             for uses in alternatives
         ]
         first = next(use.layer for uses in alternatives for use in uses)
-        every = [spec for uses in shipped for spec, _ in uses]
-        costs, sizes, unit = self._dense_costs(first, every)
-        return [
-            Total(
-                sum(costs[spec.to_json()] * calls for spec, calls in uses),
-                sum(sizes[spec.to_json()] for spec, _ in uses),
-                unit,
-            )
-            for uses in shipped
-        ]
+        different = {spec.to_json(): spec for uses in shipped for spec, _ in uses}
+        kernels = [self._dense(different[key]) for key in sorted(different)]
+        costs = {kernel.name: cost for kernel, cost in self._costs(first, kernels).items()}
+        found = []
+        for uses in shipped:
+            own = [(costs[spec.to_json()], calls) for spec, calls in uses]
+            time = sum(cost.time * calls for cost, calls in own)
+            unit = next(iter(costs.values())).unit
+            found.append(Cost(time, sum(cost.bytes for cost, _ in own), unit))
+        return found
 
     def sparse(self, layer: str, spec: LayerSpec, kept: np.ndarray) -> Comparison:
         """See `LayerCosts`."""
-        from .schedules.sparse_form import CODE_BYTES
-        from .schedules.sparse_weight import adds_exactly, encoded, sparse_candidates
-        from .schedules.stored_weight import empty, expected_share, stored_weight
-
         shipped = self._shipped(layer, spec)
-        item = np.dtype(shipped.weight_storage_dtype).itemsize
-        dense_bytes = kept.size * item
-        cycles = predicted_cycles(shipped, self.target)
         codes = _random_weights(shipped, kept.shape) * kept
-        found: list[tuple[float, SparseForm, int, Kernel]] = []
-        for share, form in sparse_candidates(shipped, kept, self.target):
-            if len(found) == _FORMS or (found and share > _HOPELESS):
-                break
-            sparse, arrays = encoded(shipped, codes, form)
-            groups, inputs, outputs = kept.shape
-            whole = groups * inputs * -(-outputs // form.block) * form.block
-            # Faster though it skips nothing: a choice between kernels, not a reason for zeros.
-            if arrays[0].size < whole and adds_exactly(sparse, form):
-                entries = arrays[0].size // form.block
-                found.append((share, form, entries, _kernel(sparse, arrays)))
         dense = self._dense(shipped, codes)
-        decoding = stored_weight(shipped, dense.weights[0], self.target)
-        if not found and decoding is None:
-            return Comparison(None, cycles, cycles, dense_bytes, dense_bytes, PREDICTED)
-        names = [f"{form.words} {entries}" for _, form, entries, _ in found]
-        shares, kernels = [share for share, *_ in found], [kernel for *_, kernel in found]
+        forms = self._sparse(shipped, codes, dense)
+        decoding = self._decoding(shipped, dense)
+        rivals = [*forms, *([] if decoding is None else [decoding.whole])]
+        is_close = any(item.expected <= _HOPELESS * dense.expected for item in rivals)
+        calls = [] if decoding is None else [decoding.nothing]
+        costs = self._costs(layer, [dense, *rivals, *calls], is_run=is_close)
+        sparse = stored = None
+        if forms:
+            best = min(forms, key=lambda item: costs[item].time)
+            sparse = Sparse(forms[best], costs[best])
         if decoding is not None:
-            names.append(f"decoded {decoding[0].stored} of {decoding[0].size}")
-            shares.append(expected_share(shipped, self.target))
-            kernels.append(_kernel(*decoding))
             # A call takes its time, which the dense kernel's has in it already.
-            names.append("decoded none")
-            kernels.append(_kernel(*empty(decoding[0].dtype)))
-        figures, unit = None, PREDICTED
-        if min(shares) <= _HOPELESS:
-            figures, unit = self._figures(layer, [shipped.to_json(), *names], [dense, *kernels])
-        if figures is None:
-            figures = [cycles, *(share * cycles for share in shares)]
-            figures += [0.0] * (decoding is not None)
-        stored = None
-        if decoding is not None:
-            room = sum(array.nbytes for array in decoding[1])
-            call = figures.pop()
-            stored = StoredCost(figures[0] + max(0.0, figures.pop() - call), room)
-        if not found:
-            cost = figures[0]
-            return Comparison(None, cost, cost, dense_bytes, dense_bytes, unit, stored)
-        best = int(np.argmin(figures[1:]))
-        _, form, entries, kernel = found[best]
-        room = sum(array.nbytes for array in kernel.weights)
-        if form.compiled:
-            room += entries * CODE_BYTES
-        return Comparison(form, figures[1 + best], figures[0], room, dense_bytes, unit, stored)
+            decoded, nothing = costs[decoding.whole], costs[decoding.nothing]
+            time = costs[dense].time + max(0.0, decoded.time - nothing.time)
+            stored = Stored(replace(decoded, time=time), decoding.decoder)
+        return Comparison(costs[dense], sparse, stored)
 
     def blocks(self, layer: str, spec: LayerSpec) -> tuple[int, ...]:
         """See `LayerCosts`."""
@@ -177,20 +147,21 @@ class TargetCosts:
         )
         return tuple(dict.fromkeys(form.block for form in ordered))
 
-    def _dense_costs(
-        self, layer: str, specs: Sequence[LayerSpec]
-    ) -> tuple[dict[str, float], dict[str, int], str]:
-        """(cost, bytes of the stored weight) by spec as JSON, and the unit of all costs."""
-        different = {spec.to_json(): spec for spec in specs}
-        keys = sorted(different)
-        kernels = [self._dense(different[key]) for key in keys]
-        figures, unit = self._figures(layer, keys, kernels)
-        if figures is None:
-            figures = [predicted_cycles(different[key], self.target) for key in keys]
-        sizes = [sum(array.nbytes for array in kernel.weights) for kernel in kernels]
-        return dict(zip(keys, figures, strict=True)), dict(zip(keys, sizes, strict=True)), unit
-
     # --- figures --------------------------------------------------------------------------------
+
+    def _costs(
+        self, layer: str, contestants: Sequence[_Contestant], is_run: bool = True
+    ) -> dict[_Contestant, Cost]:
+        """All in one unit; predicted, unless they are run here or were before."""
+        figures, unit = None, PREDICTED
+        if is_run:
+            names = [contestant.name for contestant in contestants]
+            kernels = [contestant.kernel for contestant in contestants]
+            figures, unit = self._figures(layer, names, kernels)
+        if figures is None:
+            figures = [contestant.expected for contestant in contestants]
+        pairs = zip(contestants, figures, strict=True)
+        return {contestant: Cost(figure, contestant.bytes, unit) for contestant, figure in pairs}
 
     def _figures(
         self, layer: str, names: Sequence[str], kernels: Sequence[Kernel]
@@ -254,8 +225,9 @@ class TargetCosts:
         acc = "int32" if largest < 2**31 else "int64"
         return spec.replace(data_dtype=data, weight_dtype="int8", acc_dtype=acc)
 
-    def _dense(self, spec: LayerSpec, codes: np.ndarray | None = None) -> Kernel:
+    def _dense(self, spec: LayerSpec, codes: np.ndarray | None = None) -> _Contestant:
         """`codes` [G, K, N]; None: any."""
+        from .kernel_bench import Kernel
         from .schedules import pack_weight
 
         groups, columns = spec.groups_of_channels, spec.columns
@@ -264,13 +236,76 @@ class TargetCosts:
         # [G, K, N] -> [K, G * N]
         weight = codes.transpose(1, 0, 2).reshape(spec.weight_shape)
         packed = pack_weight(spec, weight, self.target) or (spec, weight)
-        return _kernel(packed[0], [packed[1]])
+        cycles = predicted_cycles(spec, self.target)
+        return _Contestant(spec.to_json(), Kernel(packed[0], (packed[1],)), cycles)
+
+    def _sparse(
+        self, spec: LayerSpec, codes: np.ndarray, dense: _Contestant
+    ) -> dict[_Contestant, SparseForm]:
+        """The forms that are expected to be cheapest for a layer with the weight `codes`
+        [G, K, N]."""
+        from .kernel_bench import Kernel
+        from .schedules.sparse_form import CODE_BYTES
+        from .schedules.sparse_weight import adds_exactly, encoded, leaves_out, sparse_candidates
+
+        found: dict[_Contestant, SparseForm] = {}
+        for share, form in sparse_candidates(spec, codes != 0, self.target):
+            if len(found) == _FORMS or (found and share > _HOPELESS):
+                break
+            sparse, arrays = encoded(spec, codes, form)
+            # Faster though it skips nothing: a choice between kernels, not a reason for zeros.
+            if leaves_out(spec, arrays[0], form) and adds_exactly(sparse, form):
+                entries = arrays[0].size // form.block
+                name, kernel = f"{form.words} {entries}", Kernel(sparse, tuple(arrays))
+                code = entries * CODE_BYTES if form.compiled else 0
+                found[_Contestant(name, kernel, share * dense.expected, code)] = form
+        return found
+
+    def _decoding(self, spec: LayerSpec, dense: _Contestant) -> _Decoding | None:
+        """Of the dense kernel's weight; None: hardly smaller, or not to be had."""
+        from .kernel_bench import Kernel
+        from .schedules.stored_weight import CODE_BYTES, empty, expected_share, stored_weight
+
+        found = stored_weight(spec, dense.kernel.weights[0], self.target)
+        if found is None:
+            return None
+        stored, arrays = found
+        time = expected_share(spec, self.target) * dense.expected
+        name, kernel = f"decoded {stored.stored} of {stored.size}", Kernel(stored, tuple(arrays))
+        none, few = empty(stored.dtype)
+        return _Decoding(
+            _Contestant(name, kernel, time),
+            _Contestant("decoded none", Kernel(none, tuple(few)), 0.0),
+            Decoder(stored.decoding.kind, CODE_BYTES),
+        )
 
 
-def _kernel(spec: Any, weights: Sequence[np.ndarray]) -> Kernel:
-    from .kernel_bench import Kernel
+@dataclass(frozen=True, eq=False)
+class _Contestant:
+    """A kernel that is compared with others."""
 
-    return Kernel(spec, tuple(weights))
+    name: str
+    """Tells it from other kernels of layers of its kind, where figures are kept."""
+    kernel: Kernel
+    expected: float
+    """Cycles, should nobody run it."""
+    code: int = 0
+    """Bytes of a pattern that is in its code."""
+
+    @property
+    def bytes(self) -> int:
+        """As it is stored."""
+        return sum(array.nbytes for array in self.kernel.weights) + self.code
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    """What is run to know the time that decoding a weight adds to a layer."""
+
+    whole: _Contestant
+    nothing: _Contestant
+    """A call, and hardly more."""
+    decoder: Decoder
 
 
 def _key(names: Sequence[str], surroundings: str) -> str:

@@ -13,7 +13,7 @@ from tvm import relax
 from tvm.relax import op
 
 from tvm_compress.build import Lowered, compile_lowered, lower
-from tvm_compress.relay_passes.costs import MEASURED, Comparison, StoredCost
+from tvm_compress.relay_passes.costs import MEASURED, Comparison, Cost, Decoder, Sparse, Stored
 from tvm_compress.relay_passes.graph import Graph
 from tvm_compress.relay_passes.layer_spec import LayerSpec, layer_spec
 from tvm_compress.relay_passes.numerics.statistics import Statistics
@@ -36,19 +36,16 @@ class FakeCosts:
 
     unit = MEASURED
 
-    def __init__(
-        self, cost: float, form: SparseForm | None = None, bytes_: int = 100, stored: float = 2.0
-    ) -> None:
-        self.cost, self.bytes, self.stored = cost, bytes_, StoredCost(stored, 150)
-        self.form = form or SparseForm(16, 1.0)
+    def __init__(self, cost: float, bytes_: int = 100, stored: float = 2.0, code: int = 10) -> None:
+        self.cost, self.bytes = cost, bytes_
+        self.stored = Stored(Cost(stored, 150, MEASURED), Decoder("any", code))
+        self.form = SparseForm(16, 1.0)
         self.asked: dict[str, tuple[LayerSpec, np.ndarray]] = {}
-
-    def compare(self, layer: str, chains: Sequence[Sequence[LayerSpec]]) -> list[float]:
-        raise AssertionError("sparse layers have no parts")
 
     def sparse(self, layer: str, spec: LayerSpec, kept: np.ndarray) -> Comparison:
         self.asked[layer] = spec, kept
-        return Comparison(self.form, self.cost, 1.0, self.bytes, 200, MEASURED, self.stored)
+        sparse = Sparse(self.form, Cost(self.cost, self.bytes, MEASURED))
+        return Comparison(Cost(1.0, 200, MEASURED), sparse, self.stored)
 
     def blocks(self, layer: str, spec: LayerSpec) -> tuple[int, ...]:
         return (16,)
@@ -84,8 +81,8 @@ def chosen(module: tvm.IRModule, costs: FakeCosts, insisted: Sequence[str] = ())
     [
         (0.5, 100, (), True, ""),
         (1.08, 100, (), True, ""),  # smaller, and hardly slower
-        (1.08, 300, (), False, "1.08x of dense's time (measured)"),
-        (1.5, 100, (), False, "1.50x of dense's time (measured)"),
+        (1.08, 300, (), False, "takes 1.08x the time"),
+        (1.5, 100, (), False, "takes 1.50x the time"),
         (1.5, 100, ("a", "b"), True, "insisted on"),
     ],
 )
@@ -149,6 +146,45 @@ def test_speed_first_then_bytes(cost: float, bytes_: int, stored: float, best: s
     step = Sparsify({"a": scheme}, Statistics(), costs)
     (note,) = read_sparsified(tvm.transform.Sequential([step])(module)).values()
     assert note.startswith("dense") == (best == "dense"), note
+
+
+def test_code_that_decodes_is_counted_once() -> None:
+    """Two layers save 50 bytes each by one function."""
+    for code, form in ((99, STORED), (100, "")):
+        choices = read_choices(chosen(pruned(), FakeCosts(1.5, stored=1.05, code=code))["main"],
+                               X86.name)  # fmt: skip
+        assert {choice.form for choice in choices.values()} == {form}
+    for choice in choices.values():
+        assert choice.reason.endswith(
+            "; decoding per call would save 100 bytes in all such layers, and its code takes 100"
+        )
+    # A sparse kernel that pays too is as good as before.
+    choices = read_choices(chosen(pruned(), FakeCosts(1.0, 190, 1.05, 100))["main"], X86.name)
+    assert {choice.form for choice in choices.values()} == {"16x1"}
+    assert not any(choice.reason for choice in choices.values())
+
+
+@pytest.mark.parametrize(
+    ("cost", "bytes_", "rule"),
+    [
+        (0.97, 200, "as many bytes; one that is not smaller has to win by 5 %"),
+        (1.2, 100, "50 % fewer bytes (100 instead of 200); a smaller one may take 1.1x"),
+    ],
+)
+def test_reasons_name_the_rule(cost: float, bytes_: int, rule: str) -> None:
+    costs = FakeCosts(cost, bytes_)
+    time = f"{cost:.2f}x the time ({cost:.3g} us instead of 1, measured)"
+    decoded = "; decoded per call it takes 2.00x the time (2 us instead of 1, measured)"
+    for choice in read_choices(chosen(pruned(), costs)["main"], X86.name).values():
+        assert choice.reason == f"kernel 16x1 takes {time} and {rule}{decoded}"
+    scheme = SparsifyConfig(0.5, criterion="magnitude", reconstruct=False)
+    module = build(lambda net, x: net.conv_relu("a", x, 32), (1, 16, 6, 6))
+    step = Sparsify({"a": scheme}, Statistics(), costs)
+    (note,) = read_sparsified(tvm.transform.Sequential([step])(module)).values()
+    assert (
+        note
+        == f"dense: zeros (blocks 16x1) gain nothing: kernel 16x1 takes {time} and {rule}{decoded}"
+    )
 
 
 def weight_bytes(lowered: Lowered, layers: Sequence[str]) -> int:

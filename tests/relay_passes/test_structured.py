@@ -14,9 +14,8 @@ from tvm_compress.calibrate import calibrate
 from tvm_compress.errors import RecipeError
 from tvm_compress.importers import load_model
 from tvm_compress.recipe import Recipe, Step, dump_recipe, parse_recipe
-from tvm_compress.relay_passes.costs import LayerCosts
+from tvm_compress.relay_passes.costs import MEASURED, Cost, LayerCosts, LayerUse
 from tvm_compress.relay_passes.graph import Graph
-from tvm_compress.relay_passes.layer_spec import LayerSpec
 from tvm_compress.relay_passes.numerics.statistics import Statistics
 from tvm_compress.relay_passes.numerics.structured import circulant_matrix, nearest_fastfood
 from tvm_compress.relay_passes.select import list_layers
@@ -81,13 +80,14 @@ def test_block_divides_the_layer() -> None:
 
 
 class Fixed:
-    """Costs of which only the comparison of kernels is asked."""
+    """Costs of which only totals are asked."""
 
-    def __init__(self, whole: float, parts: float) -> None:
-        self.answer = [whole, parts]
+    def __init__(self, whole: float, parts: float, bytes_: int = 1000) -> None:
+        self.answer = [Cost(whole, 1000, MEASURED), Cost(parts, bytes_, MEASURED)]
 
-    def compare(self, layer: str, chains: Sequence[Sequence[LayerSpec]]) -> list[float]:
-        assert layer == "fc" and [len(chain) for chain in chains] == [1, 3]
+    def totals(self, alternatives: Sequence[Sequence[LayerUse]]) -> list[Cost]:
+        assert {use.layer for uses in alternatives for use in uses} == {"fc"}
+        assert [len(uses) for uses in alternatives] == [1, 3]
         return self.answer
 
 
@@ -96,15 +96,19 @@ def test_never_a_loss() -> None:
     module = linear(weight, (1, 64))
     slower: LayerCosts = Fixed(1, 1.5)  # type: ignore[assignment]
     faster: LayerCosts = Fixed(2, 1)  # type: ignore[assignment]
+    smaller: LayerCosts = Fixed(1, 1.05, 900)  # type: ignore[assignment]
+    assert len(list_layers(structured(module, StructuredConfig(), smaller))) == 3
     stayed = structured(module, StructuredConfig(), slower)
-    assert read_structured(stayed) == {"fc": "whole: its parts take 1.50x of its time"}
+    loss = (
+        "its parts take 1.50x the time (1.5 us instead of 1, measured) and as many bytes; one that "
+        "is not smaller has to win by 5 %"
+    )
+    assert read_structured(stayed) == {"fc": f"whole: {loss}"}
     assert [layer.name for layer in list_layers(stayed)] == ["fc"]
     assert len(list_layers(structured(module, StructuredConfig(), faster))) == 3
     insisting = structured(module, StructuredConfig(insist=True), slower)
     assert len(list_layers(insisting)) == 3
-    assert read_structured(insisting)["fc"].endswith(
-        "; insisted on: its parts take 1.50x of its time"
-    )
+    assert read_structured(insisting)["fc"].endswith(f"; insisted on: {loss}")
     # Without costs operations count: transforms of a small layer take more than the layer.
     small = linear(weight[:8, :8], (1, 8))
     assert [layer.name for layer in list_layers(structured(small, StructuredConfig()))] == ["fc"]
