@@ -12,6 +12,7 @@ through pooling, ReLU and reshapes; channels of all other tensors stay.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -24,6 +25,9 @@ from tvm.ir import Expr
 
 from .ir import array_const, bindings, constant, immediate, ints, op_name, shape_of
 from .quantize_weights import weight_layout
+
+DEAD_CHANNELS_ATTR = "tvm_compress.dead_channels"
+"""Of `main` (JSON): layer => how many of its channels stay, in words."""
 
 UNIT = 4
 """Channels are kept in multiples of it, which kernels load as words."""
@@ -107,7 +111,8 @@ class RemoveDeadChannels:
         if not removal.removes:
             return module
         result = module.clone()
-        result["main"] = removal.rewritten().with_attr("global_symbol", "main")
+        noted = {"global_symbol": "main", DEAD_CHANNELS_ATTR: json.dumps(removal.words())}
+        result["main"] = removal.rewritten().with_attrs(noted)
         return result
 
 
@@ -136,6 +141,15 @@ class _Removal:
     @property
     def removes(self) -> bool:
         return any(not kept.all() for kept in self.kept.values())
+
+    def words(self) -> dict[str, str]:
+        """Layer => how many of its channels stay, where some leave."""
+        masks = {layer.name: self.kept[self._of(layer)] for layer in self.layers}
+        return {
+            name: f"{len(kept)} -> {int(kept.sum())} channels, the others dead"
+            for name, kept in masks.items()
+            if not kept.all()
+        }
 
     # --- forwards: what is constant -------------------------------------------------------------
 

@@ -153,6 +153,25 @@ def test_mistake_in_a_step(body: str, parts: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("step", "form"),
+    [
+        ("lowrank: {rank: 8}", "write `rank: {rank: 8}`"),
+        ("quantize: {weights: int4, granularity: 32}", "write `granularity: {per_group: 32}`"),
+        ("lowrank: {rank: half}", "allowed: bytes"),
+    ],
+)
+def test_a_bare_number_gets_the_form_that_takes_it(step: str, form: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(f"version: 1\nsteps:\n  - {step}\n", "r.yaml")
+    assert form in str(caught.value)
+    if "`" in form:
+        right = step.replace(
+            step.partition("{")[2].rpartition(",")[2].strip(" }"), form.split("`")[1]
+        )
+        assert parse_recipe(f"version: 1\nsteps:\n  - {right}\n").steps
+
+
+@pytest.mark.parametrize(
     ("text", "parts"),
     [
         ("", ["empty"]),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 import jsonschema
 import pytest
 
+from tvm_compress.progress import TerminalProgress
+from tvm_compress.recipe import parse_recipe
 from tvm_compress.report.arena import Arena, ArenaBuffer
 from tvm_compress.report.assemble import owner_of
 from tvm_compress.report.html import render_html
@@ -28,6 +32,7 @@ from tvm_compress.report.rows import (
     KernelInstructions,
     Latency,
     LayerRow,
+    OriginalCost,
     OtherKernelRow,
     OutputRow,
     Report,
@@ -36,18 +41,24 @@ from tvm_compress.report.rows import (
     StepTime,
     report_schema,
 )
+from tvm_compress.report.schemes import describe_effects
 from tvm_compress.report.terminal import print_report, print_summary
 from tvm_compress.report.text import (
     bytes_text,
     change_text,
     count_text,
+    kernel_times_text,
+    part_rows,
     points,
     ratio_text,
     row_name,
     short_name,
+    size_rows,
     three_digits,
     time_text,
 )
+
+from .relay_passes.qdq import graph
 
 NASTY = "conv[/bold]<script>&\"'"
 
@@ -354,6 +365,81 @@ def test_what_steps_did_is_one_line_each(capsys: pytest.CaptureFixture[str]) -> 
     ) in words
     assert "lowrank changed nothing" in words
     assert errors(report) == []
+
+
+def test_a_share_of_selected_layers_is_called_so(capsys: pytest.CaptureFixture[str]) -> None:
+    effect = StepEffect("shrink", 2, 0, 0, share_of="conv2d, fc*")
+    print_summary(as_json(make_report(effects=(effect,))), Path("out"))
+    words = " ".join(capsys.readouterr().out.split())
+    assert "its share is of these layers, not of the network: conv2d, fc*" in words
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        ("shrink: {layers: [a, b*], keep: {operations: {share: 0.8}}}", "a, b*"),
+        ("lowrank: {layers: linear, rank: {network: {share: 0.8}}}", "linear"),
+        ("shrink: {layers: all, keep: {operations: {share: 0.8}}}", ""),
+        ("shrink: {layers: [a], keep: {channel_share: {share: 0.8}}}", ""),  # each its own
+        ("lowrank: {layers: [a], rank: {operations: {share: 0.8}}}", ""),
+    ],
+)
+def test_whose_share_a_step_means(step: str, expected: str) -> None:
+    steps = parse_recipe(f"version: 1\nsteps:\n  - {step}\n").steps
+    module = graph({"x": (1, 4)}, lambda g, x: g.quantize(x, 1.0, 0), seed=1)
+    (effect,) = describe_effects(module, steps, {})
+    assert effect.share_of == expected
+
+
+def test_a_c_project_is_never_compared_with_a_library(capsys: pytest.CaptureFixture[str]) -> None:
+    """The library's 4,000 bytes and its 900 of memory are another machine's."""
+    original = OriginalCost(5_000_000, (), 162_600, 72_080)
+    for board, stored, arena in (
+        (None, (None, 2500), (None, 300)),
+        (COST, (None, 81_300), (None, 300)),
+        (replace(COST, original=original), (162_600, 81_300), (72_080, 300)),
+    ):
+        data = as_json(make_report(**{**BARE, "is_project": True, "board": board}))
+        assert [row[1:] for row in size_rows(data)] == [stored, arena]
+        assert {was for _, was, _ in part_rows(data)} == {None}
+        print_summary(data, Path("out"))
+        shown = capsys.readouterr().out + render_html(data)
+        assert "4.00 kB" not in shown and "900 B" not in shown and "library file" not in shown
+    assert size_rows(as_json(make_report()))[0] == ("library file", 4000, 2500)
+
+
+def test_what_of_the_latency_no_layer_has_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    report = make_report()
+    report = replace(
+        report,
+        before=replace(report.before, kernels_us=70.0),
+        after=replace(report.after, kernels_us=12.0),
+    )
+    print_report(as_json(report), Path("out"))
+    words = "Together 70.0 µs of the original's 85.0 µs, 12.0 µs of the artefact's 38.0 µs (least)"
+    assert words in " ".join(capsys.readouterr().out.split())
+    assert escape(words) in render_html(report)
+    assert kernel_times_text(as_json(make_report(**BARE))) == ""
+
+
+def test_layers_of_another_shape_say_why_they_have_no_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = as_json(make_report(other_shapes=("a", "b", "c", "fc", "d")))
+    words = "SQNR -: a, b, c and 2 others compute fewer channels than in the original"
+    print_report(report, Path("out"))
+    assert words in " ".join(capsys.readouterr().out.split())
+    assert words in render_html(report)
+    assert "SQNR -:" not in render_html(make_report())
+
+
+def test_one_of_a_thing_is_called_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tvm_compress.progress.SILENT_SECONDS", 0.0)
+    stream = io.StringIO()
+    progress = TerminalProgress(stream)
+    for total in (1, 2):
+        list(progress.track(range(total), "calibrate", total))
+    assert re.findall(r"s  (\d \w+)", stream.getvalue()) == ["1 sample", "2 samples"]
 
 
 def test_costs_of_kernels_have_kind_and_unit() -> None:

@@ -3,7 +3,7 @@
 All sides run in one process, in turn, warm, with the same threads, so that a busy machine disturbs
 them alike. Other runtimes are timed only after their outputs were found to agree; they are
 calibrated with the samples that the artefact was calibrated with, and scored on the same samples.
-The time of single kernels is measured in separate inferences.
+Single kernels are timed alone, with the tensors that an inference gives them.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ MAX_RUNS = 2000
 TURN_SECONDS, LEAST_RUNS_A_TURN, MOST_RUNS_A_TURN = 0.03, 2, 50
 # Between turns: idle threads of the one before spin for a while, on cores that others now need.
 PAUSE_SECONDS = 0.004
-OBSERVED_RUNS = 20
+# A kernel alone: so long at a turn, in this many turns, fewer where one call takes long.
+KERNEL_TURN_SECONDS, KERNEL_TURNS, LEAST_KERNEL_TURNS, KERNEL_SECONDS = 5e-5, 20, 3, 0.02
 # What another runtime must agree to: the float model (as far as rounding goes), or a quantised one.
 LEAST_FLOAT_DB, LEAST_INT8_DB, MOST_DB = 30.0, 3.0, 999.0
 
 
 @dataclass(frozen=True)
 class KernelTime:
-    """Least time of one kernel call over the observed inferences: the least disturbed one."""
+    """Time of one kernel call, alone and repeated: the least disturbed turn."""
 
     symbol: str
     layers: tuple[str, ...]
@@ -265,21 +266,29 @@ def _latency(times_us: list[float]) -> Latency:
 
 
 def time_kernels(
-    session: Session, info: LibraryInfo, feed: Mapping[str, np.ndarray], runs: int = OBSERVED_RUNS
+    session: Session, info: LibraryInfo, feed: Mapping[str, np.ndarray]
 ) -> tuple[KernelTime, ...]:
-    """Least time of every kernel call over `runs` inferences.
+    """Time of every kernel call of one inference, each repeated ahead of its turn.
 
-    Not the median: on a busy machine the first parallel kernel waits for a sleeping worker in most
-    runs, and the shares of the others would say nothing.
+    Not observed in passing: entering and leaving an observer takes 1 to 3 us, several times what a
+    step of a small recurrent layer does. Of the turns the least, not the median: on a busy machine
+    a parallel kernel waits for a sleeping worker in most of them.
     """
-    times: list[list[float]] = [[] for _ in info.calls]
-    observer = Observer(info, lambda index, _result, took: times[index].append(took * 1e6))
-    for _ in range(runs + 1):
-        observer.run(session, feed)
+    times: dict[int, float] = {}
+
+    def time_alone(index: int, arguments: tuple[Any, ...]) -> None:
+        symbol = info.calls[index].symbol
+        once = min(session.timer(symbol, 1, LEAST_KERNEL_TURNS)(*arguments))
+        calls = max(1, round(KERNEL_TURN_SECONDS / max(once, 1e-7)))
+        affordable = int(KERNEL_SECONDS / (calls * max(once, 1e-7)))
+        turns = min(KERNEL_TURNS, max(LEAST_KERNEL_TURNS, affordable))
+        times[index] = 1e6 * min(session.timer(symbol, calls, turns)(*arguments))
+
+    Observer(info, before=time_alone).run(session, feed)
     return tuple(
-        KernelTime(call.symbol, call.layers, call.output, min(values[1:]))
-        for call, values in zip(info.calls, times, strict=True)
-        if len(values) > 1
+        KernelTime(call.symbol, call.layers, call.output, times[index])
+        for index, call in enumerate(info.calls)
+        if index in times
     )
 
 

@@ -59,6 +59,8 @@ class Lowered:
     that it stores."""
     generic_layers: tuple[str, ...] = ()
     """Layers that the target has no kernel of its own for."""
+    dead_channels: Mapping[str, str] = field(default_factory=dict)
+    """Layers without channels that say nothing, with how many are left, in words."""
     tuned_kernels: int = 0
     tunable_kernels: int = 0
     """Different kernels whose schedules leave choices open; `tuned_kernels` of them used tuned
@@ -129,6 +131,7 @@ def lower(module: tvm.IRModule, target: Target, choose: TunedChoices | None = No
         storage_pipeline,
     )
     from .relay_passes.branches import functions_in_order
+    from .relay_passes.dead_channels import DEAD_CHANNELS_ATTR
     from .relay_passes.lower import LEFT_FLOAT_ATTR
     from .relay_passes.pack_weights import DECODED_ATTR, SPARSE_ATTR
 
@@ -169,6 +172,7 @@ def lower(module: tvm.IRModule, target: Target, choose: TunedChoices | None = No
         sparse_kernels=json.loads(str(packed["main"].attrs[SPARSE_ATTR])),
         layer_macs=_layer_macs(packed),
         generic_layers=_generic_layers(_kernels(lowered), calls, target),
+        dead_channels=json.loads(str((smaller["main"].attrs or {}).get(DEAD_CHANNELS_ATTR, "{}"))),
         tuned_kernels=choose.tuned if choose is not None else 0,
         tunable_kernels=choose.tunable if choose is not None else 0,
     )

@@ -192,6 +192,7 @@ def _load(
     emit: str = "object",
 ) -> Job:
     from .accuracy import scores_output
+    from .benchmarking import set_threads
     from .board_file import find_target
     from .build import require_linker
     from .data import load_data
@@ -200,6 +201,9 @@ def _load(
     from .recipe import Recipe, load_recipe
     from .step_order import check_order
 
+    # TVM's pool never grows: whoever asks it first, pinned to one core to compare kernels, say,
+    # would leave all others one thread.
+    set_threads(threads)
     is_recipe = isinstance(recipe, Recipe)
     chosen: Recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     board = target_name or chosen.target or "host"
@@ -765,6 +769,7 @@ def _write_info(
         "decoded_per_call": list(built.decoded_per_call),
         "sparse_kernels": dict(built.sparse_kernels),
         "generic_layers": list(built.generic_layers),
+        "dead_channels": dict(built.dead_channels),
         "tuned": [record.to_json() for record in lowering.choices.used],
         "arena": None if arena is None else asdict(arena),
     }
@@ -819,6 +824,7 @@ def _stage(job: Job, folders: Mapping[str, Path], staging: Path) -> Artefact:
             "decoded_per_call": infos["compressed"].get("decoded_per_call", []),
             "sparse_kernels": infos["compressed"].get("sparse_kernels", {}),
             "generic_layers": infos["compressed"].get("generic_layers", []),
+            "dead_channels": infos["compressed"].get("dead_channels", {}),
             "arena": infos["compressed"].get("arena"),
             "taps": taps,
         },

@@ -1,11 +1,10 @@
-"""The kernel calls of a compiled library, and what each one computed and how long it took.
+"""The kernel calls of a compiled library, and what each one computed.
 
 `reference/kernels.json` of an artefact holds one `LibraryInfo` for each library.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,8 @@ from .report.rows import Bytes
 
 if TYPE_CHECKING:
     from .runtime import Session
+
+OnCall = Callable[[int, tuple[Any, ...]], None]
 
 
 @dataclass(frozen=True)
@@ -112,18 +113,23 @@ class LibraryInfo:
 class Observer:
     """Follows one inference call by call.
 
-    `on_call(index, result, seconds)` is called after kernel call `index` with the tensor that it
-    wrote; there is none for the calls of a branch that was not taken.
+    `after(index, arguments)` is called after kernel call `index`, `before` ahead of it; the last
+    argument is the tensor that the kernel writes. There is none for the calls of a branch that was
+    not taken.
     """
 
-    def __init__(self, info: LibraryInfo, on_call: Callable[[int, Any, float], None]) -> None:
-        self._on_call = on_call
+    def __init__(
+        self,
+        info: LibraryInfo,
+        after: OnCall | None = None,
+        before: OnCall | None = None,
+    ) -> None:
+        self._before, self._after = before, after
         self._of_function: dict[str, list[tuple[int, str]]] = {"main": []}
         for index, call in enumerate(info.calls):
             self._of_function.setdefault(call.function, []).append((index, call.symbol))
         self._left: dict[str, list[tuple[int, str]]] = {}  # calls of each function, to come
         self._entered: list[str] = []
-        self._started = 0.0
 
     def run(self, session: Session, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One observed inference."""
@@ -136,21 +142,19 @@ class Observer:
             session.observe(None)
 
     def _hook(self, symbol: str, before: bool, arguments: tuple[Any, ...]) -> None:
-        now = time.perf_counter()
         if symbol in self._of_function:  # a branch
             if before:
                 self._entered.append(symbol)
             else:
                 self._entered.pop()
             return
-        if before:
-            self._started = time.perf_counter()
-            return
         left = self._left[self._entered[-1]]
-        # Anything else is not a kernel: allocation, reshape, ...
-        if left and left[0][1] == symbol:
-            index, _ = left.pop(0)
-            self._on_call(index, arguments[-1], now - self._started)
+        if not left or left[0][1] != symbol:
+            return  # no kernel: allocation, reshape, ...
+        index, _ = left[0] if before else left.pop(0)
+        told = self._before if before else self._after
+        if told is not None:
+            told(index, arguments)
 
 
 def capture(
@@ -168,8 +172,8 @@ def capture(
     """
     tensors: dict[str, np.ndarray] = {}
 
-    def keep(index: int, result: Any, _seconds: float) -> None:
-        name = info.calls[index].output
+    def keep(index: int, arguments: tuple[Any, ...]) -> None:
+        name, result = info.calls[index].output, arguments[-1]
         tensors[name] = result.numpy().copy()
         if forced is not None and name in forced:
             result.copyfrom(info.tensors[name].stored(forced[name], tensors[name]))

@@ -77,7 +77,8 @@ class TerminalProgress(Progress):
             for item in items:
                 yield item
                 bar.advance(task)
-        self._finished(label, time.perf_counter() - started, f"{total} {unit}")
+        counted = f"1 {unit.removesuffix('s')}" if total == 1 else f"{total} {unit}"
+        self._finished(label, time.perf_counter() - started, counted)
 
     @contextmanager
     def meter(self, label: str, total: int | None) -> Iterator[Meter]:

@@ -52,6 +52,7 @@ class Session:
             executable = _load(executable)
         self.inputs = inputs
         self.outputs = outputs
+        self._library = executable if hasattr(executable, "imports") else executable.mod
         self._vm = relax.VirtualMachine(executable, tvm.cpu())
         self._main = self._vm["main"]
 
@@ -71,6 +72,17 @@ class Session:
         """A function that runs one inference on `arrays`, for timing: it copies nothing."""
         tensors = self._tensors(arrays)
         return lambda: self._main(*tensors)
+
+    def timer(self, symbol: str, calls: int, turns: int) -> Callable[..., list[float]]:
+        """A function from a kernel's arguments to the seconds of one call, for each of `turns`:
+        the mean of `calls` calls in a row, timed outside of Python."""
+        import tvm
+
+        for module in (self._library, *self._library.imports):
+            if module.implements_function(symbol):
+                evaluator = module.time_evaluator(symbol, tvm.cpu(), calls, turns)
+                return lambda *arguments: list(evaluator(*arguments).results)
+        raise ArtefactError(f"the library has no kernel {symbol!r}; compress again")
 
     def _tensors(self, arrays: Mapping[str, np.ndarray]) -> list[Any]:
         import numpy as np

@@ -238,7 +238,9 @@ def _parse_tagged(tagged: dict[str, Any], node: yaml.Node, source: Source, what:
             raise source.error(node, f"{what} must have exactly one of {', '.join(sorted(tagged))}")
         tag, _, inner = entries[0]
     if tag not in tagged:
-        raise source.error(node, f"{what}: {tag!r} is not a choice{nearest(tag, tagged)}")
+        forms = [] if inner is not None else _forms_for(tagged, node, source, what)
+        hint = f"; write {' or '.join(forms)}" if forms else nearest(tag, tagged)
+        raise source.error(node, f"{what}: {tag!r} is not a choice{hint}")
     chosen = tagged[tag]
     fields = dataclasses.fields(chosen)
     if inner is None or not (len(fields) == 1 and not isinstance(inner, yaml.MappingNode)):
@@ -247,6 +249,27 @@ def _parse_tagged(tagged: dict[str, Any], node: yaml.Node, source: Source, what:
     hints = typing.get_type_hints(chosen)
     value = parse(hints[fields[0].name], inner, source, tag)
     return _construct(chosen, {fields[0].name: value}, inner, source, tag)
+
+
+def _forms_for(tagged: dict[str, Any], node: yaml.Node, source: Source, what: str) -> list[str]:
+    """`rank: {rank: 8}`: the choices whose only needed field is what `node` writes, a number; the
+    one that is called like the key where there is one."""
+    found = {}
+    for tag, chosen in tagged.items():
+        fields = dataclasses.fields(chosen)
+        if node.tag.rpartition(":")[2] not in ("int", "float") or not fields:
+            continue
+        if any(_is_required(field) for field in fields[1:]):
+            continue
+        hint = typing.get_type_hints(chosen)[fields[0].name]
+        try:
+            value = parse(hint, node, source, tag)
+            _construct(chosen, {fields[0].name: value}, node, source, tag)
+        except RecipeError:
+            continue
+        inner = node.value if len(fields) == 1 else f"{{{fields[0].name}: {node.value}}}"
+        found[tag] = f"`{what}: {{{tag}: {inner}}}`"
+    return [found[what]] if what in found else list(found.values())
 
 
 def parse_dataclass(

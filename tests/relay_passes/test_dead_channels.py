@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,13 @@ from tvm.ir import Expr
 
 from tvm_compress.pipeline import reference_pipeline
 from tvm_compress.relay_passes import ir
-from tvm_compress.relay_passes.dead_channels import UNIT, RemoveDeadChannels
+from tvm_compress.relay_passes.dead_channels import (
+    DEAD_CHANNELS_ATTR,
+    UNIT,
+    RemoveDeadChannels,
+)
 from tvm_compress.relay_passes.lower import REQUANTIZE_ATTR
+from tvm_compress.relay_passes.select import list_layers
 
 from .qdq import Graph, compile_module, graph, random_inputs
 
@@ -108,6 +114,9 @@ def test_the_same_integers(nhwc: bool, bias: int, depthwise_bias: int, rule: str
     before = separable(nhwc, DEAD, bias, depthwise_bias)
     after = RemoveDeadChannels()(before)
     kept = -(-(CHANNELS - len(DEAD)) // UNIT) * UNIT
+    noted = json.loads(str(after["main"].attrs[DEAD_CHANNELS_ATTR]))
+    assert set(noted.values()) == {f"{CHANNELS} -> {kept} channels, the others dead"}
+    assert len(noted) == 2 and set(noted) <= {layer.name for layer in list_layers(before)}
     outputs = [shape[3 if nhwc else 0] for shape in codes_of(after)[:1]]
     assert outputs == [kept] and kept < CHANNELS
     assert [ir.shape_of(param) for param in after["main"].params] == [

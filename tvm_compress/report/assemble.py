@@ -14,7 +14,6 @@ from .rows import (
     FloatRow,
     KernelChoice,
     KernelInstructions,
-    Latency,
     LayerRow,
     OtherKernelRow,
     Report,
@@ -50,7 +49,6 @@ def assemble(
     after = LibraryInfo.from_json(artefact.kernels["compressed"])
     benchmark: Benchmark | None = evidence.benchmark
     verification = evidence.verification
-    latencies = benchmark.latencies if benchmark else {}
     tensors = verification.tensors if verification else ()
     schemes = describe_schemes(compressed)
     arena = artefact.kernels.get("arena")
@@ -59,6 +57,9 @@ def assemble(
     for name in artefact.kernels.get("generic_layers", []):
         schemes[name] = f"{schemes.get(name, FLOAT)}, generic kernel"
     changes = describe_changes(compressed)
+    dead: dict[str, str] = artefact.kernels.get("dead_channels", {})
+    for name, words in dead.items():
+        changes[name] = "; ".join(filter(None, (changes.get(name), words)))
     rows, others = _rows(profile, before, after, benchmark, tensors, schemes)
     sparse = artefact.kernels.get("sparse_kernels", {})
     rows = _changed(rows, compressed, job.target.name, changes, sparse)
@@ -68,7 +69,7 @@ def assemble(
     layers = joined(rows, firsts)
     floats = [FloatRow(**_float_fields(entry)) for entry in artefact.kernels["left_float"]]
     floats += _untouched(rows, floats)
-    effects = describe_effects(compressed, [s.name for s in job.recipe.steps], firsts)
+    effects = describe_effects(compressed, job.recipe.steps, firsts)
     worst = verification.worst_layer if verification else None
     return Report(
         model=job.model.name,
@@ -82,8 +83,8 @@ def assemble(
         macs=profile.macs,
         parameters=profile.parameters,
         original=artefact.original,
-        before=_side(before, latencies.get("original")),
-        after=_side(after, latencies.get("compressed")),
+        before=_side(before, "original", benchmark),
+        after=_side(after, "compressed", benchmark),
         layers=layers,
         other_kernels=joined_others(others),
         stayed_float=_floats_of_loops(floats, firsts),
@@ -97,10 +98,36 @@ def assemble(
         arena=None if arena is None else Arena.from_json(arena),
         board=evidence.board,
         is_project=artefact.is_project,
-        notes=(*job.notes, *read_missed(compressed)),
+        notes=(*job.notes, *read_missed(compressed), *_of_dead_channels(dead)),
         macs_after=sum(after.layer_macs.values()),
         effects=_with_dense_kernels(effects, layers),
+        other_shapes=_of_other_shapes(before, after, rows) if tensors else (),
     )
+
+
+def _of_dead_channels(dead: Mapping[str, str]) -> tuple[str, ...]:
+    if not dead:
+        return ()
+    name, words = next(iter(dead.items()))
+    layers = "1 layer" if len(dead) == 1 else f"{len(dead)} layers"
+    why = "without channels that are the same whatever the input, or that nobody reads"
+    return (f"{layers} of the C project {why} (such as {name}, {words}); same outputs",)
+
+
+def _of_other_shapes(
+    before: LibraryInfo, after: LibraryInfo, rows: Iterable[LayerRow]
+) -> tuple[str, ...]:
+    """Those of `rows` that lost channels on their way out: no error of theirs can be measured."""
+    shapes = {tensor.source: tensor.shape for tensor in before.tensors.values()}
+    names = [row.name for row in rows]
+    lost = {
+        owner_of(layer, names)
+        for call in after.calls
+        if (tensor := after.tensors.get(call.output)) is not None
+        and shapes.get(tensor.source, tensor.shape) != tensor.shape
+        for layer in call.layers
+    }
+    return tuple(row.name for row in rows if row.name in lost and row.sqnr_db is None)
 
 
 def _with_dense_kernels(
@@ -126,8 +153,15 @@ def _floats_of_loops(rows: Iterable[FloatRow], firsts: Mapping[str, str]) -> tup
     return tuple(row for row in rows if firsts.get(row.name, row.name) == row.name)
 
 
-def _side(info: LibraryInfo, latency: Latency | None) -> Side:
-    return Side(info.bytes, info.plan_bytes, latency, info.tuned_kernels, info.tunable_kernels)
+def _side(info: LibraryInfo, side: str, benchmark: Benchmark | None) -> Side:
+    return Side(
+        info.bytes,
+        info.plan_bytes,
+        benchmark.latencies[side] if benchmark else None,
+        info.tuned_kernels,
+        info.tunable_kernels,
+        sum(kernel.time_us for kernel in benchmark.kernels[side]) if benchmark else None,
+    )
 
 
 def _float_fields(entry: Mapping[str, str]) -> dict[str, str]:

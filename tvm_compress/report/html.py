@@ -23,24 +23,20 @@ from .text import (
     db_text,
     effect_text,
     instructions_text,
+    kernel_times_text,
+    other_shapes_text,
+    part_rows,
     percent_text,
     points,
     ratio_text,
     row_name,
+    size_rows,
     three_digits,
     time_text,
     tuned_text,
 )
 
-PARTS = (  # key in `Bytes`, label, CSS class
-    ("weights", "weights", "weights"),
-    ("scales", "scales", "scales"),
-    ("biases", "biases", "biases"),
-    ("tables", "tables", "tables"),
-    ("indices", "indices", "indices"),
-    ("code", "machine code", "code"),
-    ("other", "other", "other"),
-)
+PARTS = {"code": "machine code"}  # keys of `Bytes` that need other words
 GOOD_SQNR_DB = 30.0  # about 3 % noise amplitude: rarely costs accuracy
 POOR_SQNR_DB = 15.0  # about 18 %
 ROW = 20  # pixels of one layer in the plots
@@ -106,16 +102,13 @@ def _header(data: Mapping[str, Any]) -> str:
 
 def _cards(data: Mapping[str, Any]) -> str:
     before, after = data["before"], data["after"]
+    stored, memory = size_rows(data)
     cards = [
-        _card(
-            "Flash" if data.get("is_project") else "Library",
-            ratio_text(before["bytes"]["total"], after["bytes"]["total"]),
-            "smaller",
-            [
-                ("float", before["bytes"]["total"], bytes_text(before["bytes"]["total"])),
-                ("compressed", after["bytes"]["total"], bytes_text(after["bytes"]["total"])),
-            ],
-            "weights alone "
+        _size_card(
+            *stored,
+            ""
+            if data.get("is_project")
+            else "weights alone "
             + ratio_text(before["bytes"]["weights"], after["bytes"]["weights"])
             + " smaller",
         )
@@ -138,19 +131,19 @@ def _cards(data: Mapping[str, Any]) -> str:
             )
         )
     cards.append(
-        _card(
-            "Memory at run time",
-            ratio_text(before["plan_bytes"], after["plan_bytes"]),
-            "smaller",
-            [
-                ("float", before["plan_bytes"], bytes_text(before["plan_bytes"])),
-                ("compressed", after["plan_bytes"], bytes_text(after["plan_bytes"])),
-            ],
-            "activations and temporaries of the compiled plan",
-        )
+        _size_card(*memory, "activations and temporaries of the compiled plan"),
     )
     cards.append(_accuracy_card(data))
     return f'<section class="cards">{"".join(cards)}</section>'
+
+
+def _size_card(words: str, before: int | None, after: int, note: str) -> str:
+    title = words[:1].upper() + words[1:]
+    bars: list[tuple[str, float, str]] = [("compressed", after, bytes_text(after))]
+    if before is None:
+        return _card(title, bytes_text(after), "", bars, note)
+    bars.insert(0, ("float", before, bytes_text(before)))
+    return _card(title, ratio_text(before, after), "smaller", bars, note)
 
 
 def _card(title: str, figure: str, unit: str, bars: list[tuple[str, float, str]], note: str) -> str:
@@ -238,25 +231,27 @@ def _notes(notes: Iterable[str]) -> str:
 
 
 def _composition(data: Mapping[str, Any]) -> str:
-    before, after = data["before"]["bytes"], data["after"]["bytes"]
-    largest = max(before["total"], after["total"], 1)
-    used = [part for part in PARTS if before[part[0]] or after[part[0]]]
+    parts = part_rows(data)
+    before = {key: was for key, was, _ in parts if was is not None}
+    after = {key: now for key, _, now in parts}
+    largest = max(sum(before.values()), sum(after.values()), 1)
     rows = "".join(
-        f'<div class="stack"><span>{label}</span><i>{_stack(side, largest, used)}</i>'
-        f"<em>{bytes_text(side['total'])}</em></div>"
+        f'<div class="stack"><span>{label}</span><i>{_stack(side, largest)}</i>'
+        f"<em>{bytes_text(sum(side.values()))}</em></div>"
         for label, side in (("float", before), ("compressed", after))
+        if side
     )
     lines = "".join(
-        f'<tr><td><span class="key {css}"></span>{label}</td>'
-        f"<td>{bytes_text(before[key])}</td><td>{bytes_text(after[key])}</td>"
-        f"<td>{ratio_text(before[key], after[key])}</td></tr>"
-        for key, label, css in used
+        f'<tr><td><span class="key {key}"></span>{PARTS.get(key, key)}</td>'
+        f"<td>{'-' if was is None else bytes_text(was)}</td><td>{bytes_text(now)}</td>"
+        f"<td>{ratio_text(was or 0, now)}</td></tr>"
+        for key, was, now in parts
     )
     emitted = "Sections of the two shared libraries, as emitted."
     if data.get("is_project"):
         emitted = (
-            "Sections of the original's shared library, and of the C project's objects: without "
-            "start-up code and C library."
+            "Sections of the C project's objects, without start-up code and C library. The "
+            "original's are those of another machine."
         )
     return (
         "<section><h2>What the bytes are</h2>"
@@ -266,12 +261,12 @@ def _composition(data: Mapping[str, Any]) -> str:
     )
 
 
-def _stack(side: Mapping[str, Any], largest: int, used: list[tuple[str, str, str]]) -> str:
+def _stack(side: Mapping[str, int], largest: int) -> str:
     return "".join(
-        f'<b class="{css}" style="width:{100 * side[key] / largest:.2f}%" '
-        f'title="{label}: {bytes_text(side[key])}"></b>'
-        for key, label, css in used
-        if side[key] > 0
+        f'<b class="{key}" style="width:{100 * size / largest:.2f}%" '
+        f'title="{PARTS.get(key, key)}: {bytes_text(size)}"></b>'
+        for key, size in side.items()
+        if size > 0
     )
 
 
@@ -468,7 +463,8 @@ def _layer_table(data: Mapping[str, Any]) -> str:
     )
     return (
         '<section><h2>All kernels</h2><p class="quiet">Click a column to sort. The layer with the '
-        "largest error is marked; rows in grey are kernels without weights.</p>"
+        "largest error is marked; rows in grey are kernels without weights. "
+        f"{escape(other_shapes_text(data))} {escape(kernel_times_text(data))}</p>"
         f'<div class="scroll"><table class="sortable"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div></section>"
     )

@@ -48,6 +48,9 @@ class Side:
     latency: Annotated[Latency | None, "on the machine named in `device`"]
     tuned_kernels: Annotated[int, "kernels with measured schedules, of `tunable_kernels`"] = 0
     tunable_kernels: Annotated[int, "different kernels whose schedules leave a choice"] = 0
+    kernels_us: Annotated[
+        float | None, "all kernel calls of one inference, each alone; `latency` holds more"
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,8 @@ class LayerRow:
     parameters: int
     bytes_before: int
     bytes_after: int
-    time_before_us: Annotated[
-        float | None, "its kernels in the original, least of the observed runs"
-    ]
-    time_after_us: Annotated[
-        float | None, "its kernels in the artefact, least of the observed runs"
-    ]
+    time_before_us: Annotated[float | None, "its kernels in the original, each repeated alone"]
+    time_after_us: Annotated[float | None, "its kernels in the artefact, each repeated alone"]
     time_share: Annotated[float | None, "part of the artefact's kernel time, 0 to 1"]
     sqnr_db: Annotated[
         float | None, "signal to noise of its output against the original: all errors so far"
@@ -268,6 +267,9 @@ class StepEffect:
     left_because: Annotated[str, "an example, with the reason"] = ""
     dense: Annotated[int, "of the changed ones: zeros that a dense kernel computes with"] = 0
     dense_because: Annotated[str, "an example, with the reason"] = ""
+    share_of: Annotated[
+        str, "selectors of the layers whose operations or weights its share counts; empty: all"
+    ] = ""
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,9 @@ class Report:
     original: Annotated[
         str, "what `before` is: `float original`, or `source, as imported` when that is quantised"
     ]
-    before: Side
+    before: Annotated[
+        Side, "always a library: what a C project is compared with is in `board.original`"
+    ]
     after: Side
     layers: tuple[LayerRow, ...]
     other_kernels: tuple[OtherKernelRow, ...]
@@ -305,6 +309,9 @@ class Report:
     is_project: Annotated[bool, "C for the compiler of a board, not a shared library"] = False
     macs_after: Annotated[int | None, "multiply-accumulates that the artefact executes"] = None
     effects: Annotated[tuple[StepEffect, ...], "of the steps that take weights away"] = ()
+    other_shapes: Annotated[
+        tuple[str, ...], "layers without errors: their outputs have another shape than before"
+    ] = ()
     format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,8 @@ from .rows import StepEffect
 
 if TYPE_CHECKING:
     import tvm
+
+    from ..recipe import Step
 
 FLOAT = "float"
 MOVES = {
@@ -59,16 +61,19 @@ def describe_changes(module: tvm.IRModule) -> dict[str, str]:
 
 
 def describe_effects(
-    module: tvm.IRModule, steps: Collection[str], firsts: Mapping[str, str]
+    module: tvm.IRModule, steps: Iterable[Step], firsts: Mapping[str, str]
 ) -> tuple[StepEffect, ...]:
     """What each of the `steps` that take weights away did, the calls of a loop (`firsts`: name =>
     the first of them) as one layer."""
     from ..relay_passes.step_notes import PUT_BACK, read_left_alone, words_by_step
 
     left_alone = read_left_alone(module)
+    shares: dict[str, list[str]] = {}
+    for item in steps:
+        shares.setdefault(item.name, []).extend(_share_of(item))
     effects = []
     for step, noted in words_by_step(module).items():
-        if step not in steps:
+        if step not in shares:
             continue
         words = {firsts.get(name, name): text for name, text in noted.items()}
         left = {
@@ -85,9 +90,21 @@ def describe_effects(
                 left=len(left),
                 put_back_because=_example(back),
                 left_because=_example(left),
+                share_of=", ".join(dict.fromkeys(shares[step])),
             )
         )
     return tuple(effects)
+
+
+def _share_of(step: Step) -> tuple[str, ...]:
+    """The selectors of a step that is to reach a share of its layers together; () for all layers,
+    or where each has a share of its own."""
+    from ..relay_passes.low_rank_config import Network
+    from ..relay_passes.shrink_config import Operations
+
+    asked = getattr(step.config, "keep", getattr(step.config, "rank", None))
+    is_total = isinstance(asked, Network | Operations)
+    return step.layers if is_total and "all" not in step.layers else ()
 
 
 def _example(reasons: Mapping[str, str]) -> str:

@@ -17,11 +17,15 @@ from .text import (
     count_text,
     db_text,
     effect_text,
+    kernel_times_text,
+    other_shapes_text,
+    part_rows,
     percent_text,
     points,
     ratio_text,
     row_name,
     short_name,
+    size_rows,
     three_digits,
     time_text,
     tuned_text,
@@ -192,27 +196,14 @@ def _print_totals(console: Console, report: Mapping[str, Any]) -> None:
     )
     before, after = report["before"], report["after"]
     table = new_table("", f">{report['original']}", ">compressed", ">ratio")
-    names = {
-        "weights": "weights",
-        "scales": "scales",
-        "biases": "biases",
-        "tables": "tables",
-        "indices": "indices",
-        "code": "code",
-        "other": "other",
-    }
-    for key, label in names.items():
-        x, y = before["bytes"][key], after["bytes"][key]
-        if x or y:
-            table.add_row(f"  {label}", bytes_text(x), bytes_text(y), ratio_text(x, y))
-    x, y = before["bytes"]["total"], after["bytes"]["total"]
-    whole = "library file => C project" if report.get("is_project") else "library file"
-    table.add_row(whole, bytes_text(x), bytes_text(y), ratio_text(x, y), style="bold")
+    for key, was, now in part_rows(report):
+        table.add_row(f"  {key}", *_sizes(was, now))
+    stored, memory = size_rows(report)
+    table.add_row(stored[0], *_sizes(*stored[1:]), style="bold")
     if report.get("macs_after") is not None:
         x, y = report["macs"], report["macs_after"]
         table.add_row("multiply-adds", count_text(x), count_text(y), ratio_text(x, y))
-    x, y = before["plan_bytes"], after["plan_bytes"]
-    table.add_row("memory at run time", bytes_text(x), bytes_text(y), ratio_text(x, y))
+    table.add_row(memory[0], *_sizes(*memory[1:]))
     if before["latency"] and after["latency"]:
         x, y = before["latency"], after["latency"]
         table.add_row(
@@ -261,6 +252,11 @@ def _print_totals(console: Console, report: Mapping[str, Any]) -> None:
         console.print(f"schedules: {tuned_text(before, after)}", style="dim")
 
 
+def _sizes(before: int | None, after: int) -> tuple[str, str, str]:
+    was = "-" if before is None else bytes_text(before)
+    return was, bytes_text(after), ratio_text(before or 0, after)
+
+
 def _spread(latency: Mapping[str, Any]) -> str:
     return f"{time_text(latency['p10_us'])} .. {time_text(latency['p90_us'])}"
 
@@ -298,6 +294,9 @@ def _print_layers(console: Console, report: Mapping[str, Any]) -> None:
         )
     console.print(table)
     console.print(f"SQNR in dB against the {report['original']}. {OWN_NOTE}", style="dim")
+    for words in (other_shapes_text(report), kernel_times_text(report)):
+        if words:
+            console.print(words, style="dim")
     if report["worst_layer"]:
         console.print(_bold("", "largest own error: ", report["worst_layer"]))
 

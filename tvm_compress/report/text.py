@@ -107,7 +107,72 @@ def effect_text(effect: Mapping[str, Any]) -> str:
     ):
         if effect[key]:
             parts.append(f"{effect[key]} {words} (such as {effect[f'{key}_because']})")
+    if effect.get("share_of"):
+        parts.append(f"its share is of these layers, not of the network: {effect['share_of']}")
     return "; ".join(parts)
+
+
+def part_rows(report: Mapping[str, Any]) -> list[tuple[str, int | None, int]]:
+    """Key of `Bytes`, the original's bytes and the compressed ones, of what there is.
+
+    The original of a C project is a library of another machine, whose weights are packed as that
+    one likes them: nothing to compare with (`None`).
+    """
+    before, after = report["before"]["bytes"], report["after"]["bytes"]
+    is_project = report.get("is_project", False)
+    return [
+        (key, None if is_project else before[key], after[key])
+        for key in after
+        if key != "total" and (after[key] or (before[key] and not is_project))
+    ]
+
+
+def size_rows(report: Mapping[str, Any]) -> list[tuple[str, int | None, int]]:
+    """What is to be stored, and the memory at run time: words, the original's bytes (`None` where
+    it was not built for the same machine) and the compressed ones."""
+    before, after = report["before"], report["after"]
+    if not report.get("is_project"):
+        return [
+            ("library file", before["bytes"]["total"], after["bytes"]["total"]),
+            ("memory at run time", before["plan_bytes"], after["plan_bytes"]),
+        ]
+    board = report.get("board")
+    original = board["original"] if board else None
+    return [
+        (
+            "C project, linked" if board else "C project",
+            original["flash_bytes"] if original else None,
+            board["flash_bytes"] if board else after["bytes"]["total"],
+        ),
+        ("arena", original["arena_bytes"] if original else None, after["plan_bytes"]),
+    ]
+
+
+def kernel_times_text(report: Mapping[str, Any]) -> str:
+    """What the layers' times are, and what of the latency is not in them; empty without times."""
+    sides = [
+        f"{time_text(side['kernels_us'])} of the {name}'s {time_text(side['latency']['min_us'])}"
+        for name, side in (("original", report["before"]), ("artefact", report["after"]))
+        if side.get("kernels_us") is not None and side["latency"]
+    ]
+    if not sides:
+        return ""
+    return (
+        f"Times: each kernel alone, repeated. Together {', '.join(sides)} (least); the rest are "
+        "the calls between kernels, and memory that a repeated kernel has in its cache."
+    )
+
+
+def other_shapes_text(report: Mapping[str, Any]) -> str:
+    """Why layers have no SQNR; empty where none lacks it for its shape."""
+    names = report.get("other_shapes", [])
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} others" if names[3:] else ""
+    return (
+        f"SQNR -: {', '.join(names[:3])}{more} compute fewer channels than in the original, so "
+        "that there is nothing to compare them with."
+    )
 
 
 def row_name(row: Mapping[str, Any], width: int = 26) -> str:
