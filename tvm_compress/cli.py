@@ -88,6 +88,9 @@ def cli() -> None:
 
 # --- options that several verbs share -----------------------------------------------------------
 
+PATH = click.Path(path_type=Path)
+_artefact_argument = click.argument("artefact", type=PATH)
+
 
 class ShapeType(click.ParamType):
     """`name=1x3x224x224`."""
@@ -157,7 +160,12 @@ def _threads_option(command: Command) -> Command:
     )(command)
 
 
-def _budget_options(command: Command) -> Command:
+def _tuning_options(command: Command) -> Command:
+    command = click.option(
+        "--database",
+        type=PATH,
+        help="Folder of tuning records.  [default: tvm-compress/tuning in the user's cache]",
+    )(command)
     command = click.option(
         "--minutes", type=click.FloatRange(0.05, 10_000), help="Tune for at most this long."
     )(command)
@@ -165,14 +173,6 @@ def _budget_options(command: Command) -> Command:
         "--trials",
         type=click.IntRange(0, 10_000_000),
         help="Tune with at most this many measured candidates, earlier runs included; 0: none.",
-    )(command)
-
-
-def _database_option(command: Command) -> Command:
-    return click.option(
-        "--database",
-        type=click.Path(path_type=Path),
-        help="Folder of tuning records.  [default: tvm-compress/tuning in the user's cache]",
     )(command)
 
 
@@ -185,6 +185,19 @@ def _rpc_options(command: Command) -> Command:
         metavar="HOST:PORT",
         help="Run on a device behind this tracker of TVM's RPC.",
     )(command)
+
+
+def _eval_option(words: str) -> Callable[[Command], Command]:
+    return click.option("--eval", "evaluate", type=PATH, help=words)
+
+
+def _calib_option(words: str) -> Callable[[Command], Command]:
+    return click.option("--calib", "calibration", type=PATH, help=words)
+
+
+def _running_options(command: Command) -> Command:
+    """Of the verbs that run an artefact."""
+    return _threads_option(_rpc_options(_common_options(command)))
 
 
 def _device(tracker: str | None, key: str | None) -> Rpc | None:
@@ -247,7 +260,7 @@ def _unique(pairs: tuple[tuple[str, Any], ...], option: str) -> dict[str, Any]:
 
 
 @cli.command(epilog=_example("tvm-compress profile model.onnx --shape input=1x3x224x224"))
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=PATH)
 @_model_options
 @_common_options
 def profile(
@@ -283,7 +296,7 @@ def profile(
         "      --calib calibration.npz --eval test.npz -o out"
     )
 )
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=PATH)
 @click.option(
     "--recipe",
     default="int8",
@@ -295,21 +308,9 @@ def profile(
     help="A target (`tvm-compress list targets`) or a board file (.yaml).  "
     "[default: the recipe's, or host]",
 )
-@click.option(
-    "--calib",
-    "calibration",
-    type=click.Path(path_type=Path),
-    help="Calibration data: .npz or a folder of images.",
-)
-@click.option(
-    "--eval",
-    "evaluate",
-    type=click.Path(path_type=Path),
-    help="Labelled data to measure the accuracy on.",
-)
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the artefact."
-)
+@_calib_option("Calibration data: .npz or a folder of images.")
+@_eval_option("Labelled data to measure the accuracy on.")
+@click.option("-o", "--out", type=PATH, required=True, help="Folder of the artefact.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Seed.  [default: the recipe's]")
 @click.option(
     "--emit",
@@ -320,8 +321,7 @@ def profile(
     "instructions of the default on cores with SIMD).",
 )
 @click.option("--force", is_flag=True, help="Replace the artefact of another model in OUT.")
-@_budget_options
-@_database_option
+@_tuning_options
 @_kernel_cache_option
 @_threads_option
 @_model_options
@@ -387,7 +387,7 @@ def compress(
         "  tvm-compress tune --export records.json"
     )
 )
-@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.argument("model", type=PATH, required=False)
 @click.option(
     "--recipe",
     default="int8",
@@ -395,26 +395,20 @@ def compress(
     help="What the model will be compressed with; `none`: the model as it is.",
 )
 @click.option("--target", help="What it will be compressed for.  [default: the recipe's, or host]")
-@click.option(
-    "--calib",
-    "calibration",
-    type=click.Path(path_type=Path),
-    help="Calibration data. Without it random data does: ranges change no schedule.",
-)
-@_budget_options
-@_database_option
+@_calib_option("Calibration data. Without it random data does: ranges change no schedule.")
+@_tuning_options
 @_rpc_options
 @click.option(
     "--import",
     "imports",
-    type=click.Path(path_type=Path),
+    type=PATH,
     multiple=True,
     help="Take over the records of an exported file; repeat for several.",
 )
 @click.option(
     "--export",
     "export",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Write the best records to one file, at the end; of MODEL only, if given (with "
     "--trials 0 without measuring).",
 )
@@ -480,24 +474,22 @@ def _require(checks: list[Mapping[str, Any]]) -> None:
 
 
 @cli.command(epilog=_example("tvm-compress run out --input x.npz -o y.npz"))
-@click.argument("artefact", type=click.Path(path_type=Path))
+@_artefact_argument
 @click.option(
     "--input",
     "data",
-    type=click.Path(path_type=Path),
+    type=PATH,
     required=True,
     help=".npz with one array per model input, first axis = samples.",
 )
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     required=True,
     help=".npz to write: one array per model output.",
 )
-@_threads_option
-@_rpc_options
-@_common_options
+@_running_options
 def run(
     artefact: Path,
     data: Path,
@@ -522,13 +514,8 @@ def run(
 
 
 @cli.command(epilog=_example("tvm-compress verify out --eval test.npz --per-layer"))
-@click.argument("artefact", type=click.Path(path_type=Path))
-@click.option(
-    "--eval",
-    "evaluate",
-    type=click.Path(path_type=Path),
-    help="Data to check on; without it, the inputs kept in the artefact.",
-)
+@_artefact_argument
+@_eval_option("Data to check on; without it, the inputs kept in the artefact.")
 @click.option("--per-layer", is_flag=True, help="Error of every layer's output; not of C projects.")
 @click.option(
     "--exact-inputs",
@@ -537,9 +524,7 @@ def run(
     show_default=True,
     help="Inputs on which every integer tensor is compared.",
 )
-@_threads_option
-@_rpc_options
-@_common_options
+@_running_options
 def verify(
     artefact: Path,
     evaluate: Path | None,
@@ -583,7 +568,7 @@ def verify(
         "      --calib calibration.npz --eval test.npz"
     )
 )
-@click.argument("artefact", type=click.Path(path_type=Path))
+@_artefact_argument
 @click.option(
     "--against",
     callback=_runtimes,
@@ -592,22 +577,14 @@ def verify(
 @click.option(
     "--model",
     "models",
-    type=click.Path(path_type=Path),
+    type=PATH,
     multiple=True,
     help="Source model for the other runtimes; again for one in another format.",
 )
-@click.option(
-    "--calib",
-    "calibration",
-    type=click.Path(path_type=Path),
-    help="Calibration data: the other runtimes also run the model as their own tools quantise it.",
+@_calib_option(
+    "Calibration data: the other runtimes also run the model as their own tools quantise it."
 )
-@click.option(
-    "--eval",
-    "evaluate",
-    type=click.Path(path_type=Path),
-    help="Labelled data to measure the accuracy of all sides on.",
-)
+@_eval_option("Labelled data to measure the accuracy of all sides on.")
 @click.option(
     "--seconds",
     type=click.FloatRange(0.1, 3600),
@@ -615,9 +592,7 @@ def verify(
     show_default=True,
     help="Measuring time for each side.",
 )
-@_threads_option
-@_rpc_options
-@_common_options
+@_running_options
 def benchmark(
     artefact: Path,
     against: tuple[str, ...],
@@ -683,7 +658,7 @@ def benchmark(
 
 
 @cli.command(epilog=_example("tvm-compress report out"))
-@click.argument("artefact", type=click.Path(path_type=Path))
+@_artefact_argument
 @_common_options
 def report(artefact: Path, as_json: bool, debug: bool) -> None:
     """Show the report of ARTEFACT; report.html in its folder shows the same with plots."""
