@@ -24,13 +24,13 @@ from .onnx_files import save_onnx
 
 
 def chain(path: Path, count: int) -> Path:
-    """`count` small linear layers, a vector kernel's worth of work each."""
+    """`count` small linear layers, some hundred nanoseconds each."""
     random = np.random.default_rng(0)
     nodes, constants, last = [], {}, "image"
     for index in range(count):
         constants[f"w{index}"] = random.standard_normal((16, 16)) / 4
         nodes.append(helper.make_node("MatMul", [last, f"w{index}"], [f"y{index}"]))
-        nodes.append(helper.make_node("Tanh", [f"y{index}"], [f"z{index}"]))
+        nodes.append(helper.make_node("Relu", [f"y{index}"], [f"z{index}"]))
         last = f"z{index}"
     return save_onnx(path, nodes, constants, [1, 16], last, [1, 16])
 
@@ -43,13 +43,13 @@ def test_small_kernels_take_no_longer_than_the_inference(tmp_path: Path) -> None
     set_threads(1)
     session, feed = artefact.session(), probe_inputs(artefact)[0]
     info = LibraryInfo.from_json(artefact.kernels["compressed"])
+    latency = 1e6 * min(take_turn(session.bind(feed), 200))  # nobody has watched it yet
     found = time_kernels(session, info, feed)
     assert [kernel.output for kernel in found] == [call.output for call in info.calls]
     assert len(found) >= 60 and min(kernel.time_us for kernel in found) > 0
-    latency = 1e6 * min(take_turn(session.bind(feed), 200))
-    assert sum(kernel.time_us for kernel in found) < 1.3 * latency
+    assert sum(kernel.time_us for kernel in found) < latency
     report = artefact.report["after"]
-    assert report["kernels_us"] < 1.3 * report["latency"]["min_us"]
+    assert report["kernels_us"] < report["latency"]["min_us"]
 
 
 COMPARES = """

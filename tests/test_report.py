@@ -14,10 +14,11 @@ from typing import Any
 import jsonschema
 import pytest
 
+from tvm_compress.kernels import Call, LibraryInfo, TensorInfo
 from tvm_compress.progress import TerminalProgress
 from tvm_compress.recipe import parse_recipe
 from tvm_compress.report.arena import Arena, ArenaBuffer
-from tvm_compress.report.assemble import owner_of
+from tvm_compress.report.assemble import of_other_shapes, owner_of
 from tvm_compress.report.html import render_html
 from tvm_compress.report.loops import joined, joined_others
 from tvm_compress.report.rows import (
@@ -431,6 +432,20 @@ def test_layers_of_another_shape_say_why_they_have_no_error(
     assert words in " ".join(capsys.readouterr().out.split())
     assert words in render_html(report)
     assert "SQNR -:" not in render_html(make_report())
+
+
+def test_which_layers_have_another_shape() -> None:
+    """Parts count for their layer; what has its shape or is nowhere in the original does not."""
+    sizes = {"a": 4, "b": 8, "c": 8}
+    sides = []
+    for shrunk in ({}, {"a": 2, "c": 6, "new": 3}):
+        channels = {**sizes, **shrunk}
+        tensors = {f"t{k}": TensorInfo((1, n), (0, 1), k) for k, n in channels.items()}
+        owners = {"a": "a_part1"} if shrunk else {}
+        calls = tuple(Call("f", (owners.get(k, k),), f"t{k}") for k in channels)
+        sides.append(LibraryInfo(calls, tensors, {}, Bytes(0, 0, 0, 0, 0, 0, 0, 0), 0))
+    rows = [layer("a", sqnr=None), layer("b", sqnr=None), layer("c", sqnr=9.0)]
+    assert of_other_shapes(sides[0], sides[1], rows) == ("a",)
 
 
 def test_one_of_a_thing_is_called_one(monkeypatch: pytest.MonkeyPatch) -> None:

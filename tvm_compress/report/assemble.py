@@ -101,7 +101,7 @@ def assemble(
         notes=(*job.notes, *read_missed(compressed), *_of_dead_channels(dead)),
         macs_after=sum(after.layer_macs.values()),
         effects=_with_dense_kernels(effects, layers),
-        other_shapes=_of_other_shapes(before, after, rows) if tensors else (),
+        other_shapes=of_other_shapes(before, after, rows) if tensors else (),
     )
 
 
@@ -114,7 +114,7 @@ def _of_dead_channels(dead: Mapping[str, str]) -> tuple[str, ...]:
     return (f"{layers} of the C project {why} (such as {name}, {words}); same outputs",)
 
 
-def _of_other_shapes(
+def of_other_shapes(
     before: LibraryInfo, after: LibraryInfo, rows: Iterable[LayerRow]
 ) -> tuple[str, ...]:
     """Those of `rows` that lost channels on their way out: no error of theirs can be measured."""
