@@ -21,6 +21,8 @@ from tvm_compress.layer_costs import TargetCosts
 from tvm_compress.progress import Progress
 from tvm_compress.recipe import Recipe, Step, dump_recipe, parse_recipe
 from tvm_compress.relay_passes.costs import COUNTED, MEASURED, PREDICTED, Cost, LayerUse
+from tvm_compress.relay_passes.low_rank import read_low_rank
+from tvm_compress.relay_passes.low_rank_config import LowRankConfig, Rank
 from tvm_compress.relay_passes.numerics.sparsity_pattern import Block
 from tvm_compress.relay_passes.quantize_config import QuantizeConfig
 from tvm_compress.relay_passes.sparse_choices import read_choices
@@ -30,7 +32,7 @@ from tvm_compress.schedules.stored_weight import STORED, WORD, StoredWeight, enc
 from tvm_compress.targets import get_target
 from tvm_compress.targets.toolchains import missing_tools
 
-from .relay_passes.floats import Net, build
+from .relay_passes.floats import Net, build, samples
 
 X86 = get_target("x86-64-v3")
 CONV = Conv2dSpec(
@@ -312,6 +314,35 @@ def test_a_recipe_decides_again_as_it_did(monkeypatch: pytest.MonkeyPatch) -> No
     kept_anyway, _ = choices(module, insisted, monkeypatch, FakeBench(sparse=9.0))
     assert {choice.form != "" for choice in kept_anyway.values()} == {True}
     assert all("insisted on" in choice.reason for choice in kept_anyway.values())
+
+
+class NarrowBench(FakeBench):
+    """Parts of the layer below: in bytes each is as slow as the layer, in floats a fifth of it."""
+
+    def costs(self, kernels: Sequence[Kernel]) -> list[float]:
+        self.asked.append([kernel.spec for kernel in kernels])
+        found = []
+        for kernel in kernels:
+            spec: Any = kernel.spec
+            is_whole = spec.macs == 8 * 8 * 16 * 9 * 32
+            found.append(10.0 if is_whole or spec.data_dtype != "float32" else 2.0)
+        return found
+
+
+def test_parts_are_compared_in_the_integers_behind_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A split that gains in float32 and loses in int8 is a loss where the layer ships in int8."""
+    split = Step("lowrank", LowRankConfig(rank=Rank(8), data_aware=False))
+    module = build(lambda net, x: net.conv_relu("a", x, 32), (1, 16, 8, 8))
+    monkeypatch.setattr("tvm_compress.kernel_bench.bench_of", lambda _target: NarrowBench())
+    monkeypatch.setattr(KernelCache, "get", lambda *_: None)
+    monkeypatch.setattr(KernelCache, "put", lambda *_: None)
+    data = [{"x": array} for array in samples(module, count=4)]
+    notes = []
+    for steps in ((split,), (split, Step("quantize", QuantizeConfig()))):
+        job = load_job(module, Recipe(steps), "x86-64-v3", data)
+        notes.append(read_low_rank(compress_job(job, Progress()))["a"])
+    assert notes[0] == "channels, rank 8 of 32"
+    assert notes[1].startswith("whole: with rank 8 its parts take 2.00x the time (20 us instead")
 
 
 def test_measuring_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

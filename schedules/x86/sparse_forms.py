@@ -21,7 +21,7 @@ from .sparse_row_forms import byte_row_forms, float_row_forms, has_few_rows
 
 # Outputs that share their inputs => cycles of a sparse multiply-add against a dense one: indices,
 # data without an order, narrow vectors (1.05 to 1.3 for blocks of 16).
-_COST = {16: 1.15, 8: 1.4, 4: 2.0}
+_COST = {16: 1.2, 8: 1.7, 4: 3.0}
 # The same of vectors of positions: every multiply-add loads data, most from the second-level cache.
 _PLANES = {1: 2.5, 2: 1.5, 4: 1.4}
 # The same with the pattern in the code, by the lanes of a vector.
@@ -51,7 +51,7 @@ def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> list[SparseFo
     """Forms of float32 layers, and of bytes."""
     dtypes = spec.data_dtype, spec.weight_dtype, spec.acc_dtype
     if dtypes == ("float32",) * 3:
-        dense = _dense_cost(spec)
+        dense = _dense_cost(spec) * _filled(spec, target)
         forms = [SparseForm(block, cost / dense) for block, cost in _COST.items()]
         costs = {n: c for n, c in _PLANES.items() if fits_planes(_outputs(spec), n, target)}
         forms += _planes(spec, costs, dense, 8, _TURNED)
@@ -66,19 +66,25 @@ def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> list[SparseFo
     dot = planes_dot(target)
     assert dot is not None
     run, fits = 4 * dot.lanes, partial(fits_byte_planes, _outputs(spec), target=target)
+    cost, gathered = _BYTES_IN_PAIRS if dot.is_chained else _BYTES
+    dense = cost.of(spec) * _filled(spec, target)
     if not dot.is_chained:
-        cost, gathered = _BYTES
         costs = {n: c for n, c in _BYTE_PLANES.items() if fits(n)}
-        forms = _planes(spec, costs, cost.of(spec), run, _TURNED_BYTES, QUADS)
-        return [*forms, gathered.form(spec, 16, QUADS, cost.of(spec))]
-    cost, gathered = _BYTES_IN_PAIRS
-    pairs = gathered.form(spec, 16, PAIRS, cost.of(spec))
+        forms = _planes(spec, costs, dense, run, _TURNED_BYTES, QUADS)
+        return [*forms, gathered.form(spec, 16, QUADS, dense)]
+    pairs = gathered.form(spec, 16, PAIRS, dense)
     # Weights that prove this make the dense kernel as much faster (0.20 to 0.41 at 80 %, pairs 0.25
     # to 0.50 where nothing is proven).
     chained = replace(pairs, cost=0.99 * pairs.cost, group=QUADS, sums=_CHAINS)
     costs = {n: c for n, c in _PAIR_PLANES.items() if fits(n)}
-    planes = _planes(spec, costs, cost.of(spec), run, _TURNED_PAIRS, QUADS)
+    planes = _planes(spec, costs, dense, run, _TURNED_PAIRS, QUADS)
     return [chained, pairs, *(replace(form, sums=_CHAINS) for form in planes)]
+
+
+def _filled(spec: Conv2dSpec | MatmulSpec, target: Target) -> float:
+    """Outputs that the dense kernel computes for each output of a group: it fills up registers."""
+    lanes = target.lanes(32)
+    return ceil_div(spec.columns, lanes) * lanes / spec.columns
 
 
 def _outputs(spec: Conv2dSpec | MatmulSpec) -> int:

@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tvm
 
 from tvm_compress.compile_kernels import kernel_text
+from tvm_compress.object_code import compile_object
 from tvm_compress.schedules import SCHEDULE_ATTR, Conv2dSpec, schedule
 from tvm_compress.schedules.stored_weight import (
+    CODE_BYTES,
     NAME,
     RUN,
     WORD,
@@ -18,6 +21,7 @@ from tvm_compress.schedules.stored_weight import (
     expected_share,
     stored_weight,
 )
+from tvm_compress.sections import sections_of
 from tvm_compress.targets import get_target
 
 from .kernels import ICE_LAKE, run
@@ -110,6 +114,29 @@ def test_bytes_fall_with_the_sparsity(dtype: str, bits: int) -> None:
         zeros = 1 - np.count_nonzero(weight) / weight.size
         assert shares[-1] == pytest.approx(1 - zeros + 1 / bits, abs=0.01)
     assert shares == sorted(shares, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+def test_code_of_a_decoding_function(name: str, dtype: str) -> None:
+    target = get_target(name)
+    for shape in ((64, 64), (1, 2, 9, 16, 3)):
+        stored, _ = encode(np.ones(shape, dtype))
+        func = schedule(stored.prim_func(), target)
+        code = compile_object({tvm.ir.GlobalVar("decode"): func}, target.tvm_target())
+        sections = sections_of(code, "decode.o")
+        # Strings of checks are in `.rodata`, some of which other kernels have as well.
+        instructions = sections[".text"]
+        assert 0.5 * CODE_BYTES < instructions < 1.3 * CODE_BYTES, sections
+
+
+def test_alike_weights_share_a_function() -> None:
+    def kind(*shape: int, dtype: str = "int8") -> str:
+        return encode(np.ones(shape, dtype))[0].decoding.kind
+
+    assert kind(64, 64) == kind(32, 2) == "int8, 2 axes"
+    others = {kind(64, 64, dtype="float32"), kind(63, 33), kind(1, 64, 64), kind(1024, 1024)}
+    assert len(others | {kind(64, 64)}) == 5
 
 
 def test_what_is_not_stored_so() -> None:
