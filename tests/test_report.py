@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,7 +18,7 @@ from tvm_compress.kernels import Call, LibraryInfo, TensorInfo
 from tvm_compress.progress import TerminalProgress
 from tvm_compress.recipe import parse_recipe
 from tvm_compress.report.arena import Arena, ArenaBuffer
-from tvm_compress.report.assemble import of_other_shapes, owner_of
+from tvm_compress.report.assemble import of_other_shapes, owner_of, with_changes
 from tvm_compress.report.html import render_html
 from tvm_compress.report.loops import joined, joined_others
 from tvm_compress.report.rows import (
@@ -472,3 +472,14 @@ def test_parts_count_for_the_layer() -> None:
     found = {name: owner_of(name, layers) for name in ("conv1_part1", "conv1_2", "conv1_2_part1")}
     assert found == {"conv1_part1": "conv1", "conv1_2": "conv1_2", "conv1_2_part1": "conv1_2"}
     assert owner_of("other", layers) == "other"
+
+
+def test_stored_weights_are_counted_in_the_kernel() -> None:
+    """A kernel that spreads weights by bits multiplies zeros too; none of them is stored."""
+    module = graph({"x": (1, 4)}, lambda g, x: g.quantize(x, 1.0, 0))
+    fc = replace(layer("fc"), macs_after=10_000)
+    (row,) = with_changes((fc,), module, "host", {"fc": "unstructured 50 % zeros"}, {"fc": 0.5})
+    assert row.choice is not None and row.choice.stored_share == 0.5
+    assert "50 % of its weights stored" in change_text(asdict(row))
+    (row,) = with_changes((fc,), module, "host", {}, {})
+    assert row.choice is None

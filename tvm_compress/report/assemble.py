@@ -62,7 +62,7 @@ def assemble(
         changes[name] = "; ".join(filter(None, (changes.get(name), words)))
     rows, others = _rows(profile, before, after, benchmark, tensors, schemes)
     sparse = artefact.kernels.get("sparse_kernels", {})
-    rows = _changed(rows, compressed, job.target.name, changes, sparse)
+    rows = with_changes(rows, compressed, job.target.name, changes, sparse)
     if evidence.board is not None:
         rows = _counted(rows, evidence.board, after.layer_macs)
     firsts = loop_firsts(job.model.module)
@@ -239,14 +239,15 @@ def _rows(
     return tuple(layers), others
 
 
-def _changed(
+def with_changes(
     layers: tuple[LayerRow, ...],
     compressed: tvm.IRModule,
     target: str,
     words: Mapping[str, str],
     sparse: Mapping[str, float],
 ) -> tuple[LayerRow, ...]:
-    """With what steps did to them, and which kernels were chosen for it."""
+    """With what steps did to them (`words`), and which kernels were chosen for it; `sparse`: which
+    share of a layer's weights is stored."""
     from ..relay_passes.costs import HOW
     from ..relay_passes.sparse_choices import read_choices
 
@@ -260,9 +261,7 @@ def _changed(
     rows = []
     for row in layers:
         choice = choices.get(row.name)
-        share, found = None, None
-        if row.name in sparse and row.macs and row.macs_after is not None:
-            share = row.macs_after / row.macs  # each stored weight is read as often as all were
+        share, found = sparse.get(row.name), None
         if choice is not None:
             costs = (choice.cost, choice.dense_cost, choice.unit)
             kind = HOW.get(choice.unit, "")

@@ -59,7 +59,7 @@ class KernelChoice:
 
     form: Annotated[str, "how the zeros are left out, such as 16x1; empty: the kernel is dense"]
     stored_share: Annotated[
-        float | None, "stored weights as part of the original's, 0 to 1; None: dense"
+        float | None, "stored weights as part of the layer's, 0 to 1; None: dense"
     ]
     reason: Annotated[str, "why it stayed dense, or what speaks against it; empty: it pays"]
     cost: Annotated[float | None, "of the best sparse kernel; None: nobody compared"] = None
