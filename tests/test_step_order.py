@@ -8,7 +8,7 @@ from tvm import relax
 
 from tvm_compress.errors import RecipeError
 from tvm_compress.flow import load_job
-from tvm_compress.recipe import load_recipe, parse_recipe, shipped_recipes
+from tvm_compress.recipe import Step, load_recipe, parse_recipe, shipped_recipes
 from tvm_compress.relay_passes.sparsify_config import SparsifyConfig
 from tvm_compress.relay_passes.step_notes import left_alone, with_left_alone
 from tvm_compress.report.schemes import describe_changes, describe_effects
@@ -141,7 +141,7 @@ def test_layers_that_a_step_cannot_change_are_left_with_the_reason() -> None:
     noted = with_left_alone(module, "sparsify", left)
     changes = describe_changes(noted)
     assert changes == {"depth": f"left by sparsify: {left['depth']}"}
-    (effect,) = describe_effects(noted, ["sparsify"], {})
+    (effect,) = describe_effects(noted, [Step("sparsify", SparsifyConfig(sparsity=0.5))], {})
     assert effect_text(vars(effect)) == (
         "0 layers changed; 1 left alone (such as depth, depthwise: one output a group, where "
         "blocks 16x1 need several)"

@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,13 +79,22 @@ def main() -> None:
     os.sched_setaffinity(0, cores[: arguments.threads])
     set_threads(arguments.threads)
     session = Session(built.executable, loaded.inputs, loaded.outputs)
+    program = session.bind(samples[0])
+    whole = x86_vs_peers.take_turns({("", ""): program}, 20)["", ""]  # ahead of the observer
     times: list[list[float]] = [[] for _ in built.calls]
+    started = 0.0
+
+    def start(_index: int, _arguments: tuple[Any, ...]) -> None:
+        nonlocal started
+        started = time.perf_counter()
+
+    def stop(index: int, _arguments: tuple[Any, ...]) -> None:
+        times[index].append((time.perf_counter() - started) * 1e6)
+
     info = LibraryInfo(built.calls, {}, {}, Bytes(0, 0, 0, 0, 0, 0, 0, 0), 0)
-    observer = Observer(info, lambda index, _result, took: times[index].append(took * 1e6))
+    observer = Observer(info, after=stop, before=start)
     for _ in range(arguments.runs + 2):
         observer.run(session, samples[0])
-    program = session.bind(samples[0])
-    whole = x86_vs_peers.take_turns({("", ""): program}, 20)["", ""]
     rows = []
     for call, values in zip(built.calls, times, strict=True):
         fact = facts[call.symbol]
