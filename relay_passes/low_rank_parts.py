@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from ..schedules import MatmulSpec
+from ..schedules.spec import ceil_div
 from .encodings import kernel_order
 from .ir import ints, op_name
 from .layer_spec import LayerSpec
@@ -55,8 +56,6 @@ def form_of(layer: Layer) -> Form:
 def largest_rank(form: Form, sides: Sides) -> int:
     """Beyond which there is nothing to hold."""
     rows, columns, inputs, outputs = sides
-    if form == "tucker":
-        return outputs
     if form == "rows_and_columns":
         return min(rows * inputs, columns * outputs)
     return min(rows * columns * inputs, outputs)
@@ -73,7 +72,8 @@ def parts_of(form: Form, sides: Sides, rank: int, multiple: int, groups: int) ->
     elif form == "tucker":
         inner = rank / outputs * inputs
         inner = round(inner / multiple) * multiple if inner >= multiple else max(1, round(inner))
-        inner = min(inner, inputs)
+        # The core makes no more channels than its window holds values.
+        inner = min(max(inner, ceil_div(rank, rows * columns)), inputs)
         parts = [
             Part((1, 1, inputs, inner)), Part((rows, columns, inner, rank), True, True),
             Part((1, 1, rank, outputs)),

@@ -126,6 +126,21 @@ def test_parts_are_the_layer(form: str) -> None:
     assert error(module, result) < 0.6  # a window that is out of place gives more than 1
 
 
+@pytest.mark.parametrize("data_aware", [False, True])
+def test_tucker_of_few_inputs(data_aware: bool) -> None:
+    """The core has at most as many outputs as its window holds values."""
+
+    def body(net: Net, x: relax.Var) -> relax.Var:
+        return net.conv_relu("a", x, 32)
+
+    module = build(body, (1, 3, 8, 9))
+    result = split(module, LowRankConfig("tucker", Rank(14), data_aware=data_aware))
+    assert read_low_rank(result)["a"] == "tucker, rank 14 of 27"
+    core = next(layer for layer in list_layers(result) if layer.name == "a_part2")
+    assert core.weight_shape == (14, 2, 3, 3)
+    assert error(module, result) < 1
+
+
 def test_exact_where_the_weight_has_the_rank() -> None:
     """Weights made of few terms come back as they were."""
 
