@@ -11,7 +11,7 @@ import pytest
 import tvm
 from tvm import relax
 
-from tvm_compress import schedules
+from tvm_compress import kernel_bench, schedules
 from tvm_compress.bare.compile import compile_kernel
 from tvm_compress.errors import ArtefactError
 from tvm_compress.flow import compress_job, load_job
@@ -349,3 +349,37 @@ def test_measuring_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     module = build(network, (1, 16, 8, 8))
     found, used = choices(module, recipe(measure=False), monkeypatch, NoBench())
     assert not used and {choice.unit for choice in found.values()} == {PREDICTED}
+
+
+@pytest.mark.parametrize("busy_turns", [0, 40])
+def test_kernels_are_timed_while_no_thread_waits_for_a_core(
+    monkeypatch: pytest.MonkeyPatch, busy_turns: int
+) -> None:
+    """The second kernel alone is slowed down by others: the machine is theirs in its turns."""
+    waited, turns = 0.0, 0
+
+    def slowed(number: int) -> float:
+        nonlocal waited, turns
+        turns += 1
+        if turns > busy_turns:
+            return 2e-4
+        waited += 1e-3 * number
+        return 1.2e-3
+
+    monkeypatch.setattr(kernel_bench, "_waited", lambda: waited)
+    found = kernel_bench._in_turns([lambda _: 3e-4, slowed])
+    assert found == pytest.approx([300.0, 200.0])
+    assert turns < 2 * busy_turns + 40
+
+
+def test_kernels_are_timed_on_a_machine_that_is_never_calm(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(range(1_000_000))
+    monkeypatch.setattr(kernel_bench, "_waited", lambda: float(next(seconds)))
+    monkeypatch.setattr(kernel_bench, "_PATIENCE_SECONDS", 0.01)
+    assert kernel_bench._in_turns([lambda _: 3e-4, lambda _: 2e-4]) == pytest.approx([300, 200])
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="no schedstat in /proc")
+def test_waiting_for_a_core_only_grows() -> None:
+    first = kernel_bench._waited()
+    assert 0 <= first <= kernel_bench._waited()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 # A kernel runs about this long at a turn, in this many turns; few where one run takes long.
 _TURN_SECONDS, _TURNS, _LEAST_TURNS = 1e-3, 15, 3
 _MOST_SECONDS = 0.1
+# On a busy machine: for so long at most, until each kernel has had half of its turns while this
+# process waited for a core no more than this share of the time.
+_PATIENCE_SECONDS = 2.0
+_CALM = 0.02
 # Weights come from beyond the second-level cache in a network: as many copies take turns.
 _COLD_BYTES, _MOST_COPIES = 2 << 20, 16
 # Under an emulator layers are cut to about so many products: counts grow with the rows.
@@ -91,8 +96,11 @@ class LocalBench:
     def costs(self, kernels: Sequence[Kernel]) -> list[float]:
         import tvm
 
+        # The thread's own time: other processes may have the core meanwhile, in every turn of one
+        # kernel and in none of another's. Kernels on several threads have no such clock.
+        clock = thread_time if self.target.threads == 1 else perf_counter
         programs = [
-            _Program(self.modules.of(kernel.spec)[KERNEL], _arguments(kernel, tvm.cpu()))
+            _Program(self.modules.of(kernel.spec)[KERNEL], _arguments(kernel, tvm.cpu()), clock)
             for kernel in kernels
         ]
         with _threads(self.target.threads):
@@ -298,30 +306,49 @@ class _Program:
 
     function: Callable[..., Any]
     arguments: list[list[Any]]
+    clock: Callable[[], float]
 
     def seconds(self, number: int) -> float:
         """Of one call, the mean over `number`."""
-        from time import perf_counter
-
         calls = [self.arguments[i % len(self.arguments)] for i in range(number)]
-        started = perf_counter()
+        started = self.clock()
         for arguments in calls:
             self.function(*arguments)
-        return (perf_counter() - started) / number
+        return (self.clock() - started) / number
 
 
 def _in_turns(runs: Sequence[Callable[[int], float]]) -> list[float]:
-    """Microseconds: the least of all turns. Other work only ever adds time, on a busy machine in
-    most turns."""
+    """Microseconds: the least of all turns. Other work only ever adds time.
+
+    On a busy machine it does so in most turns, and by chance in all turns of one kernel: they go on
+    until each kernel had its turns while no thread of this process waited for a core.
+    """
     once = [min(run(1) for _ in range(2)) for run in runs]
     numbers = [max(1, round(_TURN_SECONDS / max(seconds, 1e-7))) for seconds in once]
     together = sum(n * s for n, s in zip(numbers, once, strict=True))
     turns = int(max(_LEAST_TURNS, min(_TURNS, _MOST_SECONDS * len(runs) / max(together, 1e-9))))
     times: list[list[float]] = [[] for _ in runs]
-    for _ in range(turns):
-        for run, number, found in zip(runs, numbers, times, strict=True):
-            found.append(run(number))
+    calm = [0] * len(runs)
+    end = perf_counter() + _PATIENCE_SECONDS
+    while len(times[0]) < turns or (2 * min(calm) < turns and perf_counter() < end):
+        for place, (run, number) in enumerate(zip(runs, numbers, strict=True)):
+            before = _waited()
+            times[place].append(run(number))
+            waited = _waited() - before
+            calm[place] += waited <= _CALM * number * times[place][-1]
     return [1e6 * min(found) for found in times]
+
+
+def _waited() -> float:
+    """Seconds that threads of this process were ready to run while others had the cores; always 0
+    where the system does not count them."""
+    nanoseconds = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            nanoseconds += int(path.read_text().split()[1])
+        except (OSError, IndexError):
+            continue  # the thread has ended
+    return nanoseconds * 1e-9
 
 
 @contextmanager

@@ -114,11 +114,11 @@ def prepare(network: Network, folder: Path, arguments: argparse.Namespace) -> No
         if not missing:
             continue
         started = time.perf_counter()
-        module = compressed(loaded.module, steps, arguments.target, samples)
+        module = compressed(loaded.module, steps, arguments, samples)
         seconds = time.perf_counter() - started
         for kind in missing:
             integer = int8_steps() if kind == "int8" else []
-            finished = compressed(module, integer, arguments.target, samples)
+            finished = compressed(module, integer, arguments, samples)
             figures = built(finished, loaded, target, folder / f"{name} {kind}.so", tests)
             figures |= {"seconds": seconds, "calibration": len(samples)}
             (folder / f"{name} {kind}.json").write_text(json.dumps(figures, indent=1))
@@ -136,18 +136,24 @@ def int8_steps() -> list[dict[str, Any]]:
 
 
 def compressed(
-    module: Any, steps: list[dict[str, Any]], target: str, samples: list[dict[str, np.ndarray]]
+    module: Any,
+    steps: list[dict[str, Any]],
+    arguments: argparse.Namespace,
+    samples: list[dict[str, np.ndarray]],
 ) -> Any:
     """The graph form after these steps."""
     import yaml
 
-    from tvm_compress.flow import compress_module
+    from tvm_compress.flow import compress_job, load_job
+    from tvm_compress.progress import Progress
     from tvm_compress.recipe import parse_recipe
 
     if not steps:
         return module
     recipe = parse_recipe(yaml.safe_dump({"version": 1, "steps": steps}))
-    return compress_module(module, recipe, target, samples)[0]
+    threads = arguments.threads  # layers are compared with these as well
+    job = load_job(module, recipe, arguments.target, samples, threads=threads)
+    return compress_job(job, Progress())
 
 
 def built(
