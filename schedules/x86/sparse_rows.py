@@ -31,6 +31,14 @@ from ..operands import Operands
 from ..sparse import SparseOperands, float_dot, sparse_operands
 from ..spec import SparseConv2dSpec, SparseRowsSpec, ceil_div
 from ..window import window_of
+from .by_bits import (
+    COMPRESS_BYTES,
+    EXPAND_BYTES,
+    EXPAND_FLOATS,
+    compress_bytes,
+    expand_bytes,
+    expand_floats,
+)
 from .dot import ByteDot
 from .sparse_bytes import select_dot
 from .sparse_row_forms import BLOCK, has_few_rows, spreads_by_bits
@@ -305,7 +313,7 @@ class CompressedKernel(_StagedKernel[SparseRowsSpec, RowsOperands]):
         self.staged = self.e.opaque(self.spec.longest + 64, self.spec.data_dtype, "staged")
 
     def helpers(self) -> str:
-        return _COMPRESS
+        return COMPRESS_BYTES
 
     def multiply(self, data: tirx.Buffer, base: Any, block: Any, sums: _Sums) -> None:
         e, spec, size = self.e, self.spec, self.dot.group
@@ -313,13 +321,9 @@ class CompressedKernel(_StagedKernel[SparseRowsSpec, RowsOperands]):
         end = self.operands.starts[(block + 1) * spec.starts_of_a_block]
         count = e.bind("count", end - first)
         for word, number, place in _words(e, spec, self.operands, block):
-            e.evaluate(
-                tirx.call_extern(
-                    "void", "tvmc_compress",
-                    tirx.address_of(data[base + number * spec.inputs_of_a_word]), word,
-                    tirx.address_of(self.staged[place - first]),
-                )
-            )  # fmt: skip
+            inputs = tirx.address_of(data[base + number * spec.inputs_of_a_word])
+            staged = tirx.address_of(self.staged[place - first])
+            e.evaluate(compress_bytes(inputs, word, staged))
         shift = tirx.const(size.bit_length() - 1, "int32")
         self._groups(self.staged, first >> shift, count >> shift, sums)
 
@@ -374,14 +378,14 @@ class ExpandedBytesKernel(RowsKernel[SparseRowsSpec, RowsOperands]):
         return self.dot.group
 
     def helpers(self) -> str:
-        return _EXPAND_BYTES
+        return EXPAND_BYTES
 
     def multiply(self, data: tirx.Buffer, base: Any, block: Any, sums: _Sums) -> None:
         e, size = self.e, self.dot.group
         for chain, (word, number, place) in enumerate(_words(e, self.spec, self.operands, block)):
             x = e.bind("x", self.dot.broadcast(vector(data, base + number * size, size)))
             values = tirx.address_of(self.values[place])
-            weight = e.bind("w", tirx.call_extern("int8x64", "tvmc_expand_bytes", values, word))
+            weight = e.bind("w", expand_bytes(values, word, "int8"))
 
             def update(_: int, old: Any, x: Any = x, weight: Any = weight) -> Any:
                 return self.dot.accumulate(old, x, weight)
@@ -397,7 +401,7 @@ class ExpandedFloatsKernel(RowsKernel[SparseRowsSpec, RowsOperands]):
         return self.spec.inputs_of_a_word
 
     def helpers(self) -> str:
-        return _EXPAND_FLOATS
+        return EXPAND_FLOATS
 
     def multiply(self, data: tirx.Buffer, base: Any, block: Any, sums: _Sums) -> None:
         e, inputs = self.e, self.spec.inputs_of_a_word
@@ -410,9 +414,7 @@ class ExpandedFloatsKernel(RowsKernel[SparseRowsSpec, RowsOperands]):
                     here = place + tirx.popcount(word & below).astype("int32")
                 bits = (word >> tirx.const(BLOCK * i, "uint64")).astype("uint16")
                 values = tirx.address_of(self.values[here])
-                weight = e.bind(
-                    "w", tirx.call_extern("float32x16", "tvmc_expand_floats", values, bits)
-                )
+                weight = e.bind("w", expand_floats(values, bits))
 
                 def update(_: int, old: Any, x: Any = x, weight: Any = weight) -> Any:
                     return self.dot.accumulate(old, x, weight)
@@ -440,32 +442,3 @@ def _words(
             yield from written(turn, run)
     if count % run:
         yield from written(tirx.const(count // run, "int32"), count % run)
-
-
-def _by_bits(name: str, vector_type: str, bits: str, what: str, arguments: str) -> str:
-    """A function of LLVM around an instruction that takes a bit for each element."""
-    count = int(bits[1:])
-    mask = f"<{count} x i1>"
-    returned = "void" if what == "compress" else vector_type
-    element_type = vector_type.partition("x ")[2].rstrip(">")
-    suffix = f"v{count}{'f32' if element_type == 'float' else element_type}"
-    intrinsic = f"llvm.x86.avx512.mask.{what}.{suffix}"
-    # vexpandps from memory is slower on Zen 4 than a load and vexpandps: 1.75 against 1.35 ns.
-    load = "load volatile" if element_type == "float" else "load"
-    operands = f"{vector_type} %v, {vector_type} zeroinitializer, {mask} %k"
-    end = f"  store {vector_type} %r, ptr %o, align 1\n  ret void"
-    if what == "expand":
-        end = f"  ret {vector_type} %r"
-    return f"""declare {vector_type} @{intrinsic}({vector_type}, {vector_type}, {mask})
-define internal {returned} @{name}({arguments}) alwaysinline nounwind {{
-  %v = {load} {vector_type}, ptr %a, align 1
-  %k = bitcast {bits} %m to {mask}
-  %r = call {vector_type} @{intrinsic}({operands})
-{end}
-}}
-"""
-
-
-_COMPRESS = _by_bits("tvmc_compress", "<64 x i8>", "i64", "compress", "ptr %a, i64 %m, ptr %o")
-_EXPAND_BYTES = _by_bits("tvmc_expand_bytes", "<64 x i8>", "i64", "expand", "ptr %a, i64 %m")
-_EXPAND_FLOATS = _by_bits("tvmc_expand_floats", "<16 x float>", "i16", "expand", "ptr %a, i16 %m")

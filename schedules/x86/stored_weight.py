@@ -13,6 +13,7 @@ from tvm import ir, tirx
 from ...targets import Target
 from ..emit import vector
 from ..stored_weight import WORD, StoredKernel
+from .by_bits import EXPAND_BYTES, EXPAND_FLOATS, expand_bytes, expand_floats
 
 # A byte each of eight.
 _ONES = 0x0101010101010101
@@ -45,30 +46,14 @@ def _forms(dtype: str, target: Target) -> tuple[type[StoredKernel], float] | Non
     return None
 
 
-def _expanding(name: str, lanes: int, element: str, suffix: str) -> str:
-    """A function of LLVM around an instruction that takes a bit for each lane."""
-    values, mask = f"<{lanes} x {element}>", f"<{lanes} x i1>"
-    intrinsic = f"llvm.x86.avx512.mask.expand.v{lanes}{suffix}"
-    return f"""declare {values} @{intrinsic}({values}, {values}, {mask})
-define internal {values} @{name}(ptr %first, i{lanes} %bits) alwaysinline nounwind {{
-  %loaded = load {values}, ptr %first, align 1
-  %mask = bitcast i{lanes} %bits to {mask}
-  %spread = call {values} @{intrinsic}({values} %loaded, {values} zeroinitializer, {mask} %mask)
-  ret {values} %spread
-}}
-"""
-
-
 class ExpandedBytes(StoredKernel):
     """vpexpandb, 64 at a time."""
 
     def helpers(self) -> str:
-        return _expanding("tvmc_expand_stored_bytes", WORD, "i8", "i8")
+        return EXPAND_BYTES
 
     def word(self, place: Any, bits: Any, base: Any) -> None:
-        dtype = f"{self.decoding.dtype}x{WORD}"
-        first = tirx.address_of(self.values[place])
-        spread = tirx.call_extern(dtype, "tvmc_expand_stored_bytes", first, bits)
+        spread = expand_bytes(tirx.address_of(self.values[place]), bits, self.decoding.dtype)
         self.e.store_vector(self.out, spread, base, WORD)
 
 
@@ -97,12 +82,10 @@ class ExpandedFloats(_InPieces):
     lanes = 16
 
     def helpers(self) -> str:
-        return _expanding("tvmc_expand_stored_floats", self.lanes, "float", "f32")
+        return EXPAND_FLOATS
 
     def piece(self, place: Any, bits: Any) -> ir.Expr:
-        first = tirx.address_of(self.values[place])
-        name = "tvmc_expand_stored_floats"
-        return tirx.call_extern("float32x16", name, first, bits.astype("uint16"))
+        return expand_floats(tirx.address_of(self.values[place]), bits.astype("uint16"))
 
 
 class DepositedBytes(_InPieces):
