@@ -61,7 +61,8 @@ class LowRank:
 
     `statistics` holds what `observe` lists, gathered on this very module; `costs` says what layers
     take on the target. What became of each layer is in the attribute `tvm_compress.low_rank` of
-    `main` (JSON: layer => words). Raises `DataError` when statistics are missing.
+    `main` (JSON: layer => words). Raises `DataError` when statistics are missing, `RecipeError`
+    where no ranks reach a total for the network, or ranks by latency have no `costs`.
     """
 
     def __init__(
@@ -198,7 +199,7 @@ def _words(candidate: Candidate, rank: int) -> str:
     form = candidate.form.replace("_", " ")
     words = f"{form}, rank {rank} of {candidate.largest}"
     if candidate.pattern is not None and candidate.layer.config.residual is not None:
-        zeros = 100 * candidate.layer.config.residual.sparsity
+        zeros = 100 * candidate.layer.config.residual.zeros(candidate.pattern)
         words += f" + {candidate.pattern.words} {zeros:.0f} % zeros"
     drawback = candidate.drawback(rank)
     return words if drawback is None else f"{words}; {drawback}"
@@ -248,7 +249,7 @@ def _split_group(candidate: Candidate, rank: int, aim: Aim) -> _Group:
         kernels, product = fitted(flat)
     else:
         kernels, rest = split_with_residual(
-            flat, fitted, candidate.pattern, residual.sparsity, aim.hessian
+            flat, fitted, candidate.pattern, residual.zeros(candidate.pattern), aim.hessian
         )
         product = product_of(candidate.form, kernels).reshape(flat.shape) + rest
     shift = None if aim.problem is None else aim.problem.bias_shift(product)

@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import RecipeError
-from .numerics.sparsity_pattern import Block, KernelShape, SemiStructured, Unstructured
+from .numerics.sparsity_pattern import (
+    Block,
+    KernelShape,
+    SemiStructured,
+    SparsityPattern,
+    Unstructured,
+)
+
+_RESIDUAL_ZEROS = 0.95
 
 
 @dataclass(frozen=True)
@@ -92,17 +100,33 @@ def _require_share(share: float) -> None:
 class Residual:
     """A sparse weight beside the parts: what they lose most of."""
 
-    sparsity: float = 0.95
+    sparsity: float | None = field(
+        default=None,
+        metadata={
+            "help": f"share of its weights that are zero, {_RESIDUAL_ZEROS} where left out; "
+            "semi_structured and kernel_shape have their own"
+        },
+    )
     pattern: Unstructured | Block | SemiStructured | KernelShape = field(
         default=Block(16, 1), metadata={"help": "as in sparsify"}
     )
 
     def __post_init__(self) -> None:
-        own = getattr(self.pattern, "sparsity", None)
-        if own is not None:
-            object.__setattr__(self, "sparsity", own)
+        if self.sparsity is None:
+            return
+        if isinstance(self.pattern, (SemiStructured, KernelShape)):
+            raise ValueError(
+                f"sparsity: {self.sparsity} with {self.pattern.words}, which has its own; leave "
+                "one of them out"
+            )
         if not 0 < self.sparsity < 1:
             raise ValueError(f"sparsity is between 0 and 1, not {self.sparsity}")
+
+    def zeros(self, pattern: SparsityPattern) -> float:
+        """Share of the weights that are zero; `pattern`: as it is for a layer."""
+        if isinstance(pattern, (SemiStructured, KernelShape)):
+            return pattern.sparsity
+        return _RESIDUAL_ZEROS if self.sparsity is None else self.sparsity
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ Array = NDArray[np.float64]
 _MULTIPLE = 8  # without a target: whole vectors on most
 _LEAST_MULTIPLE = 4  # bytes of a word: what the part behind reads at once
 _WEIGHT_BYTES, _INDEX_BYTES = 4, 2
+# Of a layer that keeps its weight because others give what the total asks for.
+UNSPLIT = "the total needs no split of it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,19 +131,15 @@ class Candidate:
     def pattern(self) -> SparsityPattern | None:
         """Of the sparse residual; None: the layer gets none."""
         residual = self.layer.config.residual
-        if residual is None:
-            return None
-        pattern = residual.pattern.of_layer(int(np.prod(self.layer.patches.kernel)))
-        too_few = self.layer.outputs == 1 and getattr(pattern, "outputs", 1) > 1
-        return None if too_few else pattern
+        return None if residual is None else self.layer.pattern(residual.pattern)
 
     @cached_property
     def _residual(self) -> Mask | None:
         """Weights [groups, K, N] that the residual has: about as many, not yet the very ones."""
         if self.pattern is None or self.layer.config.residual is None:
             return None
-        sparsity = self.layer.config.residual.sparsity
-        return np.stack([self.pattern.choose(w**2, sparsity) for w in self.layer.matrices()])
+        zeros = self.layer.config.residual.zeros(self.pattern)
+        return np.stack([self.pattern.choose(w**2, zeros) for w in self.layer.matrices()])
 
     def operations(self, rank: int) -> float:
         kept = 0.0 if self._residual is None else float(self._residual.mean())
@@ -396,7 +394,7 @@ def _network_ranks(
             return measured({member: item.rank for member, item in pairs if item is not None})
 
         found = min(other, found, key=loss_of)
-    return ["the total needs no split of it" if item is None else item.rank for item in found]
+    return [UNSPLIT if item is None else item.rank for item in found]
 
 
 def _loss_line(

@@ -54,9 +54,8 @@ def with_patterns(
 
 
 def _pattern(layer: Layer) -> SparsityPattern | None:
-    """The pattern as it is for a layer's kernel; None: it has none, or too few outputs for it."""
-    pattern = (layer.config.pattern or BLOCKS).of_layer(int(np.prod(layer.patches.kernel)))
-    return pattern if layer.outputs > 1 or getattr(pattern, "outputs", 1) == 1 else None
+    """The pattern as it is for a layer; None: the layer has none."""
+    return layer.pattern(layer.config.pattern or BLOCKS)
 
 
 def pattern_of(layer: Layer) -> SparsityPattern:

@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import tvm
 from tvm import relax
 
@@ -22,6 +21,7 @@ from .graph import Graph
 from .ir import shape_of
 from .layer_spec import layer_spec
 from .low_rank import read_low_rank
+from .low_rank_ranks import UNSPLIT
 from .numerics.sparsity_pattern import Block
 from .op_kinds import ANCHORS
 from .patches import patch_shape
@@ -47,7 +47,7 @@ _NOTES: dict[str, Callable[[tvm.IRModule], dict[str, str]]] = {
 }
 _UNTOUCHED = {
     "shrink": "what was asked for takes none of its channels",
-    "lowrank": "the total needs no split of it",
+    "lowrank": UNSPLIT,
     "sparsify": "the total takes none of its weights",
 }
 
@@ -143,17 +143,15 @@ def _why_no_weight(graph: Graph, variable: relax.Var) -> str:
 
 def _why_not_sparse(layer: WeightLayer[SparsifyConfig]) -> str:
     asked = layer.config.pattern or BLOCKS
-    positions = int(np.prod(layer.patches.kernel))
-    pattern = asked.of_layer(positions)
+    if layer.outputs == 1 < asked.outputs:
+        kind = "depthwise: " if layer.patches.groups > 1 else ""
+        return f"{kind}one output a group, where {asked.words} need several"
+    pattern = layer.pattern(asked)
     if pattern is None:
         kernel = "x".join(map(str, layer.patches.kernel)) or "1x1"
         return f"a {kernel} kernel has no {asked.words}"
-    together = int(getattr(pattern, "outputs", 1))
-    if layer.outputs == 1 and together > 1:
-        kind = "depthwise: " if layer.patches.groups > 1 else ""
-        return f"{kind}one output a group, where {pattern.words} need several"
     inputs, outputs = layer.matrices().shape[1:]
-    if isinstance(pattern, Block) and together >= outputs and pattern.inputs >= inputs > 1:
+    if isinstance(pattern, Block) and pattern.outputs >= outputs and pattern.inputs >= inputs > 1:
         return f"one of the {pattern.words} holds all its {outputs} x {inputs} weights"
     return ""
 

@@ -85,7 +85,8 @@ class Structured:
         for layer in _layers(graph, self.schemes):
             found = _structure(layer, self.statistics)
             if found is None:
-                notes[layer.name] = "whole: no block divides its inputs and outputs"
+                note = "whole: no block divides its inputs and outputs"
+                notes |= {variable.name: note for variable in layer.variables}
                 continue
             constants: list[relax.Constant] = []  # one for all steps of a loop
             chains = {
@@ -98,7 +99,7 @@ class Structured:
             note = f"whole: {loss}" if stays else found.words
             if loss is not None and layer.config.insist:
                 note += f"; {INSISTED}{loss}"
-            notes.update(dict.fromkeys((v.name for v in chains), note))
+            notes |= {variable.name: note for variable in chains}
             if not stays:
                 for variable, own in chains.items():
                     before[variable], replace[variable] = own.bindings[:-1], own.bindings[-1].value
@@ -113,7 +114,7 @@ class Structured:
 def observe(module: tvm.IRModule, schemes: Mapping[str, StructuredConfig]) -> Observations | None:
     """X·Xᵀ of the layers that are fitted to the data."""
     layers = _layers(Graph(module["main"]), schemes)
-    names = [v.name for layer in layers if layer.config.needs_data for v in layer.variables]
+    names = [v.name for layer in layers if layer.config.data_aware for v in layer.variables]
     return Observations(second_moments=frozenset(names)) if names else None
 
 
@@ -209,7 +210,7 @@ def _structure(layer: Layer, statistics: Statistics) -> _Circulant | _Hadamard |
     """The nearest weight of the form asked for; `None`: no block divides inputs and outputs."""
     config, weight = layer.config, layer.matrices()[0]
     hessian = None
-    if config.needs_data:
+    if config.data_aware:
         hessian = damped(layer.moments(statistics)[0][0])
     inputs, outputs = weight.shape
     if isinstance(config.form, Circulant):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..errors import RecipeError
-
 
 @dataclass(frozen=True)
 class Circulant:
@@ -25,6 +23,10 @@ class Hadamard:
     inputs plus outputs. Of little use without training."""
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"a seed is from 0 on, not {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,3 @@ class StructuredConfig:
     insist: bool = field(
         default=False, metadata={"help": "also where the target is not faster for it"}
     )
-
-    def __post_init__(self) -> None:
-        if isinstance(self.form, Hadamard) and self.form.seed < 0:
-            raise RecipeError(f"a seed is from 0 on, not {self.form.seed}")
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether calibration has to sum X·Xᵀ."""
-        return self.data_aware

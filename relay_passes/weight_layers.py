@@ -17,6 +17,7 @@ from .graph import Graph
 from .ir import shape_of
 from .numerics.least_squares import LeastSquares
 from .numerics.moments import PatchShape
+from .numerics.sparsity_pattern import SparsityPattern
 from .numerics.statistics import Statistics
 from .op_kinds import ANCHORS
 from .patches import patch_shape, weight_matrix
@@ -51,6 +52,15 @@ class WeightLayer(Generic[Config]):
         """Output channels of a group."""
         axis = weight_layout(self.call).index("O")
         return self.weight.shape[axis] // self.patches.groups
+
+    @property
+    def positions(self) -> int:
+        """Of its kernel, in space."""
+        return int(np.prod(self.patches.kernel))
+
+    def pattern(self, asked: SparsityPattern) -> SparsityPattern | None:
+        """A pattern as it is for this layer; None: the layer has none."""
+        return asked.of_layer(self.positions, self.outputs)
 
     def matrices(self) -> NDArray[np.float64]:
         """[groups, K, N], K in the order of `moments.extract_patches`."""

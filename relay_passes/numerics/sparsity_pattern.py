@@ -18,17 +18,20 @@ Mask = NDArray[np.bool_]
 
 
 class SparsityPattern(ABC):
-    """How zeros lie. Frozen dataclasses, each one a choice of a recipe."""
+    """How zeros lie. Frozen dataclasses, each one a choice of a recipe; `outputs` neighbouring
+    outputs share theirs."""
+
+    outputs: int
 
     @property
     @abstractmethod
     def words(self) -> str:
         """What it is, for reports."""
 
-    def of_layer(self, positions: int) -> SparsityPattern | None:
-        """The pattern for a layer whose kernel has that many spatial positions; None: it has
-        none."""
-        return self
+    def of_layer(self, positions: int, outputs: int) -> SparsityPattern | None:
+        """The pattern for a layer whose kernel has that many spatial positions, its groups that
+        many outputs; None: it has none, or one output where several are to share theirs."""
+        return None if outputs == 1 < self.outputs else self
 
     @abstractmethod
     def pool(self, scores: Scores) -> Scores:
@@ -162,8 +165,8 @@ class KernelShape(SparsityPattern):
                 "are from 1 on"
             )
 
-    def of_layer(self, positions: int) -> KernelShape | None:
-        if self.entries >= positions:
+    def of_layer(self, positions: int, outputs: int) -> KernelShape | None:
+        if self.entries >= positions or super().of_layer(positions, outputs) is None:
             return None
         bound = replace(self)
         object.__setattr__(bound, "positions", positions)

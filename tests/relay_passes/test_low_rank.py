@@ -37,7 +37,7 @@ from tvm_compress.relay_passes.low_rank_config import (
     SharedOut,
 )
 from tvm_compress.relay_passes.low_rank_ranks import decide
-from tvm_compress.relay_passes.numerics.sparsity_pattern import Block, SemiStructured
+from tvm_compress.relay_passes.numerics.sparsity_pattern import Block, KernelShape, SemiStructured
 from tvm_compress.relay_passes.numerics.statistics import Statistics
 from tvm_compress.relay_passes.select import list_layers
 from tvm_compress.targets import get_target
@@ -389,11 +389,16 @@ def test_ranks_under_a_total(of: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "zeros"), [(Block(8, 1), 0.9), (SemiStructured(1, 8, 8), 0.875)]
+    ("residual", "zeros"),
+    [
+        (Residual(0.9, Block(8, 1)), 0.9),
+        (Residual(pattern=SemiStructured(1, 8, 8)), 0.875),
+        (Residual(pattern=KernelShape(1)), 8 / 9),
+    ],
 )
-def test_residual_is_a_layer_beside_the_parts(pattern: Any, zeros: float) -> None:
+def test_residual_is_a_layer_beside_the_parts(residual: Residual, zeros: float) -> None:
     module = build(network, (1, 16, 9, 10))
-    config = LowRankConfig(rank=Operations(0.5), residual=Residual(0.9, pattern), multiple=1)
+    config = LowRankConfig(rank=Operations(0.5), residual=residual, multiple=1)
     others: dict[str, Any] = dict.fromkeys(("a", "p", "dw", "fc"))
     result = split(module, config, **others)
     weights = {
@@ -408,7 +413,7 @@ def test_residual_is_a_layer_beside_the_parts(pattern: Any, zeros: float) -> Non
     assert sum(stored.values()) <= 0.51 * size
     rank = ranks(result)["b"]
     assert read_low_rank(result)["b"] == (
-        f"channels, rank {rank} of 32 + {pattern.words} {100 * zeros:.0f} % zeros"
+        f"channels, rank {rank} of 32 + {residual.pattern.words} {100 * zeros:.0f} % zeros"
     )
     without = split(module, LowRankConfig(rank=Rank(rank)), **others)
     assert error(module, result) < error(module, without)
@@ -475,6 +480,10 @@ def test_steps_of_a_loop_share_their_parts() -> None:
         ("{layers: all, multiple: most}", "multiple"),
         ("{layers: all, nonlinear: true, form: tucker}", "nonlinear: true is for form: channels"),
         ("{layers: all, residual: {sparsity: 1}}", "between 0 and 1"),
+        (
+            "{layers: all, residual: {sparsity: 0.9, pattern: kernel_shape}}",
+            "leave one of them out",
+        ),
         ("{layers: all, rank: {network: {share: 2}}}", "between 0 and 1"),
     ],
 )

@@ -89,7 +89,7 @@ def test_zeros_lie_as_asked(config: SparsifyConfig) -> None:
                 assert kept.all() and name not in notes
                 continue
             positions = 9 if name in ("a", "g") else 1
-            pattern = config.pattern.of_layer(positions)
+            pattern = config.pattern.of_layer(positions, kept.shape[1])
             assert pattern is not None
             pooled = pattern.pool(kept * 1.0) > 0
             assert np.array_equal(pattern.spread(pooled, kept.shape), kept)

@@ -72,7 +72,7 @@ def test_the_smallest_scores_go() -> None:
 
 
 def kernel_shape(entries: int, shapes: int) -> KernelShape:
-    bound = KernelShape(entries, shapes).of_layer(9)
+    bound = KernelShape(entries, shapes).of_layer(9, 10)
     assert bound is not None
     return bound
 
@@ -83,7 +83,8 @@ def test_kernel_shapes() -> None:
     kept = kernel_shape(4, 3).choose(scores).reshape(9, -1).T
     assert (kept.sum(axis=1) == 4).all()
     assert len(np.unique(kept, axis=0)) <= 3
-    assert KernelShape(4).of_layer(1) is None
+    assert KernelShape(4).of_layer(1, 10) is None
+    assert KernelShape(4, outputs=2).of_layer(9, 1) is None
     # With a shape for everyone, each kernel keeps its own best.
     free = kernel_shape(4, 1000).choose(scores).reshape(9, -1)
     flat = scores.reshape(9, -1)
