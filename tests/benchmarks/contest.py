@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tvm_compress.targets import Target
 
-# (name, height, width, in, out, kernel)
-Convolution = tuple[str, int, int, int, int, int]
+# (height, width, in, out, kernel)
+Convolution = tuple[int, int, int, int, int]
 
 
 def options(description: str) -> argparse.ArgumentParser:
@@ -37,10 +37,12 @@ def chosen_target(arguments: argparse.Namespace) -> Target:
 
 
 def same_convolutions(layers: Iterable[Convolution], only: str) -> Iterator[tuple[str, Any]]:
-    """(name, spec of float32) of those whose name contains `only`; outputs as large as inputs."""
+    """(name such as `3x3 56x56 64-64`, spec of float32) of those whose name contains `only`;
+    outputs as large as inputs."""
     from tvm_compress.schedules import Conv2dSpec
 
-    for name, height, width, channels, outputs, kernel in layers:
+    for height, width, channels, outputs, kernel in layers:
+        name = f"{kernel}x{kernel} {height}x{width} {channels}-{outputs}"
         if only in name:
             yield name, Conv2dSpec(
                 batch=1, height=height, width=width, in_channels=channels, out_channels=outputs,

@@ -27,14 +27,14 @@ from contest import Convolution, chosen_target, contest, options, same_convoluti
 from kernels_x86 import onnxruntime, openvino, ours, packed, timed
 
 LAYERS: list[Convolution] = [
-    ("1x1 56x56 64-64", 56, 56, 64, 64, 1),
-    ("1x1 28x28 512-128", 28, 28, 512, 128, 1),
-    ("1x1 14x14 1024-256", 14, 14, 1024, 256, 1),
-    ("1x1 7x7 2048-512", 7, 7, 2048, 512, 1),
-    ("3x3 56x56 64-64", 56, 56, 64, 64, 3),
-    ("3x3 28x28 128-128", 28, 28, 128, 128, 3),
-    ("3x3 14x14 256-256", 14, 14, 256, 256, 3),
-    ("3x3 7x7 512-512", 7, 7, 512, 512, 3),
+    (56, 56, 64, 64, 1),
+    (28, 28, 512, 128, 1),
+    (14, 14, 1024, 256, 1),
+    (7, 7, 2048, 512, 1),
+    (56, 56, 64, 64, 3),
+    (28, 28, 128, 128, 3),
+    (14, 14, 256, 256, 3),
+    (7, 7, 512, 512, 3),
 ]
 # Inputs and outputs of linear layers: a small recurrent one, classifiers.
 LINEAR = [(256, 128), (512, 512), (1024, 1024), (2048, 1008)]

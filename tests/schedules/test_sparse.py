@@ -48,20 +48,21 @@ SHAPES: list[dict[str, Any]] = [
 
 
 def problem(
-    block: int, sparsity: float, seed: int = 0, **fields: Any
+    block: int, sparsity: float, seed: int = 0, by_channel: bool = False, **fields: Any
 ) -> tuple[SparseConv2dSpec, list[np.ndarray], np.ndarray]:
     """A layer with `sparsity` of its blocks removed: spec, arguments and dense weight [K, N]."""
     rng = np.random.default_rng(seed)
     fields = {"batch": 1, **fields}
-    reduction = fields["kernel"][0] * fields["kernel"][1] * fields["in_channels"]
-    outputs = fields["out_channels"]
+    taps = fields["kernel"][0] * fields["kernel"][1]
+    reduction, outputs = taps * fields["in_channels"], fields["out_channels"]
     kept = rng.random((reduction, -(-outputs // block))) >= sparsity
     weight = random_array(rng, (reduction, outputs), "float32")
     weight *= kept.repeat(block, axis=1)[:, :outputs]
-    values, positions, starts = encode(weight, block)
+    values, positions, starts = encode(weight, block, taps=taps if by_channel else 1)
     spec = SparseConv2dSpec(
-        block=block, entries=len(values), longest=int(np.diff(starts).max()), **fields
-    )
+        block=block, entries=len(values), longest=int(np.diff(starts).max()),
+        by_channel=by_channel, **fields,
+    )  # fmt: skip
     data = random_array(rng, spec.data_shape, "float32")
     return spec, [data, values, offsets_of(spec, positions), starts], weight
 

@@ -38,6 +38,7 @@ from tvm_compress.schedules.spec import SpecError, spec_from_json
 from tvm_compress.schedules.x86.dot import ByteDot
 from tvm_compress.targets import Target, get_target
 
+from . import test_sparse
 from .kernels import assert_same, random_array, run
 
 # Of vpmaddubsw.
@@ -64,22 +65,11 @@ def problem(
     block: int, sparsity: float, seed: int = 0, **fields: Any
 ) -> tuple[SparseConv2dSpec, list[np.ndarray]]:
     """A layer with `sparsity` of its blocks removed: spec and arguments."""
-    rng = np.random.default_rng(seed)
-    fields = {"batch": 1, **fields}
-    taps = fields["kernel"][0] * fields["kernel"][1]
-    reduction, outputs = taps * fields["in_channels"], fields["out_channels"]
-    kept = rng.random((reduction, -(-outputs // block))) >= sparsity
-    weight = random_array(rng, (reduction, outputs), "float32")
-    weight *= kept.repeat(block, axis=1)[:, :outputs]
-    values, positions, starts = encode(weight, block, taps=taps)
-    spec = SparseConv2dSpec(
-        block=block, entries=len(values), longest=int(np.diff(starts).max()), by_channel=True,
-        **fields,
-    )  # fmt: skip
-    offsets = offsets_of(spec, positions)
-    assert np.array_equal(positions_of(spec, offsets), positions)
+    spec, inputs, _ = test_sparse.problem(block, sparsity, seed, by_channel=True, **fields)
+    _, _, offsets, starts = inputs
+    assert np.array_equal(offsets_of(spec, positions_of(spec, offsets)), offsets)
     assert all(np.all(np.diff(o.astype(int)) > 0) for o in np.split(offsets, starts[1:-1]))
-    return spec, [random_array(rng, spec.data_shape, "float32"), values, offsets, starts]
+    return spec, inputs
 
 
 def check(
