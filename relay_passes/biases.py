@@ -12,7 +12,7 @@ from tvm.relax import op
 
 from .encodings import FourBit, match_encoding
 from .graph import Graph, Reader, rebuild
-from .ir import constant, op_name, shape_of
+from .ir import constant, op_name, shape_of, variable_beside
 from .placement import bias_vector, channel_axis
 
 CORRECTED = "_corrected"  # ends the name of a layer's output behind a bias that it did not have
@@ -68,7 +68,7 @@ class BiasWriter:
         steps = np.rint(shift / step).reshape(integers.shape)
         limits = np.iinfo(np.int32)
         corrected = np.clip(integers - steps, limits.min, limits.max).astype(np.int32)
-        variable = _like(layer, f"{reader.name}_corrected", operand.ty)
+        variable = variable_beside(layer, f"{reader.name}_corrected", operand.ty)
         value = op.dequantize(
             relax.const(corrected), stored.args[1], stored.args[2], axis=int(stored.attrs.axis)
         )
@@ -80,7 +80,7 @@ class BiasWriter:
         rank, axis = len(shape_of(layer) or ()), channel_axis(call)
         shape = tuple(bias.size if index == axis else 1 for index in range(rank))
         stored = self._stored_bias(layer, bias, shape, axis)
-        corrected = _like(layer, f"{layer.name}{CORRECTED}", layer.ty)
+        corrected = variable_beside(layer, f"{layer.name}{CORRECTED}", layer.ty)
         self._after.setdefault(layer, []).extend(
             [*stored[1], relax.VarBinding(corrected, op.add(layer, stored[0]))]
         )
@@ -96,7 +96,7 @@ class BiasWriter:
         steps = np.broadcast_to(scale, bias.shape).astype(np.float32)
         limits = np.iinfo(np.int32)
         integers = np.clip(np.rint(bias / steps), limits.min, limits.max).astype(np.int32)
-        variable = _like(layer, f"{layer.name}_bias", relax.TensorType(shape, "float32"))
+        variable = variable_beside(layer, f"{layer.name}_bias", relax.TensorType(shape, "float32"))
         value = op.dequantize(
             relax.const(integers.reshape(shape)),
             relax.const(steps),
@@ -140,8 +140,3 @@ class BiasWriter:
             after=self._after,
         )
         return relax.analysis.remove_all_unused(function)
-
-
-def _like(variable: relax.Var, name: str, ty: relax.TensorType) -> relax.Var:
-    is_inside = isinstance(variable, relax.DataflowVar)
-    return relax.DataflowVar(name, ty) if is_inside else relax.Var(name, ty)

@@ -91,6 +91,12 @@ def bindings(function: relax.Function) -> Iterator[relax.VarBinding]:
         yield from block.bindings
 
 
+def variable_beside(variable: tvm.ir.Var, name: str, ty: tvm.ir.Type) -> tvm.ir.Var:
+    """A new one for the block that binds `variable`: of dataflow where that is."""
+    kind = relax.DataflowVar if isinstance(variable, relax.DataflowVar) else relax.Var
+    return kind(name, ty)
+
+
 def renormalise_perm(rank: int) -> tuple[int, ...]:
     """The identity permutation of `rank` axes."""
     return tuple(range(rank))

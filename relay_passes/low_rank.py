@@ -27,7 +27,7 @@ from ..errors import DataError
 from .biases import BiasWriter
 from .costs import LayerCosts
 from .graph import Graph, rebuild
-from .ir import immediate, noted_words, op_name
+from .ir import immediate, noted_words, op_name, variable_beside
 from .low_rank_config import LowRankConfig, Network
 from .low_rank_parts import Layer, Part, call_of, fit, product_of, weight_of
 from .low_rank_ranks import Aim, Candidate, candidates, choose_ranks, splittable
@@ -289,12 +289,11 @@ def _bindings(
 ) -> list[relax.VarBinding]:
     """The parts as bindings, the last one of `variable` itself. `weights`: the parts', then the
     residual's."""
-    kind = relax.DataflowVar if isinstance(variable, relax.DataflowVar) else relax.Var
     bindings: list[relax.VarBinding] = []
 
     def bind(value: tvm.ir.Expr, name: str) -> relax.Var:
         value = builder.normalize(value)
-        bindings.append(relax.VarBinding(kind(name, value.ty), value))
+        bindings.append(relax.VarBinding(variable_beside(variable, name, value.ty), value))
         return bindings[-1].var
 
     source = call.args[0]

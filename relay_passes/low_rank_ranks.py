@@ -7,7 +7,7 @@ import bisect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -82,6 +82,7 @@ class Candidate:
     multiple: int
     statistics: Statistics
     costs: LayerCosts | None
+    _compared: dict[int, tuple[Cost, Cost]] = field(default_factory=dict, init=False)
 
     @cached_property
     def sides(self) -> Sides:
@@ -177,10 +178,6 @@ class Candidate:
                 )
             self._compared[rank] = whole, parts
         return self._compared[rank]
-
-    @cached_property
-    def _compared(self) -> dict[int, tuple[Cost, Cost]]:
-        return {}
 
     @property
     def fastest(self) -> int:

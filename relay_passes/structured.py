@@ -31,7 +31,7 @@ from tvm.relax import op
 from ..schedules import MatmulSpec
 from .costs import INSISTED, LayerCosts, LayerUse
 from .graph import Graph, rebuild
-from .ir import noted_words, shape_of
+from .ir import noted_words, shape_of, variable_beside
 from .layer_spec import LayerSpec, layer_spec
 from .numerics.second_order import damped
 from .numerics.statistics import Statistics
@@ -255,13 +255,12 @@ class _Chain:
     def add(self, value: tvm.ir.Expr, part: str = "") -> _Chain:
         """Bind a value; `part` names a layer."""
         value = self.builder.normalize(value)
-        kind = relax.DataflowVar if isinstance(self.variable, relax.DataflowVar) else relax.Var
         name = f"{self.variable.name}_{part or f'step{len(self.bindings)}'}"
         if part:
             spec = layer_spec(value)
             assert spec is not None
             self.specs.append(spec)
-        bound = kind(name, value.ty)
+        bound = variable_beside(self.variable, name, value.ty)
         self.bindings.append(relax.VarBinding(bound, value))
         self.value = bound
         return self

@@ -9,7 +9,7 @@ import tvm
 from tvm import relax
 from tvm.ir import Expr
 
-from ..ir import op_name
+from ..ir import op_name, variable_beside
 from .anchors import is_anchor
 from .rewrite import Rewriter, Var, rewrite_module
 
@@ -45,8 +45,7 @@ class _Rename(Rewriter):
         name = self._names.get(var)
         if name is None or name == var.name:
             return None
-        kind = relax.DataflowVar if isinstance(var, relax.DataflowVar) else relax.Var
-        renamed = kind(name, value.ty)
+        renamed = variable_beside(var, name, value.ty)
         self._bind(renamed, value)
         return renamed
 
