@@ -9,12 +9,9 @@ Zero is always one of the representable numbers, because padding and ReLU produc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-IntegerType = Literal["int4", "int5", "int6", "int7", "int8", "uint8", "int16"]
 
 INTEGER_RANGES: dict[str, tuple[int, int]] = {
     "int4": (-8, 7),

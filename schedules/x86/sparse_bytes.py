@@ -10,6 +10,7 @@ from ..byte_shuffles import LANE, interleave_by_unpacking, unpacked_slot
 from ..choice import Choice
 from ..dot import Dot
 from ..fused import FusedFunction
+from ..saturation import NarrowSums
 from ..sparse_bytes import SparseBytesKernel, sparse_bytes_kernel_as
 from ..sparse_conv2d import BYTES
 from ..spec import SparseConv2dSpec
@@ -17,6 +18,8 @@ from .dot import ByteDot, ChainDot, WordDot, has_byte_dot, has_pairs
 
 QUADS, PAIRS = ByteDot.group, WordDot.group
 """Entries that an instruction takes."""
+CHAINS = NarrowSums((0, 255), 2)
+"""Of `vpmaddubsw`: unsigned data, products added in pairs."""
 
 
 def sparse_bytes_kernel(

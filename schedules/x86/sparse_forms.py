@@ -7,14 +7,13 @@ from dataclasses import replace
 from functools import partial
 
 from ...targets import Target
-from ..saturation import NarrowSums
 from ..sparse_conv2d import BYTES
 from ..sparse_cost import DenseCost, GatheredCost
 from ..sparse_form import SparseForm
 from ..spec import Conv2dSpec, MatmulSpec, ceil_div
 from . import winograd
 from .sparse_byte_planes import fits_byte_planes, planes_dot
-from .sparse_bytes import PAIRS, QUADS
+from .sparse_bytes import CHAINS, PAIRS, QUADS
 from .sparse_compiled import fits_compiled
 from .sparse_planes import fits_planes
 from .sparse_row_forms import byte_row_forms, float_row_forms, has_few_rows
@@ -41,8 +40,6 @@ _BYTES_IN_PAIRS = (
     DenseCost(1, 20),
     GatheredCost({16: 0.75}, 21, woven=7.1, copied=6.3, tile=4, run=32),
 )
-# Unsigned data, products added in pairs.
-_CHAINS = NarrowSums((0, 255), 2)
 # Winograd's filtering makes a dense 3x3 layer so much cheaper (14x14 and up).
 _WINOGRAD = 0.42
 
@@ -75,10 +72,10 @@ def sparse_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> list[SparseFo
     pairs = gathered.form(spec, 16, PAIRS, dense)
     # Weights that prove this make the dense kernel as much faster (0.20 to 0.41 at 80 %, pairs 0.25
     # to 0.50 where nothing is proven).
-    chained = replace(pairs, cost=0.99 * pairs.cost, group=QUADS, sums=_CHAINS)
+    chained = replace(pairs, cost=0.99 * pairs.cost, group=QUADS, sums=CHAINS)
     costs = {n: c for n, c in _PAIR_PLANES.items() if fits(n)}
     planes = _planes(spec, costs, dense, run, _TURNED_PAIRS, QUADS)
-    return [chained, pairs, *(replace(form, sums=_CHAINS) for form in planes)]
+    return [chained, pairs, *(replace(form, sums=CHAINS) for form in planes)]
 
 
 def _filled(spec: Conv2dSpec | MatmulSpec, target: Target) -> float:

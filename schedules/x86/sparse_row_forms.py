@@ -5,18 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...targets import Target
-from ..saturation import NarrowSums
 from ..sparse_form import SparseForm
 from ..spec import Conv2dSpec, MatmulSpec, SparseRowsSpec
 from ..window import window_of
 from .dot import has_byte_dot
-from .sparse_bytes import PAIRS, QUADS
+from .sparse_bytes import CHAINS, PAIRS, QUADS
 
 MOST_ROWS = 4
 """Beyond these, bytes are interleaved for many positions at once."""
 BLOCK = SparseRowsSpec.LANES
-# Unsigned data, products added in pairs.
-_CHAINS = NarrowSums((0, 255), 2)
 
 
 @dataclass(frozen=True)
@@ -69,5 +66,5 @@ def byte_row_forms(spec: Conv2dSpec | MatmulSpec, target: Target) -> list[Sparse
     if has_byte_dot(target, min(BLOCK, target.lanes(32))):
         return [_OFFSETS.form(BLOCK, QUADS, bits=False)]
     cost = _OFFSETS_IN_PAIRS
-    chained = SparseForm(BLOCK, cost.weight, QUADS, cost.constant, sums=_CHAINS)
+    chained = SparseForm(BLOCK, cost.weight, QUADS, cost.constant, sums=CHAINS)
     return [chained, cost.form(BLOCK, PAIRS, bits=False)]

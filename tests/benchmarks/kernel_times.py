@@ -80,7 +80,7 @@ def main() -> None:
     set_threads(arguments.threads)
     session = Session(built.executable, loaded.inputs, loaded.outputs)
     program = session.bind(samples[0])
-    whole = x86_vs_peers.take_turns({("", ""): program}, 20)["", ""]  # ahead of the observer
+    whole = x86_vs_peers.take_turns({("", ""): program}, 20)["", ""]
     times: list[list[float]] = [[] for _ in built.calls]
     started = 0.0
 
