@@ -35,7 +35,6 @@ from .numerics.low_rank_residual import split_with_residual
 from .numerics.low_rank_responses import split_for_responses
 from .numerics.statistics import Statistics
 from .observations import Observations
-from .patches import weight_of_matrix
 from .placement import bias_vector
 from .weight_layers import in_stages
 
@@ -214,12 +213,9 @@ def _split(candidate: Candidate, rank: int, behind: Behind | None) -> Split:
         else _split_for_responses(candidate, rank, aim, behind, group)
         for group, aim in enumerate(candidate.aims())
     ]
-    rests = [group.rest.T for group in groups if group.rest is not None]
+    rests = [group.rest for group in groups if group.rest is not None]
     shifts = [group.bias_shift for group in groups if group.bias_shift is not None]
-    weight = None
-    if rests:
-        shape = layer.weight.shape
-        weight = weight_of_matrix(np.stack(rests), layer.call, shape).astype(np.float32)
+    weight = layer.with_matrices(rests) if rests else None
     joined = [
         np.concatenate(parts, axis=3)
         for parts in zip(*(group.kernels for group in groups), strict=True)

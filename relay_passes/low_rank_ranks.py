@@ -45,7 +45,6 @@ from .numerics.loss_line import LossLine
 from .numerics.rank_choice import Choice, allocate, energies, rank_for_energy, spectrum
 from .numerics.sparsity_pattern import Mask, SparsityPattern
 from .numerics.statistics import Statistics
-from .patches import weight_of_matrix
 from .sparse_layers import Pruned, with_weights
 from .weight_layers import weight_layers
 
@@ -301,10 +300,8 @@ def _near(candidate: Candidate, rank: int) -> tuple[Layer, Pruned]:
         products.append(product.reshape(-1, product.shape[3]))
         if aim.problem is not None:
             shifts.append(aim.problem.bias_shift(products[-1]))
-    weight = weight_of_matrix(
-        np.stack([product.T for product in products]), layer.call, layer.weight.shape
-    ).astype(np.float32)
     known = [shift for shift in shifts if shift is not None]
+    weight = layer.with_matrices(products)
     return layer, Pruned(weight, np.concatenate(known) if known else None, np.zeros(0))
 
 

@@ -20,7 +20,6 @@ from .numerics.least_squares import LeastSquares
 from .numerics.second_order import GreedyRemoval, prune_in_order, reconstruct
 from .numerics.sparsity_pattern import Block, KernelShape, SemiStructured, SparsityPattern
 from .numerics.statistics import Statistics
-from .patches import weight_of_matrix
 from .sparsify_config import BLOCKS, SparsifyConfig
 from .weight_layers import WeightLayer, weight_layers
 
@@ -118,10 +117,8 @@ def prune(layer: Layer, statistics: Statistics) -> Pruned:
             reconstruct(problem.best, problem.hessian, mask)
             for problem, mask in zip(problems, kept, strict=True)
         ]
-    rows = np.stack(pruned).transpose(0, 2, 1)  # [G, N, K]
-    weight = weight_of_matrix(rows, layer.call, layer.weight.shape).astype(np.float32)
     shift = None if problems is None else _bias_shift(problems, pruned)
-    return Pruned(weight, shift, np.sort(np.concatenate(prices)))
+    return Pruned(layer.with_matrices(pruned), shift, np.sort(np.concatenate(prices)))
 
 
 def with_weights(

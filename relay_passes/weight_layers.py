@@ -20,7 +20,7 @@ from .numerics.moments import PatchShape
 from .numerics.sparsity_pattern import SparsityPattern
 from .numerics.statistics import Statistics
 from .op_kinds import ANCHORS
-from .patches import patch_shape, weight_matrix
+from .patches import patch_shape, weight_matrix, weight_of_matrix
 from .quantize_weights import weight_layout
 
 # Of `main` (JSON: names of layers): weights that are transforms, such as a DFT, and not learnt.
@@ -65,6 +65,11 @@ class WeightLayer(Generic[Config]):
     def matrices(self) -> NDArray[np.float64]:
         """[groups, K, N], K in the order of `moments.extract_patches`."""
         return weight_matrix(self.weight, self.call).astype(np.float64).transpose(0, 2, 1)
+
+    def with_matrices(self, matrices: Sequence[NDArray[np.float64]]) -> NDArray[np.float32]:
+        """Inverse of `matrices`: [K, N] of each group => a weight like the layer's."""
+        rows = np.stack(matrices).transpose(0, 2, 1)  # [G, N, K]
+        return weight_of_matrix(rows, self.call, self.weight.shape).astype(np.float32)
 
     def moments(
         self, statistics: Statistics
