@@ -201,13 +201,14 @@ class TargetCosts:
             self.cache.trim()
 
     def _cache_key(self, key: str) -> str:
-        """With what measured, and the code that made the kernels."""
+        """With what measured, the code that made the kernels and the code that timed them."""
         from .compile_kernels import compiler_version
         from .tuning.tune import device_of
+        from .workspace import hash_sources
 
         assert self.bench is not None
         parts = [key, self.bench.unit, device_of(self.target), compiler_version()]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return hash_sources([Path(__file__).with_name("kernel_bench.py")], json.dumps(parts))
 
     # --- kernels --------------------------------------------------------------------------------
 
