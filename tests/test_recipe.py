@@ -264,3 +264,9 @@ def test_recipe_in_python_equals_the_yaml() -> None:
     )
     recipe = Recipe(steps=steps, goals=Goals(0.01))
     assert recipe == load_recipe("int8")
+
+
+def test_n_m_as_people_write_it_gets_its_key() -> None:
+    text = "version: 1\nsteps:\n  - sparsify: {layers: all, pattern: 2:4}\n"
+    with pytest.raises(RecipeError, match=r"write semi_structured: \{kept: 2, of: 4\}"):
+        parse_recipe(text)

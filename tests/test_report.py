@@ -55,8 +55,10 @@ from tvm_compress.report.text import (
     row_name,
     short_name,
     size_rows,
+    size_text,
     three_digits,
     time_text,
+    tuned_text,
 )
 
 from .relay_passes.qdq import graph
@@ -361,8 +363,8 @@ def test_what_steps_did_is_one_line_each(capsys: pytest.CaptureFixture[str]) -> 
     print_summary(report, Path("out"))
     words = " ".join(capsys.readouterr().out.split())
     assert (
-        "sparsify 5 layers changed; 1 of them with a dense kernel (such as fc, slow); 2 put back "
-        "(such as conv1, dense: too slow); 1 left alone (such as dw, depthwise)"
+        "sparsify 5 layers changed; 1 of them keep their zeros in a dense kernel (such as fc, "
+        "slow); 2 put back (such as conv1, dense: too slow); 1 left alone (such as dw, depthwise)"
     ) in words
     assert "lowrank changed nothing" in words
     assert errors(report) == []
@@ -417,10 +419,38 @@ def test_what_of_the_latency_no_layer_has_is_said(capsys: pytest.CaptureFixture[
         after=replace(report.after, kernels_us=12.0),
     )
     print_report(as_json(report), Path("out"))
-    words = "Together 70.0 µs of the original's 85.0 µs, 12.0 µs of the artefact's 38.0 µs (least)"
-    assert words in " ".join(capsys.readouterr().out.split())
+    words = "added up 70.0 µs (original; its least latency 85.0 µs), 12.0 µs (artefact; its least"
+    shown = " ".join(capsys.readouterr().out.split())
+    assert words in shown and "Where the latency is more" in shown
+    assert "Where it is less" not in shown
     assert escape(words) in render_html(report)
+    longer = replace(report, after=replace(report.after, kernels_us=70.1))
+    assert "Where it is less" in kernel_times_text(as_json(longer))
     assert kernel_times_text(as_json(make_report(**BARE))) == ""
+
+
+def test_a_file_that_is_hardly_smaller_says_which_part_is_code() -> None:
+    report = make_report()
+    assert size_text(as_json(report)) == ""
+    for total, words in ((3_900, "hardly smaller than"), (4_100, "larger than")):
+        large = replace(report.after, bytes=replace(report.after.bytes, total=total, code=3_000))
+        data = as_json(replace(report, after=large))
+        assert f"library file {words} the original's: code is 3.00 kB of" in size_text(data)
+        assert escape(size_text(data)) in render_html(data)
+
+
+def test_a_tuned_artefact_beside_an_untuned_original_is_called_so() -> None:
+    tuned, untuned = ({"tuned_kernels": count, "tunable_kernels": 12} for count in (4, 0))
+    assert "a part of the latency's ratio is tuning" in tuned_text(untuned, tuned)
+    assert "ratio" not in tuned_text(tuned, tuned) + tuned_text(untuned, untuned)
+
+
+def test_weights_are_shown_with_their_indices() -> None:
+    report = make_report()
+    held = replace(report.after.bytes, weights=500, indices=70)
+    rows = part_rows(as_json(replace(report, after=replace(report.after, bytes=held))))
+    assert {key: now for key, _, now in rows}["weights"] == 570
+    assert "indices" not in [key for key, *_ in rows]
 
 
 def test_layers_of_another_shape_say_why_they_have_no_error(

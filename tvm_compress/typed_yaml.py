@@ -239,6 +239,7 @@ def _parse_tagged(tagged: dict[str, Any], node: yaml.Node, source: Source, what:
         tag, _, inner = entries[0]
     if tag not in tagged:
         forms = [] if inner is not None else _forms_for(tagged, node, source, what)
+        forms += filter(None, (_suggested(choice, tag) for choice in tagged.values()))
         hint = f"; write {' or '.join(forms)}" if forms else nearest(tag, tagged)
         raise source.error(node, f"{what}: {tag!r} is not a choice{hint}")
     chosen = tagged[tag]
@@ -249,6 +250,11 @@ def _parse_tagged(tagged: dict[str, Any], node: yaml.Node, source: Source, what:
     hints = typing.get_type_hints(chosen)
     value = parse(hints[fields[0].name], inner, source, tag)
     return _construct(chosen, {fields[0].name: value}, inner, source, tag)
+
+
+def _suggested(choice: Any, text: str) -> str:
+    """How `text`, an everyday way to say a choice, is written here; empty: it is none."""
+    return str(choice.suggested(text)) if hasattr(choice, "suggested") else ""
 
 
 def _forms_for(tagged: dict[str, Any], node: yaml.Node, source: Source, what: str) -> list[str]:

@@ -7,6 +7,7 @@ directions between weights and units.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 
@@ -108,6 +109,12 @@ class SemiStructured(SparsityPattern):
     kept: int = 2
     of: int = 4
     outputs: int = 1
+
+    @staticmethod
+    def suggested(text: str) -> str:
+        """How a recipe says `2:4`; empty where `text` is nothing of that kind."""
+        found = re.fullmatch(r"(\d+):(\d+)", text)
+        return f"semi_structured: {{kept: {found[1]}, of: {found[2]}}}" if found else ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.kept < self.of <= LONGEST_GROUP or self.outputs < 1:

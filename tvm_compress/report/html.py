@@ -17,6 +17,7 @@ from .assemble import plain
 from .rows import Report
 from .text import (
     NO_CYCLES,
+    PARTS,
     bytes_text,
     change_text,
     count_text,
@@ -31,12 +32,12 @@ from .text import (
     ratio_text,
     row_name,
     size_rows,
+    size_text,
     three_digits,
     time_text,
     tuned_text,
 )
 
-PARTS = {"code": "machine code"}  # keys of `Bytes` that need other words
 GOOD_SQNR_DB = 30.0  # about 3 % noise amplitude: rarely costs accuracy
 POOR_SQNR_DB = 15.0  # about 18 %
 ROW = 20  # pixels of one layer in the plots
@@ -247,7 +248,7 @@ def _composition(data: Mapping[str, Any]) -> str:
         f"<td>{ratio_text(was or 0, now)}</td></tr>"
         for key, was, now in parts
     )
-    emitted = "Sections of the two shared libraries, as emitted."
+    emitted = f"Sections of the two shared libraries, as emitted. {size_text(data)}".rstrip()
     if data.get("is_project"):
         emitted = (
             "Sections of the C project's objects, without start-up code and C library. The "

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .text import (
+    PARTS,
     bytes_text,
     change_text,
     count_text,
@@ -26,6 +27,7 @@ from .text import (
     row_name,
     short_name,
     size_rows,
+    size_text,
     three_digits,
     time_text,
     tuned_text,
@@ -197,7 +199,7 @@ def _print_totals(console: Console, report: Mapping[str, Any]) -> None:
     before, after = report["before"], report["after"]
     table = new_table("", f">{report['original']}", ">compressed", ">ratio")
     for key, was, now in part_rows(report):
-        table.add_row(f"  {key}", *_sizes(was, now))
+        table.add_row(f"  {PARTS.get(key, key)}", *_sizes(was, now))
     stored, memory = size_rows(report)
     table.add_row(stored[0], *_sizes(*stored[1:]), style="bold")
     if report.get("macs_after") is not None:
@@ -239,6 +241,8 @@ def _print_totals(console: Console, report: Mapping[str, Any]) -> None:
             "",
         )
     console.print(table)
+    if size_text(report):
+        console.print(size_text(report))
     for effect in report.get("effects", []):
         console.print(f"{effect['step']:<10}{effect_text(effect)}")
     device = report["device"]
@@ -410,8 +414,10 @@ def print_benchmark(result: Benchmark, original: str) -> None:
     """`original` says what the artefact is timed against: `Artefact.original`."""
     console = new_console()
     labels = {"compressed": "compressed", "original": original}
-    base = result.latencies["compressed"].median_us
-    table = new_table("", ">median", ">10 %", ">90 %", ">min", ">median / compressed")
+    base = result.latencies["compressed"]
+    table = new_table(
+        "", ">median", ">10 %", ">90 %", ">least", ">median / compressed", ">least / compressed"
+    )
     for side, latency in result.latencies.items():
         table.add_row(
             labels.get(side, side),
@@ -419,7 +425,8 @@ def print_benchmark(result: Benchmark, original: str) -> None:
             time_text(latency.p10_us),
             time_text(latency.p90_us),
             time_text(latency.min_us),
-            f"{three_digits(latency.median_us / base)}x",
+            f"{three_digits(latency.median_us / base.median_us)}x",
+            f"{three_digits(latency.min_us / base.min_us)}x",
         )
     console.print(table)
     if result.accuracies:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# Keys of `Bytes` that need other words.
+PARTS = {"weights": "weights and indices", "code": "machine code"}
+# A file of more than this share of the original's deserves a word.
+HARDLY_SMALLER = 0.9
+
 NO_CYCLES = (
     "instructions are counted exactly; they are no cycles and no latency, for the emulator has no "
     "pipeline and no slow memory"
@@ -101,7 +106,7 @@ def effect_text(effect: Mapping[str, Any]) -> str:
     layers = "1 layer" if effect["changed"] == 1 else f"{effect['changed']} layers"
     parts = [f"{layers} changed"]
     for key, words in (
-        ("dense", "of them with a dense kernel"),
+        ("dense", "of them keep their zeros in a dense kernel"),
         ("put_back", "put back"),
         ("left", "left alone"),
     ):
@@ -118,13 +123,35 @@ def part_rows(report: Mapping[str, Any]) -> list[tuple[str, int | None, int]]:
     The original of a C project is a library of another machine, whose weights are packed as that
     one likes them: nothing to compare with (`None`).
     """
-    before, after = report["before"]["bytes"], report["after"]["bytes"]
+    before, after = (_with_indices(report[side]["bytes"]) for side in ("before", "after"))
     is_project = report.get("is_project", False)
     return [
         (key, None if is_project else before[key], after[key])
         for key in after
         if key != "total" and (after[key] or (before[key] and not is_project))
     ]
+
+
+def _with_indices(held: Mapping[str, int]) -> dict[str, int]:
+    """Weights are what is stored for them: where zeros are left out, the indices as well."""
+    stored = {**held, "weights": held["weights"] + held["indices"]}
+    return {key: count for key, count in stored.items() if key != "indices"}
+
+
+def size_text(report: Mapping[str, Any]) -> str:
+    """Why the library file is hardly smaller than the original's, or larger; empty: it is."""
+    before, after = report["before"]["bytes"], report["after"]["bytes"]
+    if report.get("is_project") or after["total"] <= HARDLY_SMALLER * before["total"]:
+        return ""
+    is_larger = after["total"] > before["total"]
+    how = "larger than" if is_larger else "hardly smaller than"
+    weights = [_with_indices(side)["weights"] for side in (before, after)]
+    return (
+        f"library file {how} the original's: code is {bytes_text(after['code'])} of its "
+        f"{bytes_text(after['total'])} (original: {bytes_text(before['code'])} of "
+        f"{bytes_text(before['total'])}), weights {bytes_text(weights[1])} (original: "
+        f"{bytes_text(weights[0])}); kernels take as much code in a small network as in a large one"
+    )
 
 
 def size_rows(report: Mapping[str, Any]) -> list[tuple[str, int | None, int]]:
@@ -151,16 +178,29 @@ def size_rows(report: Mapping[str, Any]) -> list[tuple[str, int | None, int]]:
 def kernel_times_text(report: Mapping[str, Any]) -> str:
     """What the layers' times are, and what of the latency is not in them; empty without times."""
     sides = [
-        f"{time_text(side['kernels_us'])} of the {name}'s {time_text(side['latency']['min_us'])}"
+        (name, side["kernels_us"], side["latency"]["min_us"])
         for name, side in (("original", report["before"]), ("artefact", report["after"]))
         if side.get("kernels_us") is not None and side["latency"]
     ]
     if not sides:
         return ""
-    return (
-        f"Times: each kernel alone, repeated. Together {', '.join(sides)} (least); the rest are "
-        "the calls between kernels, and memory that a repeated kernel has in its cache."
+    sums = ", ".join(
+        f"{time_text(kernels)} ({name}; its least latency {time_text(least)})"
+        for name, kernels, least in sides
     )
+    words = f"Times: each kernel alone, repeated; added up {sums}. "
+    if any(kernels < least for _, kernels, least in sides):
+        words += (
+            "Where the latency is more: the calls between kernels, and memory that a repeated "
+            "kernel has in its cache. "
+        )
+    if any(kernels >= least for _, kernels, least in sides):
+        words += (
+            "Where it is less: being timed alone costs a kernel more than it takes in its place "
+            "(its call, threads that wake up, data that the kernel before leaves in the cache), "
+            "and other work disturbs each differently. "
+        )
+    return words.rstrip()
 
 
 def other_shapes_text(report: Mapping[str, Any]) -> str:
@@ -183,11 +223,16 @@ def row_name(row: Mapping[str, Any], width: int = 26) -> str:
 
 def tuned_text(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """How many kernels were built from measured choices."""
-    return (
+    words = (
         f"{after['tuned_kernels']} of {after['tunable_kernels']} kernels tuned, "
         f"{before['tuned_kernels']} of {before['tunable_kernels']} of the original; "
         "the others have the default"
     )
+    if after["tuned_kernels"] and not before["tuned_kernels"] and before["tunable_kernels"]:
+        words += (
+            "; so a part of the latency's ratio is tuning, not compression (--trials N tunes both)"
+        )
+    return words
 
 
 def instructions_text(cost: Mapping[str, Any]) -> str:
