@@ -83,6 +83,11 @@ class SparsifyConfig:
                 f"scope: {self.scope} with {pattern.words}, which has its own sparsity; it "
                 "needs blocks or unstructured"
             )
+        if self.scope == "layer" and self.total != "weights":
+            raise RecipeError(
+                f"total: {self.total} with scope: layer, which has no total; it needs scope: "
+                "sensitivity or network"
+            )
         if self.scope == "network" and self.criterion == "second_order":
             raise RecipeError(
                 "scope: network with criterion: second_order: one threshold for all layers needs "

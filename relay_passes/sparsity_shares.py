@@ -77,7 +77,9 @@ def decide(
         shares = split_sparsity(prices, weights, config.sparsity)
         for layer, share in zip(layers, shares, strict=True):
             if share > 0:
-                own = replace(layer.config, scope="layer", sparsity=min(share, 1 - 1e-9))
+                own = replace(
+                    layer.config, scope="layer", total="weights", sparsity=min(share, 1 - 1e-9)
+                )
                 decided |= {variable.name: own for variable in layer.variables}
     return decided
 

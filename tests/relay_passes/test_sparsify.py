@@ -187,6 +187,7 @@ def test_kernels_skip_zeros_where_it_pays() -> None:
         ("{layers: all, sparsity: 0.5, pattern: {semi_structured: {kept: 2, of: 4}}}", "its own"),
         ("{layers: all, pattern: {semi_structured: {kept: 4, of: 4}}}", "kept is from 1"),
         ("{layers: all, sparsity: 0.5, scope: network}", "another criterion"),
+        ("{layers: all, sparsity: 0.5, total: operations}", "no total"),
         ("{layers: all, scope: sensitivity, pattern: {semi_structured: {}}}", "its own sparsity"),
         ("{layers: all, sparsity: 0.5, pattern: blok}", "block"),
         ("{layers: all, sparsity: 0.5, criterion: size}", "criterion"),
